@@ -1,0 +1,69 @@
+"""Every exception of vhost-airlock; its class says how much it ends.
+
+    AirlockError
+    ├── StartError             the process can't start
+    │   └── UsageError         ... because of its arguments
+    ├── SessionError           a session: one front, its back, and all between
+    │   ├── ProtocolError      ... a peer broke the protocol
+    │   │   └── PeerRefused    ... a peer answered a request with an error
+    │   ├── Disconnected       ... a peer is gone
+    │   └── DeadlineExceeded   ... a peer did not answer in time
+    ├── RingFault              one ring, for good
+    ├── RequestRefused         one message; the connection lives on
+    └── Stopped                nothing: we were told to stop while we waited
+
+The text of each is one line that names the peer, the request, the field and the value,
+as far as they are known. It is what the log shows.
+"""
+
+
+class AirlockError(Exception):
+    """Base of all."""
+
+
+class StartError(AirlockError):
+    """The process can't start: one line on stderr, status 1."""
+
+
+class UsageError(StartError):
+    """The arguments make no sense: one line on stderr, status 2."""
+
+
+class SessionError(AirlockError):
+    """The session ends. The process and other sessions go on."""
+
+
+class ProtocolError(SessionError):
+    """A peer broke the protocol, so nothing that it says can be relied on any more."""
+
+
+class PeerRefused(ProtocolError):
+    """A peer answered a request with an error value.
+
+    Back-ends end their side after most of these, or are left half set up, so this ends
+    the session too unless whoever asked knows better and catches it.
+    """
+
+
+class Disconnected(SessionError):
+    """The peer closed its socket, or can't be reached at all."""
+
+
+class DeadlineExceeded(SessionError):
+    """A peer did not answer, or did not read, in the time that it has."""
+
+
+class RingFault(AirlockError):
+    """A ring is broken and stops for good; other rings go on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RequestRefused(AirlockError):
+    """One request can't be done: its sender is told, if it asked; nothing else ends."""
+
+
+class Stopped(AirlockError):
+    """Our own stop event came while we waited for a peer."""

@@ -1,0 +1,292 @@
+"""What may come with each request, and what is due in return: the one place for both.
+
+`RULES` is the front-end's requests, `BACKEND_RULES` the back-end's own, on its socket.
+Whoever receives a message checks it against its rule before anything else looks at it:
+`check()` for requests, `check_reply()` for replies.
+
+Two kinds of message are not what we could want them to be:
+
+- SET_LOG_BASE without LOG_SHMFD, a bare address: there is no way to share that memory.
+- SET_MEM_TABLE and ADD_MEM_REG in post-copy have a reply of their own; PAGEFAULT is not
+  a feature that this library negotiates, so they are plain requests here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from ..errors import ProtocolError, RequestRefused
+from .wire import (
+    MAX_PAYLOAD,
+    MAX_VRINGS,
+    U64,
+    BackendRequest,
+    Config,
+    CryptoSession,
+    DeviceState,
+    Empty,
+    Inflight,
+    Iotlb,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SharedObject,
+    ShmemConfig,
+    ShmemMap,
+    VringAddr,
+    VringArea,
+    VringFd,
+    VringState,
+)
+
+
+class Ack(Enum):
+    """What the sender of a request gets back."""
+
+    ASKED = auto()
+    """A number, 0 for success, if the sender set need_reply and has REPLY_ACK."""
+    ALWAYS = auto()
+    """A number, 0 for success."""
+    ECHO = auto()
+    """The payload that it sent. Programs differ on this, so nobody looks at it."""
+    REPLY = auto()
+    """A payload of its own."""
+
+
+NO_FDS = range(1)
+MAYBE_FD = range(2)
+ONE_FD = range(1, 2)
+
+
+_NOTHING = ProtocolFeature(0)
+
+
+def _anything(payload: Any, fds: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What comes with one request, and what is due in return."""
+
+    payload: type[Payload] = Empty
+    reply: type[Payload] = U64
+    """The payload of the ack, or of the reply of its own."""
+    ack: Ack = Ack.ASKED
+    fds: range | None = NO_FDS
+    """How many may come; None when `valid` says it."""
+    reply_fds: range = NO_FDS
+    refusal: Payload | None = None
+    """The reply, when there is one of its own, that says no."""
+    needs: ProtocolFeature = _NOTHING
+    """Without this feature, the request is refused."""
+    valid: Callable[[Any, int], bool] = _anything
+    """Is this payload, with so many fds, possible at all?"""
+
+    @property
+    def answered(self) -> bool:
+        """Does something come back whether or not the sender asked for it?"""
+        return self.ack is not Ack.ASKED
+
+
+def _reply(reply: type[Payload], payload: type[Payload] = Empty, **more: Any) -> Rule:
+    """A rule for a request with a reply of its own."""
+    return Rule(payload, reply, Ack.REPLY, **more)
+
+
+def _vring(payload: VringState | VringAddr, fds: int) -> bool:
+    return payload.index < MAX_VRINGS
+
+
+def _switch(payload: VringState, fds: int) -> bool:
+    return payload.index < MAX_VRINGS and payload.num in (0, 1)
+
+
+def _vring_fd(payload: VringFd, fds: int) -> bool:
+    return fds == (0 if payload.nofd else 1)
+
+
+def _fd_a_region(payload: MemoryTable, fds: int) -> bool:
+    return fds == len(payload.regions)
+
+
+def _status(payload: U64, fds: int) -> bool:
+    return payload.value <= 0xFF
+
+
+def _read_config(payload: Config, fds: int) -> bool:
+    return (
+        payload.size <= Config.MAX_DATA
+        and payload.offset + payload.size <= MAX_PAYLOAD
+        and len(payload.data) in (0, payload.size)
+    )
+
+
+def _write_config(payload: Config, fds: int) -> bool:
+    return _read_config(payload, fds) and len(payload.data) == payload.size
+
+
+_F = ProtocolFeature
+
+RULES: dict[Request, Rule] = {
+    Request.NONE: Rule(),
+    Request.GET_FEATURES: _reply(U64),
+    Request.SET_FEATURES: Rule(U64),
+    Request.SET_OWNER: Rule(),
+    Request.RESET_OWNER: Rule(),
+    Request.SET_MEM_TABLE: Rule(MemoryTable, fds=None, valid=_fd_a_region),
+    Request.SET_LOG_BASE: Rule(Log, Log, Ack.ECHO, fds=ONE_FD, needs=_F.LOG_SHMFD),
+    Request.SET_LOG_FD: Rule(fds=ONE_FD),
+    Request.SET_VRING_NUM: Rule(VringState, valid=_vring),
+    Request.SET_VRING_ADDR: Rule(VringAddr, valid=_vring),
+    Request.SET_VRING_BASE: Rule(VringState, valid=_vring),
+    Request.GET_VRING_BASE: _reply(VringState, VringState, valid=_vring),
+    Request.SET_VRING_KICK: Rule(VringFd, fds=None, valid=_vring_fd),
+    Request.SET_VRING_CALL: Rule(VringFd, fds=None, valid=_vring_fd),
+    Request.SET_VRING_ERR: Rule(VringFd, fds=None, valid=_vring_fd),
+    Request.GET_PROTOCOL_FEATURES: _reply(U64),
+    Request.SET_PROTOCOL_FEATURES: Rule(U64),
+    Request.GET_QUEUE_NUM: _reply(U64, needs=_F.MQ),
+    Request.SET_VRING_ENABLE: Rule(VringState, valid=_switch),
+    Request.SEND_RARP: Rule(U64, needs=_F.RARP),
+    Request.NET_SET_MTU: Rule(U64, needs=_F.NET_MTU),
+    Request.SET_BACKEND_REQ_FD: Rule(fds=ONE_FD, needs=_F.BACKEND_REQ),
+    Request.IOTLB_MSG: Rule(Iotlb, U64, Ack.ALWAYS),
+    Request.SET_VRING_ENDIAN: Rule(VringState, needs=_F.CROSS_ENDIAN, valid=_switch),
+    Request.GET_CONFIG: _reply(
+        Config, Config, refusal=Empty(), needs=_F.CONFIG, valid=_read_config
+    ),
+    Request.SET_CONFIG: Rule(Config, needs=_F.CONFIG, valid=_write_config),
+    Request.CREATE_CRYPTO_SESSION: _reply(
+        CryptoSession, CryptoSession, needs=_F.CRYPTO_SESSION
+    ),
+    Request.CLOSE_CRYPTO_SESSION: Rule(U64, needs=_F.CRYPTO_SESSION),
+    Request.POSTCOPY_ADVISE: _reply(Empty, reply_fds=ONE_FD, needs=_F.PAGEFAULT),
+    Request.POSTCOPY_LISTEN: Rule(needs=_F.PAGEFAULT),
+    Request.POSTCOPY_END: Rule(Empty, U64, Ack.ALWAYS, needs=_F.PAGEFAULT),
+    Request.GET_INFLIGHT_FD: _reply(
+        Inflight,
+        Inflight,
+        reply_fds=MAYBE_FD,
+        refusal=Inflight(0, 0, 0, 0),
+        needs=_F.INFLIGHT_SHMFD,
+    ),
+    Request.SET_INFLIGHT_FD: Rule(Inflight, fds=ONE_FD, needs=_F.INFLIGHT_SHMFD),
+    Request.GPU_SET_SOCKET: Rule(fds=ONE_FD),
+    Request.RESET_DEVICE: Rule(needs=_F.RESET_DEVICE),
+    Request.VRING_KICK: Rule(VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring),
+    Request.GET_MAX_MEM_SLOTS: _reply(U64, needs=_F.CONFIGURE_MEM_SLOTS),
+    Request.ADD_MEM_REG: Rule(MemoryRegion, fds=ONE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
+    # Some front-ends send an fd with it, which is for nothing.
+    Request.REM_MEM_REG: Rule(MemoryRegion, fds=MAYBE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
+    Request.SET_STATUS: Rule(U64, needs=_F.STATUS, valid=_status),
+    Request.GET_STATUS: _reply(U64, needs=_F.STATUS),
+    Request.GET_SHARED_OBJECT: _reply(
+        SharedObject,
+        SharedObject,
+        reply_fds=MAYBE_FD,
+        refusal=SharedObject(),
+        needs=_F.SHARED_OBJECT,
+    ),
+    # Bits 0 to 7 are an error, bit 8 says that no fd comes back.
+    Request.SET_DEVICE_STATE_FD: _reply(
+        U64,
+        DeviceState,
+        fds=ONE_FD,
+        reply_fds=MAYBE_FD,
+        refusal=U64(0x101),
+        needs=_F.DEVICE_STATE,
+    ),
+    Request.CHECK_DEVICE_STATE: _reply(U64, refusal=U64(1), needs=_F.DEVICE_STATE),
+    Request.GET_SHMEM_CONFIG: _reply(ShmemConfig, needs=_F.SHMEM_MAP),
+}
+
+BACKEND_RULES: dict[BackendRequest, Rule] = {
+    BackendRequest.IOTLB_MSG: Rule(Iotlb),
+    BackendRequest.CONFIG_CHANGE_MSG: Rule(needs=_F.CONFIG),
+    BackendRequest.VRING_HOST_NOTIFIER_MSG: Rule(
+        VringArea, fds=MAYBE_FD, needs=_F.HOST_NOTIFIER
+    ),
+    BackendRequest.VRING_CALL: Rule(
+        VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring
+    ),
+    BackendRequest.VRING_ERR: Rule(
+        VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring
+    ),
+    BackendRequest.SHARED_OBJECT_ADD: Rule(SharedObject, needs=_F.SHARED_OBJECT),
+    BackendRequest.SHARED_OBJECT_REMOVE: Rule(SharedObject, needs=_F.SHARED_OBJECT),
+    BackendRequest.SHARED_OBJECT_LOOKUP: _reply(
+        U64,
+        SharedObject,
+        reply_fds=MAYBE_FD,
+        refusal=U64(1),
+        needs=_F.SHARED_OBJECT,
+    ),
+    BackendRequest.SHMEM_MAP: Rule(ShmemMap, fds=ONE_FD, needs=_F.SHMEM_MAP),
+    BackendRequest.SHMEM_UNMAP: Rule(ShmemMap, needs=_F.SHMEM_MAP),
+}
+
+AnyRequest = Request | BackendRequest
+AnyRules = Mapping[Any, Rule]
+"""RULES or BACKEND_RULES."""
+
+
+def payload_limit(rules: AnyRules) -> Callable[[int], int]:
+    """Return what limits the payloads of requests, by their number."""
+
+    def limit(request: int) -> int:
+        rule = rules.get(request)
+        return MAX_PAYLOAD if rule is None else rule.payload.MAX_SIZE
+
+    return limit
+
+
+def permit(request: AnyRequest, rule: Rule, features: ProtocolFeature) -> None:
+    """Raise `RequestRefused` if a request needs a feature that isn't there."""
+    if missing := rule.needs & ~features:
+        raise RequestRefused(f"{request.name} needs protocol feature {missing.name}")
+
+
+def check(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:
+    """Return the payload of a request, or raise `ProtocolError`."""
+    payload = _unpack(request, rule.payload, data)
+    if rule.fds is not None and fds not in rule.fds:
+        raise ProtocolError(f"{request.name}: {fds} fds, not {_count(rule.fds)}")
+    if not rule.valid(payload, fds):
+        raise ProtocolError(f"{request.name}: impossible with {fds} fds: {payload}")
+    return payload
+
+
+def check_reply(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:
+    """Return the payload of a reply, or raise `ProtocolError`.
+
+    Where the rule has a refusal, that can be what this returns.
+    """
+    if fds not in rule.reply_fds:
+        raise ProtocolError(
+            f"reply to {request.name}: {fds} fds, not {_count(rule.reply_fds)}"
+        )
+    if rule.ack is Ack.ECHO:
+        return Empty()
+    if rule.refusal is not None and data == rule.refusal.pack():
+        return rule.refusal
+    return _unpack(request, rule.reply, data, "reply to ")
+
+
+def _unpack(
+    request: AnyRequest, kind: type[Payload], data: bytes, what: str = ""
+) -> Payload:
+    try:
+        return kind.unpack(data)
+    except ProtocolError as error:
+        raise ProtocolError(f"{what}{request.name}: {error}") from None
+
+
+def _count(fds: range) -> str:
+    return " or ".join(map(str, fds))

@@ -1,0 +1,214 @@
+"""A chain's doubles in isolated memory.
+
+Each segment of a guest's chain gets one contiguous buffer, since real back-ends look
+at the framing: number, order, direction and size of descriptors stay as they are. A
+large one lies at the same offset in its page as the guest's, so that a back-end may
+do direct I/O with it. Small ones, and the table of an indirect chain, are packed at
+steps of 64 bytes into the slot's own area, or into one block if that is too small.
+
+What the device may write is zeroed before the back sees it, so that nothing of an
+earlier request can come out again; what the guest has there never goes to the back.
+Copying back reads each isolated byte once.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from vhost_airlock.dataplane.guest cimport Chain
+from vhost_airlock.dataplane.layout cimport (
+    DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, OUT_OF_MEMORY, PAGE,
+)
+from vhost_airlock.dataplane.pool cimport (
+    NO_BLOCK, PoolState, Share, give_block, order_of, reserve, take_block, unreserve,
+)
+from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
+
+
+cdef inline uint64_t step64(uint64_t size) noexcept nogil:
+    return (size + 63) & ~<uint64_t> 63
+
+
+cdef inline int segment_order(uint64_t guest, uint32_t size) noexcept nogil:
+    """The order of the block for a large segment, at its offset in the page."""
+    return order_of(((guest & (PAGE - 1)) + size + PAGE - 1) // PAGE)
+
+
+cdef int place(
+    Slot *slot, const Chain *chain, bint table, PoolState *pool, Share *share
+) noexcept nogil:
+    """Find room for the chain, with an indirect table if `table`.
+
+    1: placed. 0: no room now, nothing is taken. NEVER_FITS: no pool of this size can.
+    """
+    cdef uint64_t small = step64(chain.count * sizeof(Desc)) if table else 0
+    cdef uint64_t largest = 0
+    cdef uint64_t pages = 0
+    cdef uint64_t block
+    cdef int i
+
+    for i in range(chain.count):
+        if chain.segment[i].len < SMALL:
+            small += step64(chain.segment[i].len)
+        else:
+            block = <uint64_t> 1 << segment_order(
+                chain.segment[i].addr, chain.segment[i].len
+            )
+            pages += block
+            largest = max(largest, block)
+    if small > AREA:
+        block = <uint64_t> 1 << order_of((small + PAGE - 1) // PAGE)
+        pages += block
+        largest = max(largest, block)
+    if largest > pool.largest or pages > share.guaranteed + pool.common:
+        return NEVER_FITS
+    if not reserve(pool, share, pages):
+        return 0
+
+    slot.buffer = slot.few
+    if chain.count > FEW:
+        slot.buffer = <Buffer *> malloc(chain.count * sizeof(Buffer))
+        if slot.buffer == NULL:
+            unreserve(pool, share, pages)
+            return OUT_OF_MEMORY
+    slot.head = chain.head
+    slot.count = 0
+    slot.readable = chain.readable
+    slot.writable = chain.bytes_writable
+    slot.pages = pages
+    slot.scratch.order = NO_BLOCK
+    if not lay_out(slot, chain, table, small, pool):
+        release(slot, pool, share)
+        return 0
+    return 1
+
+
+cdef bint lay_out(
+    Slot *slot, const Chain *chain, bint table, uint64_t small, PoolState *pool
+) noexcept nogil:
+    """Give each segment its place. False: a block was not to be had."""
+    cdef uint8_t *at = slot.area
+    cdef uint64_t back = slot.area_back
+    cdef Buffer *buffer
+    cdef uint64_t offset
+    cdef int i
+
+    if small > AREA:
+        if not take_block(
+            pool, order_of((small + PAGE - 1) // PAGE), &slot.scratch
+        ):
+            return False
+        at = slot.scratch.host
+        back = slot.scratch.back
+    slot.table = NULL
+    if table:
+        slot.table = at
+        slot.table_back = back
+        at += step64(chain.count * sizeof(Desc))
+        back += step64(chain.count * sizeof(Desc))
+
+    for i in range(chain.count):
+        buffer = &slot.buffer[i]
+        buffer.guest = chain.segment[i].addr
+        buffer.len = chain.segment[i].len
+        buffer.block.order = NO_BLOCK
+        if buffer.len < SMALL:
+            buffer.host = at
+            buffer.back = back
+            at += step64(buffer.len)
+            back += step64(buffer.len)
+        else:
+            if not take_block(
+                pool, segment_order(buffer.guest, buffer.len), &buffer.block
+            ):
+                return False
+            offset = buffer.guest & (PAGE - 1)
+            buffer.host = buffer.block.host + offset
+            buffer.back = buffer.block.back + offset
+        slot.count += 1
+    return True
+
+
+cdef bint copy_to_back(Slot *slot, RegionTable *memory, int *hint) noexcept nogil:
+    """Fill the doubles: what the device reads is copied, what it writes is zeroed.
+
+    False: a part of the guest's memory is not there any more.
+    """
+    cdef Buffer *buffer
+    cdef int i
+
+    for i in range(slot.count):
+        buffer = &slot.buffer[i]
+        if i >= slot.readable:
+            memset(buffer.host, 0, buffer.len)
+        elif not copy_in(memory, hint, buffer.host, buffer.guest, buffer.len):
+            return False
+    return True
+
+
+cdef uint64_t copy_to_guest(
+    Slot *slot, uint32_t length, CopyPolicy policy, RegionTable *memory, int *hint
+) noexcept nogil:
+    """Copy back what the device wrote, by the policy. Returns the number of bytes.
+
+    `length` is the back's word for how much that is, and never more than a hint:
+    addresses and sizes come from our own record. A buffer that is not memory any
+    more is left out.
+    """
+    cdef uint64_t left = min(<uint64_t> length, slot.writable)
+    cdef uint64_t copied = 0
+    cdef uint64_t size
+    cdef Buffer *buffer
+    cdef int i
+
+    if policy == COPY_FULL:
+        left = slot.writable
+    for i in range(slot.readable, slot.count):
+        buffer = &slot.buffer[i]
+        size = min(left, <uint64_t> buffer.len)
+        left -= size
+        if policy == COPY_USED_TAIL and i + 1 == slot.count and buffer.len <= TAIL:
+            size = buffer.len
+        if size and copy_out(memory, hint, buffer.guest, buffer.host, size):
+            copied += size
+    return copied
+
+
+cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil:
+    """The chain as the shadow ring is to offer it; returns how many descriptors.
+
+    `desc` is memory of ours with room for slot.count entries.
+    """
+    cdef int i
+
+    for i in range(slot.count):
+        desc[i].addr = slot.buffer[i].back
+        desc[i].len = slot.buffer[i].len
+        desc[i].flags = DESC_WRITE if i >= slot.readable else 0
+        desc[i].next = 0
+    if slot.table == NULL:
+        return slot.count
+
+    for i in range(slot.count - 1):
+        desc[i].flags |= DESC_NEXT
+        desc[i].next = i + 1
+    memcpy(slot.table, desc, slot.count * sizeof(Desc))
+    desc[0] = Desc(slot.table_back, slot.count * sizeof(Desc), DESC_INDIRECT, 0)
+    return 1
+
+
+cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
+    """Give back all that place() took."""
+    cdef int i
+
+    for i in range(slot.count):
+        if slot.buffer[i].block.order != NO_BLOCK:
+            give_block(pool, &slot.buffer[i].block)
+    if slot.scratch.order != NO_BLOCK:
+        give_block(pool, &slot.scratch)
+    if slot.buffer != slot.few:
+        free(slot.buffer)
+        slot.buffer = slot.few
+    unreserve(pool, share, slot.pages)
+    slot.pages = 0
+    slot.count = 0

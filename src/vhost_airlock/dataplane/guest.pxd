@@ -1,0 +1,96 @@
+"""The device side of a guest ring: what a ring format must offer to the pump.
+
+guest_split.pyx is the one format there is. Another one (packed) is a module with a
+GuestOps of its own and its state beside SplitGuest below; nothing else changes.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from vhost_airlock.dataplane.layout cimport (
+    Avail, BAD_ADDRESS, BAD_ORDER, CHAIN_TOO_LONG, DESC_WRITE, Desc, LOOP, MAX_SEGMENTS,
+    Used,
+)
+from vhost_airlock.dataplane.regions cimport RegionTable, mapped
+
+
+cdef struct Segment:
+    uint64_t addr
+    uint32_t len
+
+cdef struct Chain:
+    # A chain as we fetched it, checked; segments of length zero are left out.
+    uint16_t head
+    uint16_t count
+    # The first so many segments are for the device to read, the rest to write.
+    uint16_t readable
+    uint64_t bytes_readable
+    uint64_t bytes_writable
+    Segment segment[MAX_SEGMENTS]
+
+cdef struct GuestRing
+
+cdef struct GuestOps:
+    # Fetch the next chain: 1 taken, 0 none left, or a Fault.
+    int (*take)(GuestRing *, Chain *) noexcept nogil
+    # Write the used element of a chain; the guest does not see it yet.
+    void (*complete)(GuestRing *, uint16_t head, uint32_t len) noexcept nogil
+    # Show the guest what was completed. True: it wants a call.
+    bint (*publish)(GuestRing *) noexcept nogil
+    # Ask for a kick with the next chain. A fence, then pending(), must follow.
+    void (*arm)(GuestRing *) noexcept nogil
+    # Kicks are not needed for now.
+    void (*disarm)(GuestRing *) noexcept nogil
+    # Is there a chain to take?
+    bint (*pending)(GuestRing *) noexcept nogil
+
+cdef struct SplitGuest:
+    Desc *desc
+    Avail *avail
+    Used *used
+    # The next position of the avail ring to take.
+    uint16_t seen
+    # Our copy of the guest's avail index: up to there is ours to take.
+    uint16_t avail_idx
+    # The next position of the used ring to fill.
+    uint16_t used_idx
+    # Our used index as the guest saw it when it was last called.
+    uint16_t published
+    bint called
+
+cdef struct GuestRing:
+    const GuestOps *ops
+    RegionTable *memory
+    int hint
+    uint16_t size
+    bint event_idx
+    bint indirect
+    bint armed
+    # For each head: is its chain in flight?
+    uint8_t *busy
+    # Our copy of the indirect table at hand, MAX_SEGMENTS entries.
+    Desc *table
+    SplitGuest split
+
+
+cdef inline int add_segment(
+    GuestRing *ring, Chain *chain, const Desc *desc
+) noexcept nogil:
+    """Check one descriptor (our copy of it) and append it. 0 or a Fault."""
+    if desc.len == 0:
+        return 0                # qemu-storage-daemon dies of them
+    if chain.count == MAX_SEGMENTS:
+        return LOOP
+    if desc.flags & DESC_WRITE:
+        chain.bytes_writable += desc.len
+    else:
+        if chain.bytes_writable:
+            return BAD_ORDER
+        chain.readable += 1
+        chain.bytes_readable += desc.len
+    if chain.bytes_readable + chain.bytes_writable > <uint64_t> 0xffffffff:
+        return CHAIN_TOO_LONG
+    if not mapped(ring.memory, &ring.hint, desc.addr, desc.len):
+        return BAD_ADDRESS
+    chain.segment[chain.count] = Segment(desc.addr, desc.len)
+    chain.count += 1
+    return 0

@@ -1,0 +1,62 @@
+"""A shared mapping of a part of a file, which is undone exactly once."""
+
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t, uintptr_t
+
+from vhost_airlock.dataplane.layout cimport PAGE
+from vhost_airlock.dataplane.sys cimport (
+    HUGETLBFS_MAGIC, MADV_DONTDUMP, MAP_FAILED, MAP_NORESERVE, MAP_SHARED, PROT_READ,
+    PROT_WRITE, fstatfs, madvise, mmap, munmap, statfs_t,
+)
+
+
+cdef class Mapping:
+    """`size` bytes of the file behind `fd` from byte `offset`, read and write.
+
+    The offset may be any number: the pages around are mapped with it (huge pages, if
+    the file is made of them). The memory is left out of core dumps. OSError when the
+    kernel refuses.
+    """
+
+    cdef void *_start
+    cdef size_t _length
+    cdef readonly object address
+    cdef readonly object size
+
+    def __init__(self, int fd, uint64_t size, uint64_t offset=0):
+        cdef uint64_t page = page_size(fd)
+        cdef uint64_t before = offset % page
+        cdef void *start
+
+        self._length = (before + size + page - 1) // page * page
+        start = mmap(
+            NULL, self._length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,
+            fd, offset - before,
+        )
+        if start == MAP_FAILED:
+            raise OSError(errno, f"cannot map {size} bytes at offset {offset}")
+        self._start = start
+        self.address = <uintptr_t> start + before
+        self.size = size
+        madvise(start, self._length, MADV_DONTDUMP)
+
+    def close(self):
+        """Unmap. Nothing may use the memory any more; a second call does nothing."""
+        if self._start != NULL:
+            munmap(self._start, self._length)
+            self._start = NULL
+
+    def __dealloc__(self):
+        if self._start != NULL:
+            munmap(self._start, self._length)
+
+
+cdef uint64_t page_size(int fd) except 0:
+    """What the file's mappings must be multiples of."""
+    cdef statfs_t fs
+
+    if fstatfs(fd, &fs) != 0:
+        raise OSError(errno, f"cannot ask the file system of descriptor {fd}")
+    if fs.f_type == HUGETLBFS_MAGIC and fs.f_bsize > PAGE:
+        return fs.f_bsize
+    return PAGE

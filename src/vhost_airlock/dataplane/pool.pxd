@@ -1,0 +1,79 @@
+"""Isolated memory for bounce buffers: blocks of 2^order pages."""
+
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    MAX_POOL_REGIONS = 64
+    MAX_ORDER = 20
+    NO_BLOCK = -1
+
+cdef struct Block:
+    # NO_BLOCK when there is none.
+    int8_t order
+    uint16_t region
+    uint32_t page
+    # Where we see it.
+    uint8_t *host
+    # Where the back sees it.
+    uint64_t back
+
+cdef struct PoolRegion:
+    uint8_t *host
+    uint64_t back
+    # 0: this entry is not in use.
+    uint32_t pages
+    uint32_t used
+    # No new blocks: it is about to be given back.
+    bint closed
+    # A block came back since blocks were last joined.
+    bint freed
+    # For each page where a free block starts its order, else -1.
+    int8_t *order
+    # Links the free blocks of an order.
+    int32_t *next
+    # Bit n: free[n] is not empty.
+    uint32_t orders
+    int32_t free[MAX_ORDER + 1]
+
+cdef struct Share:
+    # What one ring has taken, in pages, and how much it can always have.
+    uint64_t used
+    uint64_t guaranteed
+
+cdef struct PoolState:
+    uint64_t limit
+    # Pages that are nobody's guaranteed part.
+    uint64_t common
+    uint64_t common_used
+    uint64_t used
+    uint64_t high_water
+    # Pages of the largest block there can ever be.
+    uint64_t largest
+    # Pages of a block that was not to be had: the pool should grow.
+    uint64_t wanted
+    # Cleared when the control plane has been told that it should.
+    bint may_grow
+    int count
+    PoolRegion region[MAX_POOL_REGIONS]
+
+
+cdef inline int order_of(uint64_t pages) noexcept nogil:
+    """The smallest order whose blocks have so many pages (>= 1)."""
+    cdef int order = 0
+    while (<uint64_t> 1 << order) < pages:
+        order += 1
+    return order
+
+cdef inline uint64_t over(uint64_t used, uint64_t guaranteed) noexcept nogil:
+    return used - guaranteed if used > guaranteed else 0
+
+cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
+cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
+cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil
+cdef void give_block(PoolState *pool, Block *block) noexcept nogil
+
+
+cdef class Pool:
+    cdef PoolState state
+    cdef _forget(self, PoolRegion *region)
+    cdef _check(self, int number)

@@ -1,0 +1,76 @@
+"""The guest's memory as the data plane sees it: a sorted table of regions."""
+
+from libc.stdint cimport uint8_t, uint64_t
+
+cdef enum:
+    MAX_REGIONS = 512
+
+cdef struct Region:
+    # Guest-physical address of the first byte.
+    uint64_t guest
+    uint64_t size
+    # Where we see it.
+    uint8_t *host
+
+cdef struct RegionTable:
+    int count
+    Region region[MAX_REGIONS]
+
+
+cdef inline Region *find(RegionTable *table, int *hint, uint64_t guest) noexcept nogil:
+    """The region with this guest-physical address, or NULL.
+
+    `hint` is the caller's: the index of the region that was right the last time.
+    """
+    cdef Region *region
+    cdef int low = 0
+    cdef int high = table.count
+    cdef int middle
+
+    if hint[0] < high:
+        region = &table.region[hint[0]]
+        if guest - region.guest < region.size:
+            return region
+    while low < high:
+        middle = (low + high) >> 1
+        region = &table.region[middle]
+        if guest - region.guest < region.size:
+            hint[0] = middle
+            return region
+        if guest < region.guest:
+            high = middle
+        else:
+            low = middle + 1
+    return NULL
+
+
+cdef inline bint mapped(
+    RegionTable *table, int *hint, uint64_t guest, uint64_t size
+) noexcept nogil:
+    """Is every byte of [guest, guest + size) memory of the guest?"""
+    cdef Region *region
+    cdef uint64_t run
+
+    if guest + size < guest:
+        return False
+    while True:
+        region = find(table, hint, guest)
+        if region == NULL:
+            return False
+        run = region.size - (guest - region.guest)
+        if size <= run:
+            return True
+        guest += run
+        size -= run
+
+
+cdef bint copy_in(
+    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size
+) noexcept nogil
+cdef bint copy_out(
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size
+) noexcept nogil
+
+
+cdef class GuestMemory:
+    cdef RegionTable table

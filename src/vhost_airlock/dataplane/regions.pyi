@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+from typing import disjoint_base
+
+@disjoint_base
+class GuestMemory:
+    def set_regions(self, regions: Sequence[tuple[int, int, int]]) -> None: ...

@@ -1,0 +1,67 @@
+"""The guest's memory: a table that is replaced whole, while no worker runs.
+
+Addresses are looked up anew for every copy, so nothing that was computed from an old
+table outlives it: a buffer in a region that went away is simply not there any more.
+"""
+
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcpy
+
+
+cdef bint copy_in(
+    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size
+) noexcept nogil:
+    """Copy guest memory into ours: each byte is read once. False: not all is there."""
+    cdef Region *region
+    cdef uint64_t run
+
+    while size:
+        region = find(table, hint, guest)
+        if region == NULL:
+            return False
+        run = min(size, region.size - (guest - region.guest))
+        memcpy(to, region.host + (guest - region.guest), run)
+        to += run
+        guest += run
+        size -= run
+    return True
+
+
+cdef bint copy_out(
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size
+) noexcept nogil:
+    """Copy our memory into the guest's. False: not all is there."""
+    cdef Region *region
+    cdef uint64_t run
+
+    while size:
+        region = find(table, hint, guest)
+        if region == NULL:
+            return False
+        run = min(size, region.size - (guest - region.guest))
+        memcpy(region.host + (guest - region.guest), source, run)
+        source += run
+        guest += run
+        size -= run
+    return True
+
+
+cdef class GuestMemory:
+    """The table itself. Pumps hold it; the control plane replaces its content."""
+
+    def set_regions(self, regions):
+        """Regions as (guest-physical address, size, our address), in bytes.
+
+        They must not overlap and not wrap round, which the caller has checked. Call
+        it only while the workers of all pumps with this memory are paused.
+        """
+        cdef int i
+        cdef uintptr_t host
+
+        if len(regions) > MAX_REGIONS:
+            raise ValueError(f"{len(regions)} regions, more than {MAX_REGIONS}")
+        self.table.count = 0
+        for i, (guest, size, address) in enumerate(sorted(regions)):
+            host = address
+            self.table.region[i] = Region(guest, size, <uint8_t *> host)
+        self.table.count = len(regions)

@@ -1,0 +1,94 @@
+"""The driver side of a shadow ring: what a ring format must offer to the pump.
+
+shadow_split.pyx is the one format there is. Another one (packed) is a module with a
+ShadowOps of its own and its state beside SplitShadow below; nothing else changes.
+
+A chain in the shadow ring is named by its slot, a number below the ring's size. The
+back names it too when it is done, so a slot is only believed after a look at `state`,
+which is in memory of our own, like everything in this struct.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from vhost_airlock.dataplane.layout cimport Avail, Desc, Used
+
+cdef enum SlotState:
+    FREE = 0
+    IN_FLIGHT = 1
+    # Left behind by a stop: the back may still write to its buffers.
+    QUARANTINED = 2
+    # A descriptor in the middle of a chain.
+    FOLLOWER = 3
+
+cdef struct ShadowRing
+
+cdef struct ShadowOps:
+    # Add a chain of so many descriptors; the back does not see it yet.
+    void (*offer)(
+        ShadowRing *, uint16_t slot, const Desc *, uint16_t count
+    ) noexcept nogil
+    # Show the back what was added. True: it wants a kick.
+    bint (*publish)(ShadowRing *) noexcept nogil
+    # Take a completion: 1 taken, 0 none left, or a Fault.
+    int (*reap)(ShadowRing *, uint16_t *slot, uint32_t *len) noexcept nogil
+    # Ask for a call with the next completion. A fence, then pending() must follow.
+    void (*arm)(ShadowRing *) noexcept nogil
+    void (*disarm)(ShadowRing *) noexcept nogil
+    # Is there a completion to take?
+    bint (*pending)(ShadowRing *) noexcept nogil
+    # How many chains the back says it has taken since the start, modulo 2^16; -1: it
+    # doesn't say.
+    int (*fetched)(ShadowRing *) noexcept nogil
+
+cdef struct SplitShadow:
+    Desc *desc
+    Avail *avail
+    Used *used
+    # Where the next chain goes: so many were offered since the start.
+    uint16_t avail_idx
+    uint16_t published
+    # The next position of the used ring to take.
+    uint16_t used_seen
+    # Our copy of the back's used index.
+    uint16_t used_idx
+
+cdef struct ShadowRing:
+    const ShadowOps *ops
+    uint16_t size
+    bint event_idx
+    bint indirect
+    bint armed
+    # A stack of slots that are free, the one used last on top.
+    uint16_t *free
+    uint16_t free_count
+    # Links the slots which a chain of several descriptors occupies.
+    uint16_t *next
+    # For each slot a SlotState.
+    uint8_t *state
+    # Completions of something that was not in flight.
+    uint32_t violations
+    SplitShadow split
+
+
+cdef inline uint16_t take_slot(ShadowRing *ring) noexcept nogil:
+    """A slot for a new chain; the caller has seen that free_count allows it."""
+    ring.free_count -= 1
+    return ring.free[ring.free_count]
+
+cdef inline void give_slot(ShadowRing *ring, uint16_t slot) noexcept nogil:
+    """Give back a slot that no chain took."""
+    ring.free[ring.free_count] = slot
+    ring.free_count += 1
+
+cdef inline void free_chain(ShadowRing *ring, uint16_t slot) noexcept nogil:
+    """Free all that the chain of this slot occupies, its own slot on top."""
+    cdef uint16_t follower = ring.next[slot]
+    cdef uint16_t after
+
+    while follower != slot:
+        after = ring.next[follower]
+        ring.state[follower] = FREE
+        give_slot(ring, follower)
+        follower = after
+    ring.state[slot] = FREE
+    give_slot(ring, slot)

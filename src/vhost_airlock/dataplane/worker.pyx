@@ -1,0 +1,323 @@
+"""A thread that runs pumps: epoll, or polling for as long as that pays.
+
+While there is work, the worker goes round its pumps and needs no notification from
+anybody, so both sides are left unarmed and send none. When a round moves nothing, it
+polls for a while, then arms both sides of every ring, looks once more (else a chain
+that came in between would be slept over) and sleeps.
+
+How long it polls is learned from the sleeps: one that ended within the longest time
+which polling may take would have been saved by polling, so the window grows; after a
+longer one it is zero again. An idle device is never polled.
+
+The control plane changes pumps, pool and guest memory only under pause(): the worker
+stands still between two rounds then, and has seen the change when it goes on.
+
+Eventfds are registered edge-triggered and never read: each write is an edge. So the
+back, which shares their open file description with us, cannot make us block.
+"""
+
+from contextlib import contextmanager
+
+from libc.errno cimport EEXIST, ENOENT, errno
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, realloc
+from posix.time cimport timespec
+
+from vhost_airlock.dataplane.layout cimport fence, load_int, store_int
+from vhost_airlock.dataplane.pump cimport (
+    Pump, PumpState, is_drained, pending, rest, step,
+)
+from vhost_airlock.dataplane.sys cimport (
+    CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, close, cpu_relax, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, eventfd, now_ns, pthread_cond_broadcast,
+    pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_condattr_init, pthread_condattr_setclock,
+    pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, read, signal_fd,
+)
+
+from vhost_airlock.errors import DeadlineExceeded
+
+cdef enum:
+    # Chains that a ring may move each way before the next one's turn.
+    BUDGET = 256
+    # Nanoseconds of polling to start from.
+    FIRST_WINDOW = 20_000
+    MAX_EVENTS = 64
+
+cdef struct Route:
+    # What the loop needs of a pump, beside its state.
+    PumpState *pump
+    int kick_out
+    int call_out
+    # The fault that the control plane has been told of.
+    int fault
+    # The control plane has been told.
+    bint drained
+
+
+cdef class Worker:
+    """Runs pumps in the thread that calls run().
+
+    `poll_us` is the longest time in microseconds to poll before sleeping; 0: never.
+    `events` is an eventfd that it signals when the control plane should look: a pump
+    has a new fault, is drained, or wants a larger pool.
+    """
+
+    cdef pthread_mutex_t mutex
+    cdef pthread_cond_t changed
+    cdef int paused
+    """How many pauses are wanted; read by the loop without the mutex."""
+    cdef int stopping
+    cdef bint running
+    cdef int epoll
+    cdef int wake
+    cdef int events
+    cdef uint64_t longest
+    cdef uint64_t window
+    cdef uint64_t sleeps
+    cdef uint64_t rounds
+    cdef Route *route
+    cdef int routes
+    cdef list pumps
+
+    def __cinit__(self, int events, *, poll_us=0):
+        cdef pthread_condattr_t attributes
+
+        self.pumps = []
+        self.events = events
+        self.longest = poll_us * 1000
+        pthread_mutex_init(&self.mutex, NULL)
+        pthread_condattr_init(&attributes)
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(&self.changed, &attributes)
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        self.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.epoll < 0 or self.wake < 0:
+            raise OSError(errno, "cannot make a worker's descriptors")
+        self._watch(self.wake, EPOLLIN)
+
+    def __dealloc__(self):
+        if self.epoll >= 0:
+            close(self.epoll)
+        if self.wake >= 0:
+            close(self.wake)
+        free(self.route)
+        pthread_cond_destroy(&self.changed)
+        pthread_mutex_destroy(&self.mutex)
+
+    def run(self):
+        """Move chains until stop() is called. The target of the worker's thread."""
+        pthread_mutex_lock(&self.mutex)
+        self.running = True
+        pthread_mutex_unlock(&self.mutex)
+        with nogil:
+            while not load_int(&self.stopping):
+                if load_int(&self.paused):
+                    stand_still(self)
+                if not go_round(self):
+                    idle(self)
+            pthread_mutex_lock(&self.mutex)
+            self.running = False
+            pthread_cond_broadcast(&self.changed)
+            pthread_mutex_unlock(&self.mutex)
+
+    def stop(self):
+        """Make run() return; join the thread to know that it has."""
+        store_int(&self.stopping, 1)
+        signal_fd(self.wake)
+
+    @contextmanager
+    def pause(self, timeout=5.0):
+        """A context in which the worker stands still and pumps may be changed.
+
+        `timeout` in seconds; DeadlineExceeded when the worker does not come to rest.
+        """
+        cdef uint64_t until = now_ns() + <uint64_t> (timeout * 1e9)
+
+        if not hold(self, until):
+            let_go(self)
+            raise DeadlineExceeded(f"the worker did not come to rest in {timeout} s")
+        try:
+            yield
+        finally:
+            let_go(self)
+
+    def add(self, Pump pump):
+        """Run this pump from now on; call it again when its descriptors changed.
+
+        Only under pause().
+        """
+        cdef int at = 0
+
+        if pump not in self.pumps:
+            self.route = <Route *> resized(self.route, self.routes + 1)
+            self.pumps.append(pump)
+            self.routes += 1
+        at = self.pumps.index(pump)
+        self.route[at] = Route(&pump.state, pump.kick_out, pump.call_out, 0, False)
+
+    def remove(self, Pump pump):
+        """Run this pump no more. Only under pause()."""
+        cdef int at = self.pumps.index(pump)
+
+        del self.pumps[at]
+        self.routes -= 1
+        while at < self.routes:
+            self.route[at] = self.route[at + 1]
+            at += 1
+
+    def watch(self, int fd):
+        """Wake up for this eventfd. ValueError when it is of no kind to wait for."""
+        self._watch(fd, EPOLLIN | EPOLLET)
+
+    def unwatch(self, int fd):
+        """Stop that, before the descriptor is closed."""
+        if epoll_ctl(self.epoll, EPOLL_CTL_DEL, fd, NULL) != 0 and errno != ENOENT:
+            raise OSError(errno, f"cannot stop to wait for descriptor {fd}")
+
+    def counters(self):
+        """How often the worker went round and slept, and its polling window in ns."""
+        return {"rounds": self.rounds, "sleeps": self.sleeps, "window": self.window}
+
+    cdef _watch(self, int fd, events):
+        cdef epoll_event event
+
+        event.events = events
+        event.data.u64 = fd == self.wake
+        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) != 0 and errno != EEXIST:
+            raise ValueError(f"descriptor {fd} cannot be waited for (errno {errno})")
+
+
+cdef int go_round(Worker worker) noexcept nogil:
+    """Give every pump its turn and send what is due; how many chains moved."""
+    cdef Route *route
+    cdef PumpState *pump
+    cdef int moved = 0
+    cdef bint tell = False
+    cdef int i
+
+    worker.rounds += 1
+    for i in range(worker.routes):
+        route = &worker.route[i]
+        pump = route.pump
+        moved += step(pump, BUDGET)
+        if pump.call_due:
+            pump.call_due = False
+            if route.call_out >= 0:
+                signal_fd(route.call_out)
+        if pump.kick_due:
+            pump.kick_due = False
+            if route.kick_out >= 0:
+                signal_fd(route.kick_out)
+        if pump.fault != route.fault:
+            route.fault = pump.fault
+            tell = True
+        if pump.draining and not route.drained and is_drained(pump):
+            route.drained = True
+            tell = True
+        if pump.stalled and pump.pool.wanted and pump.pool.may_grow:
+            pump.pool.may_grow = False      # told once; the control plane sets it again
+            tell = True
+    if tell:
+        signal_fd(worker.events)
+    return moved
+
+
+cdef void idle(Worker worker) noexcept nogil:
+    """Nothing moved: poll for as long as that pays, then sleep."""
+    cdef epoll_event events[MAX_EVENTS]
+    cdef uint64_t start
+    cdef uint64_t slept
+    cdef uint64_t count
+    cdef int i, n
+
+    if worker.window:
+        start = now_ns()
+        while now_ns() - start < worker.window:
+            if is_pending(worker) or must_look(worker):
+                return
+            cpu_relax()
+
+    for i in range(worker.routes):
+        rest(worker.route[i].pump)
+    # We arm and then look; the others move their index and then look whether we are
+    # armed. Without a full fence both could miss the other.
+    fence()
+    if is_pending(worker) or must_look(worker):
+        return
+    worker.sleeps += 1
+    start = now_ns()
+    n = epoll_wait(worker.epoll, events, MAX_EVENTS, -1)
+    for i in range(n):
+        if events[i].data.u64:
+            while read(worker.wake, &count, sizeof(count)) > 0:
+                pass
+    learn(worker, now_ns() - start)
+
+
+cdef void learn(Worker worker, uint64_t slept) noexcept nogil:
+    """Would polling have spared this sleep? Then poll longer, else not at all."""
+    if slept > worker.longest:
+        worker.window = 0
+    else:
+        worker.window = min(worker.longest, max(<uint64_t> FIRST_WINDOW, 2 * worker.window))
+
+
+cdef bint is_pending(Worker worker) noexcept nogil:
+    cdef int i
+
+    for i in range(worker.routes):
+        if pending(worker.route[i].pump):
+            return True
+    return False
+
+
+cdef bint must_look(Worker worker) noexcept nogil:
+    return load_int(&worker.paused) != 0 or load_int(&worker.stopping) != 0
+
+
+cdef void stand_still(Worker worker) noexcept nogil:
+    pthread_mutex_lock(&worker.mutex)
+    worker.running = False
+    pthread_cond_broadcast(&worker.changed)
+    while worker.paused:
+        pthread_cond_wait(&worker.changed, &worker.mutex)
+    worker.running = True
+    pthread_mutex_unlock(&worker.mutex)
+
+
+cdef bint hold(Worker worker, uint64_t until) noexcept:
+    """Ask the worker to stand still and wait for it. False: it did not in time."""
+    cdef timespec deadline
+    cdef bint running
+
+    deadline.tv_sec = until // 1000000000
+    deadline.tv_nsec = until % 1000000000
+    with nogil:
+        pthread_mutex_lock(&worker.mutex)
+        store_int(&worker.paused, worker.paused + 1)
+        if worker.running:
+            signal_fd(worker.wake)
+        while worker.running:
+            if pthread_cond_timedwait(&worker.changed, &worker.mutex, &deadline) != 0:
+                break
+        running = worker.running
+        pthread_mutex_unlock(&worker.mutex)
+    return not running
+
+
+cdef void let_go(Worker worker) noexcept nogil:
+    pthread_mutex_lock(&worker.mutex)
+    store_int(&worker.paused, worker.paused - 1)
+    pthread_cond_broadcast(&worker.changed)
+    pthread_mutex_unlock(&worker.mutex)
+
+
+cdef void *resized(void *route, size_t count) except NULL:
+    cdef void *bigger = realloc(route, count * sizeof(Route))
+
+    if bigger == NULL:
+        raise MemoryError
+    return bigger

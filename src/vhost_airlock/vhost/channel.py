@@ -21,8 +21,8 @@ import socket
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, Self
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Self
 
 from ..errors import (
     DeadlineExceeded,
@@ -65,6 +65,26 @@ class Message:
     @property
     def need_reply(self) -> bool:
         return bool(self.flags & HeaderFlag.NEED_REPLY)
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        close_all(self.fds)
+        self.fds.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a handler returns, or a request got, with descriptors that it owns."""
+
+    payload: Any
+    """The reply's payload, of the class that the request's rule says."""
+    fds: list[Fd] = field(default_factory=list)
 
     def close(self) -> None:
         """Close the descriptors that nobody took."""

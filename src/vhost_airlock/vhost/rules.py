@@ -64,6 +64,8 @@ MAYBE_FD = range(2)
 ONE_FD = range(1, 2)
 
 
+SUCCESS = U64(0)
+FAILURE = U64(1)
 _NOTHING = ProtocolFeature(0)
 
 
@@ -82,8 +84,8 @@ class Rule:
     fds: range | None = NO_FDS
     """How many may come; None when `valid` says it."""
     reply_fds: range = NO_FDS
-    refusal: Payload | None = None
-    """The reply, when there is one of its own, that says no."""
+    refusal: Payload | None = FAILURE
+    """The ack or reply that says no; None when there is none that does."""
     needs: ProtocolFeature = _NOTHING
     """Without this feature, the request is refused."""
     valid: Callable[[Any, int], bool] = _anything
@@ -94,10 +96,22 @@ class Rule:
         """Does something come back whether or not the sender asked for it?"""
         return self.ack is not Ack.ASKED
 
+    def refuses(self, reply: Payload, fds: int) -> bool:
+        """Does this reply, with so many fds, say no?"""
+        if isinstance(reply, U64) and self.ack in (Ack.ASKED, Ack.ALWAYS):
+            return reply.value != 0
+        return reply == self.refusal and not fds
 
-def _reply(reply: type[Payload], payload: type[Payload] = Empty, **more: Any) -> Rule:
+
+def _reply(
+    reply: type[Payload],
+    payload: type[Payload] = Empty,
+    *,
+    refusal: Payload | None = None,
+    **more: Any,
+) -> Rule:
     """A rule for a request with a reply of its own."""
-    return Rule(payload, reply, Ack.REPLY, **more)
+    return Rule(payload, reply, Ack.REPLY, refusal=refusal, **more)
 
 
 def _vring(payload: VringState | VringAddr, fds: int) -> bool:
@@ -141,7 +155,9 @@ RULES: dict[Request, Rule] = {
     Request.SET_OWNER: Rule(),
     Request.RESET_OWNER: Rule(),
     Request.SET_MEM_TABLE: Rule(MemoryTable, fds=None, valid=_fd_a_region),
-    Request.SET_LOG_BASE: Rule(Log, Log, Ack.ECHO, fds=ONE_FD, needs=_F.LOG_SHMFD),
+    Request.SET_LOG_BASE: Rule(
+        Log, Log, Ack.ECHO, fds=ONE_FD, refusal=None, needs=_F.LOG_SHMFD
+    ),
     Request.SET_LOG_FD: Rule(fds=ONE_FD),
     Request.SET_VRING_NUM: Rule(VringState, valid=_vring),
     Request.SET_VRING_ADDR: Rule(VringAddr, valid=_vring),
@@ -203,7 +219,7 @@ RULES: dict[Request, Rule] = {
         refusal=U64(0x101),
         needs=_F.DEVICE_STATE,
     ),
-    Request.CHECK_DEVICE_STATE: _reply(U64, refusal=U64(1), needs=_F.DEVICE_STATE),
+    Request.CHECK_DEVICE_STATE: Rule(Empty, U64, Ack.ALWAYS, needs=_F.DEVICE_STATE),
     Request.GET_SHMEM_CONFIG: _reply(ShmemConfig, needs=_F.SHMEM_MAP),
 }
 
@@ -225,7 +241,7 @@ BACKEND_RULES: dict[BackendRequest, Rule] = {
         U64,
         SharedObject,
         reply_fds=MAYBE_FD,
-        refusal=U64(1),
+        refusal=FAILURE,
         needs=_F.SHARED_OBJECT,
     ),
     BackendRequest.SHMEM_MAP: Rule(ShmemMap, fds=ONE_FD, needs=_F.SHMEM_MAP),

@@ -1,0 +1,408 @@
+"""The front-end's role: a method for each request.
+
+Ask a back-end what it offers:
+
+    with Frontend.connect("/tmp/vhost.sock") as back:
+        features = back.get_features()
+        if features & Feature.PROTOCOL_FEATURES:
+            back.negotiate(ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG)
+        back.set_owner()
+        config = back.get_config(0, 8)
+
+The peer isn't trusted. There is at most one request outstanding, a reply must be the
+one that is due to the last byte, and each exchange has a deadline. Descriptors that are
+passed to methods stay the caller's; those that methods return are the caller's too.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+from ..errors import PeerRefused, ProtocolError, RequestRefused
+from .channel import TIMEOUT, Answer, Channel, Message
+from .fds import Fd, HasFileno
+from .rules import RULES, Ack, AnyRequest, AnyRules, Rule, check_reply, permit
+from .wire import (
+    REPLY_FLAGS,
+    U64,
+    Config,
+    CryptoSession,
+    DeviceState,
+    Empty,
+    HeaderFlag,
+    Inflight,
+    Iotlb,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SharedObject,
+    ShmemConfig,
+    VringAddr,
+    VringFd,
+    VringState,
+)
+
+AnyFd = int | HasFileno
+NOTHING = ProtocolFeature(0)
+
+
+class Requester:
+    """Sends requests on one channel and receives what is due in return.
+
+    `Frontend` talks to a back-end. With BACKEND_RULES and the protocol features that
+    were negotiated on the main channel, this class lets a back-end ask its front-end.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        rules: AnyRules,
+        features: ProtocolFeature = NOTHING,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.channel = channel
+        self.rules = rules
+        self.protocol_features = features
+        """The features in use."""
+        self.timeout = timeout
+        """Seconds that the peer has for one request."""
+        self._owed: AnyRequest | None = None
+
+    def exchange(
+        self,
+        request: AnyRequest,
+        payload: Payload = Empty(),  # noqa: B008 (it can't change)
+        fds: Sequence[AnyFd] = (),
+        *,
+        need_reply: bool = True,
+        timeout: float | None = None,
+    ) -> Answer:
+        """Send a request, wait for the reply or ack that is due, and return it.
+
+        Without REPLY_ACK, or need_reply, and when the request has no reply of its own,
+        there is nothing to wait for, and the answer is `Empty`.
+
+        Raises `PeerRefused` when the peer says no, `RequestRefused` when it may not be
+        asked, for want of a feature. Any other exception leaves the channel useless.
+        """
+        rule = self.rules[request]
+        permit(request, rule, self.protocol_features)
+        if self._owed is not None:
+            raise ProtocolError(
+                f"{self.channel.peer}: owes the reply to {self._owed.name}"
+            )
+        self.unsolicited()
+
+        can_ack = ProtocolFeature.REPLY_ACK in self.protocol_features
+        waits = rule.answered or (need_reply and can_ack)
+        flags = HeaderFlag.VERSION
+        if waits and rule.ack in (Ack.ASKED, Ack.ALWAYS):
+            flags |= HeaderFlag.NEED_REPLY
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        self.channel.send(request, payload.pack(), fds, flags=flags, deadline=deadline)
+        if not waits:
+            return Answer(Empty())
+
+        self._owed = request
+        message = self.channel.recv(deadline, lambda _: rule.reply.MAX_SIZE)
+        try:
+            reply = self._check(request, rule, message)
+        except BaseException:
+            message.close()
+            raise
+        self._owed = None
+        if rule.refuses(reply, len(message.fds)):
+            raise PeerRefused(f"{self.channel.peer}: {request.name} refused: {reply}")
+        return Answer(reply, message.fds)
+
+    def _check(self, request: AnyRequest, rule: Rule, message: Message) -> Any:
+        """Return the payload of a reply if it is the one that is due."""
+        if message.request != request or message.flags != REPLY_FLAGS:
+            raise ProtocolError(
+                f"{self.channel.peer}: instead of the reply to {request.name} came"
+                f" message {message.request} with flags {message.flags:#x}"
+            )
+        try:
+            return check_reply(request, rule, message.payload, len(message.fds))
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.channel.peer}: {error}") from None
+
+    def unsolicited(self) -> None:
+        """Raise if the peer sent something, or hung up, while nothing was asked of it.
+
+        To be called when the socket is readable between exchanges. `exchange()` does it
+        too, so that nothing that was sent before a request is taken for its reply.
+        """
+        if self.channel.pending():
+            raise ProtocolError(f"{self.channel.peer}: sent what nobody asked for")
+
+    def fileno(self) -> int:
+        return self.channel.fileno()
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Frontend(Requester):
+    """Talks to a back-end. Each method is the request of the same name in `wire`.
+
+    With REPLY_ACK negotiated, each method returns when the back-end has done what was
+    asked; without it, `barrier()` waits for all that went before.
+    """
+
+    def __init__(self, channel: Channel, *, timeout: float = TIMEOUT) -> None:
+        super().__init__(channel, RULES, timeout=timeout)
+
+    @classmethod
+    def connect(
+        cls,
+        path: str,
+        *,
+        stop: HasFileno | None = None,
+        peer: str = "back",
+        timeout: float = TIMEOUT,
+    ) -> Self:
+        """Connect to a back-end that listens at a path."""
+        channel = Channel.connect(path, stop=stop, peer=peer, timeout=timeout)
+        return cls(channel, timeout=timeout)
+
+    def _number(self, request: Request) -> int:
+        """Ask for a number."""
+        value: int = self._ask(request).value
+        return value
+
+    def _ask(self, request: Request, payload: Payload = Empty()) -> Any:  # noqa: B008
+        """Ask for a payload. The caller knows its class from the rule."""
+        return self.exchange(request, payload).payload
+
+    # Features.
+
+    def get_features(self) -> int:
+        return self._number(Request.GET_FEATURES)
+
+    def set_features(self, features: int) -> None:
+        self.exchange(Request.SET_FEATURES, U64(features))
+
+    def get_protocol_features(self) -> ProtocolFeature:
+        return ProtocolFeature(self._number(Request.GET_PROTOCOL_FEATURES))
+
+    def set_protocol_features(self, features: int) -> None:
+        """Acks begin with the next request: this one switches them on."""
+        self.exchange(Request.SET_PROTOCOL_FEATURES, U64(features), need_reply=False)
+        self.protocol_features = ProtocolFeature(features)
+
+    def negotiate(self, wanted: int) -> ProtocolFeature:
+        """Use the protocol features that we want and the back-end offers."""
+        features = self.get_protocol_features() & wanted
+        self.set_protocol_features(features)
+        return features
+
+    def barrier(self) -> None:
+        """Wait until all that went before has taken effect."""
+        self.get_features()
+
+    # The device.
+
+    def set_owner(self) -> None:
+        self.exchange(Request.SET_OWNER)
+
+    def reset_owner(self) -> None:
+        self.exchange(Request.RESET_OWNER)
+
+    def reset_device(self) -> None:
+        self.exchange(Request.RESET_DEVICE)
+
+    def get_status(self) -> int:
+        return self._number(Request.GET_STATUS)
+
+    def set_status(self, status: int) -> None:
+        self.exchange(Request.SET_STATUS, U64(status))
+
+    def get_config(self, offset: int, size: int, flags: int = 0) -> bytes:
+        """Raises `RequestRefused` when the back-end hasn't got what was asked for.
+
+        Back-ends say so in several ways: with no payload, as they should, with no data,
+        or with another piece.
+        """
+        asked = Config(offset, size, flags, bytes(size))
+        try:
+            reply = self._ask(Request.GET_CONFIG, asked)
+        except PeerRefused as error:
+            raise RequestRefused(str(error)) from None
+        if (reply.offset, reply.size) != (offset, size) or len(reply.data) != size:
+            raise RequestRefused(
+                f"{self.channel.peer}: GET_CONFIG of {size} bytes at {offset}:"
+                f" the reply is {reply} with {len(reply.data)} bytes"
+            )
+        data: bytes = reply.data
+        return data
+
+    def set_config(self, offset: int, data: bytes, flags: int = 0) -> None:
+        """Raises `RequestRefused` when the back-end acks that it can't be written."""
+        self._offer(Request.SET_CONFIG, Config(offset, len(data), flags, data))
+
+    def send_rarp(self, mac: bytes) -> None:
+        self.exchange(Request.SEND_RARP, U64(int.from_bytes(mac, sys.byteorder)))
+
+    def net_set_mtu(self, mtu: int) -> None:
+        """Raises `RequestRefused` when the back-end acks that it isn't possible."""
+        self._offer(Request.NET_SET_MTU, U64(mtu))
+
+    def _offer(self, request: Request, payload: Payload) -> None:
+        """Send what a back-end may say no to without being broken."""
+        try:
+            self.exchange(request, payload)
+        except PeerRefused as error:
+            raise RequestRefused(str(error)) from None
+
+    def create_crypto_session(self, session: CryptoSession) -> CryptoSession:
+        reply: CryptoSession = self._ask(Request.CREATE_CRYPTO_SESSION, session)
+        if len(reply.data) != len(session.data):
+            raise ProtocolError(
+                f"{self.channel.peer}: CREATE_CRYPTO_SESSION: {len(reply.data)} bytes"
+                f" came back of {len(session.data)}"
+            )
+        return reply
+
+    def close_crypto_session(self, session_id: int) -> None:
+        self.exchange(Request.CLOSE_CRYPTO_SESSION, U64(session_id))
+
+    def get_shared_object(self, uuid: bytes) -> Fd:
+        """Raises `PeerRefused` when there is no such object."""
+        answer = self.exchange(Request.GET_SHARED_OBJECT, SharedObject(uuid))
+        return self._only_fd(Request.GET_SHARED_OBJECT, answer)
+
+    def get_shmem_config(self) -> ShmemConfig:
+        config: ShmemConfig = self._ask(Request.GET_SHMEM_CONFIG)
+        return config
+
+    def set_backend_req_fd(self, fd: AnyFd) -> None:
+        self.exchange(Request.SET_BACKEND_REQ_FD, fds=[fd])
+
+    # Memory.
+
+    def get_max_mem_slots(self) -> int:
+        return self._number(Request.GET_MAX_MEM_SLOTS)
+
+    def set_mem_table(self, regions: Iterable[tuple[MemoryRegion, AnyFd]]) -> None:
+        table = list(regions)
+        self.exchange(
+            Request.SET_MEM_TABLE,
+            MemoryTable(tuple(region for region, _ in table)),
+            [fd for _, fd in table],
+        )
+
+    def add_mem_region(self, region: MemoryRegion, fd: AnyFd) -> None:
+        self.exchange(Request.ADD_MEM_REG, region, [fd])
+
+    def remove_mem_region(self, region: MemoryRegion) -> None:
+        self.exchange(Request.REM_MEM_REG, region)
+
+    def iotlb(self, entry: Iotlb) -> None:
+        self.exchange(Request.IOTLB_MSG, entry)
+
+    # Vrings.
+
+    def get_queue_num(self) -> int:
+        return self._number(Request.GET_QUEUE_NUM)
+
+    def set_vring_num(self, index: int, num: int) -> None:
+        self.exchange(Request.SET_VRING_NUM, VringState(index, num))
+
+    def set_vring_addr(self, addr: VringAddr) -> None:
+        self.exchange(Request.SET_VRING_ADDR, addr)
+
+    def set_vring_base(self, index: int, base: int) -> None:
+        self.exchange(Request.SET_VRING_BASE, VringState(index, base))
+
+    def get_vring_base(self, index: int, *, timeout: float | None = None) -> int:
+        """Stop a vring; return where it stopped. It can take as long as a request."""
+        answer = self.exchange(
+            Request.GET_VRING_BASE, VringState(index), timeout=timeout
+        )
+        state: VringState = answer.payload
+        if state.index != index:
+            raise ProtocolError(
+                f"{self.channel.peer}: GET_VRING_BASE of {index}: the reply is {state}"
+            )
+        return state.num
+
+    def set_vring_kick(self, index: int, fd: AnyFd | None) -> None:
+        """Starts the vring. None: the back-end polls for buffers."""
+        self._vring_fd(Request.SET_VRING_KICK, index, fd)
+
+    def set_vring_call(self, index: int, fd: AnyFd | None) -> None:
+        """None: we poll for used buffers."""
+        self._vring_fd(Request.SET_VRING_CALL, index, fd)
+
+    def set_vring_err(self, index: int, fd: AnyFd | None) -> None:
+        """None: nobody wants to know."""
+        self._vring_fd(Request.SET_VRING_ERR, index, fd)
+
+    def _vring_fd(self, request: Request, index: int, fd: AnyFd | None) -> None:
+        fds = [] if fd is None else [fd]
+        self.exchange(request, VringFd(index, nofd=fd is None), fds)
+
+    def set_vring_enable(self, index: int, enable: bool) -> None:
+        self.exchange(Request.SET_VRING_ENABLE, VringState(index, int(enable)))
+
+    def set_vring_endian(self, index: int, big: bool) -> None:
+        self.exchange(Request.SET_VRING_ENDIAN, VringState(index, int(big)))
+
+    def vring_kick(self, index: int) -> None:
+        self.exchange(Request.VRING_KICK, VringState(index))
+
+    # Migration, and what survives a restart.
+
+    def set_log_base(self, size: int, offset: int, fd: AnyFd) -> None:
+        self.exchange(Request.SET_LOG_BASE, Log(size, offset), [fd])
+
+    def set_log_fd(self, fd: AnyFd) -> None:
+        self.exchange(Request.SET_LOG_FD, fds=[fd])
+
+    def get_inflight_fd(self, queues: int, queue_size: int) -> tuple[Inflight, Fd]:
+        asked = Inflight(0, 0, queues, queue_size)
+        answer = self.exchange(Request.GET_INFLIGHT_FD, asked)
+        fd = self._only_fd(Request.GET_INFLIGHT_FD, answer)
+        return answer.payload, fd
+
+    def set_inflight_fd(self, inflight: Inflight, fd: AnyFd) -> None:
+        self.exchange(Request.SET_INFLIGHT_FD, inflight, [fd])
+
+    def set_device_state_fd(
+        self, direction: int, fd: AnyFd, phase: int = 0
+    ) -> Fd | None:
+        """Returns the back-end's own fd when it wants that one to be used instead."""
+        asked = DeviceState(direction, phase)
+        answer = self.exchange(Request.SET_DEVICE_STATE_FD, asked, [fd])
+        value: int = answer.payload.value
+        if value & 0xFF:
+            answer.close()
+            raise PeerRefused(
+                f"{self.channel.peer}: SET_DEVICE_STATE_FD refused: {value:#x}"
+            )
+        if value & VringFd.NOFD and not answer.fds:
+            return None
+        return self._only_fd(Request.SET_DEVICE_STATE_FD, answer)
+
+    def check_device_state(self) -> None:
+        """Raises `PeerRefused` when not all of the state was transferred."""
+        self.exchange(Request.CHECK_DEVICE_STATE)
+
+    def _only_fd(self, request: Request, answer: Answer) -> Fd:
+        """Take the fd that the answer must have."""
+        if not answer.fds:
+            raise ProtocolError(f"{self.channel.peer}: {request.name}: no fd came back")
+        return answer.fds.pop()

@@ -49,9 +49,28 @@ def any_payload(request: int) -> int:
     return MAX_PAYLOAD
 
 
+class OwnsFds:
+    """Has a list of descriptors, and closes those that nobody took out of it."""
+
+    __slots__ = ()
+
+    fds: list[Fd]
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        close_all(self.fds)
+        self.fds.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 @dataclass(slots=True)
-class Message:
-    """A message that was received; it owns its descriptors until they are taken out."""
+class Message(OwnsFds):
+    """A message that was received."""
 
     request: int
     flags: int
@@ -66,36 +85,14 @@ class Message:
     def need_reply(self) -> bool:
         return bool(self.flags & HeaderFlag.NEED_REPLY)
 
-    def close(self) -> None:
-        """Close the descriptors that nobody took."""
-        close_all(self.fds)
-        self.fds.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 @dataclass(slots=True)
-class Answer:
-    """What a handler returns, or a request got, with descriptors that it owns."""
+class Answer(OwnsFds):
+    """What a handler returns, or a request got: a decoded payload and descriptors."""
 
     payload: Any
     """The reply's payload, of the class that the request's rule says."""
     fds: list[Fd] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Close the descriptors that nobody took."""
-        close_all(self.fds)
-        self.fds.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class Channel:
@@ -227,7 +224,10 @@ class Channel:
             deadline = time.monotonic() + self.timeout
         fds: list[Fd] = []
         try:
-            header = Header.unpack(self._read(Header.LAYOUT.size, deadline, fds))
+            # One read of all would not tell with which byte descriptors came.
+            first = self._read(1, deadline, fds)
+            rest = self._read(Header.LAYOUT.size - 1, deadline, None)
+            header = Header.unpack(first + rest)
             if header.flags & ~_KNOWN_FLAGS != HeaderFlag.VERSION:
                 raise ProtocolError(
                     f"{self.peer}: request {header.request} has flags {header.flags:#x}"

@@ -143,8 +143,20 @@ class BackendRequest(IntEnum):
     """Take a mapping away."""
 
 
+def _invert(mask: int) -> int:
+    """The `~` of flags that are named bits among others without a name.
+
+    IntFlag's own forgets the bits above the highest named one, so that
+    `features & ~Feature.EVENT_IDX` would clear those of the device type as well. Each
+    class has to say this for itself, since enum doesn't let operators be inherited.
+    """
+    return ~int(mask)
+
+
 class HeaderFlag(IntFlag):
     """The header's flags. The lowest two bits are the version, which is 1."""
+
+    __invert__ = _invert  # type: ignore[assignment]
 
     VERSION = 1
     REPLY = 1 << 2
@@ -157,6 +169,8 @@ REPLY_FLAGS = HeaderFlag.VERSION | HeaderFlag.REPLY
 
 class ProtocolFeature(IntFlag):
     """What GET_PROTOCOL_FEATURES offers, as bit masks."""
+
+    __invert__ = _invert  # type: ignore[assignment]
 
     MQ = 1 << 0
     LOG_SHMFD = 1 << 1
@@ -190,6 +204,8 @@ class Feature(IntFlag):
     Bits 0 to 23 and from 50 on belong to the device type, and 41 and 42 may.
     """
 
+    __invert__ = _invert  # type: ignore[assignment]
+
     NOTIFY_ON_EMPTY = 1 << 24
     LOG_ALL = 1 << 26
     """vhost's own: log what you write."""
@@ -213,6 +229,8 @@ class Feature(IntFlag):
 
 class VringFlag(IntFlag):
     """The flags of SET_VRING_ADDR."""
+
+    __invert__ = _invert  # type: ignore[assignment]
 
     LOG = 1
     """Log writes to the used ring."""

@@ -1,0 +1,346 @@
+"""The rules: complete, as the specification says, and applied to the last byte."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vhost_airlock.errors import ProtocolError, RequestRefused
+from vhost_airlock.vhost.rules import (
+    BACKEND_RULES,
+    FAILURE,
+    RULES,
+    Ack,
+    check,
+    check_reply,
+    payload_limit,
+    permit,
+)
+from vhost_airlock.vhost.wire import (
+    MAX_FDS,
+    MAX_PAYLOAD,
+    U64,
+    BackendRequest,
+    Config,
+    Empty,
+    Inflight,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    Payload,
+    ProtocolFeature,
+    Request,
+    SharedObject,
+    VringAddr,
+    VringFd,
+    VringState,
+)
+
+EVERY_RULE = [*RULES.items(), *BACKEND_RULES.items()]
+R = Request
+every_rule = pytest.mark.parametrize(
+    ("request_", "rule"), EVERY_RULE, ids=[repr(r) for r, _ in EVERY_RULE]
+)
+
+
+def among(request, requests):
+    """As `in`, which would take a back-end's request for the front-end's number."""
+    return any(request is each for each in requests)
+
+
+def refused(request, payload=Empty(), fds=0):  # noqa: B008
+    """The text with which a request is found to break its rule."""
+    with pytest.raises(ProtocolError, match=request.name) as caught:
+        check(request, RULES[request], payload.pack(), fds)
+    return str(caught.value)
+
+
+def accepted(request, payload=Empty(), fds=0):  # noqa: B008
+    return check(request, RULES[request], payload.pack(), fds) == payload
+
+
+def test_every_request_has_a_rule():
+    assert list(RULES) == list(Request)
+    assert list(BACKEND_RULES) == list(BackendRequest)
+
+
+ANSWERED = [
+    R.GET_FEATURES,
+    R.GET_PROTOCOL_FEATURES,
+    R.GET_VRING_BASE,
+    R.SET_LOG_BASE,
+    R.GET_INFLIGHT_FD,
+    R.GET_QUEUE_NUM,
+    R.IOTLB_MSG,
+    R.GET_CONFIG,
+    R.CREATE_CRYPTO_SESSION,
+    R.POSTCOPY_ADVISE,
+    R.POSTCOPY_END,
+    R.GET_MAX_MEM_SLOTS,
+    R.GET_STATUS,
+    R.GET_SHARED_OBJECT,
+    R.SET_DEVICE_STATE_FD,
+    R.CHECK_DEVICE_STATE,
+    R.GET_SHMEM_CONFIG,
+    BackendRequest.SHARED_OBJECT_LOOKUP,
+]
+
+
+@every_rule
+def test_what_is_answered_unasked(request_, rule):
+    assert rule.answered == among(request_, ANSWERED)
+
+
+@every_rule
+def test_acks_are_numbers(request_, rule):
+    if rule.ack in (Ack.ASKED, Ack.ALWAYS):
+        assert rule.reply is U64
+        assert rule.refusal == FAILURE
+
+
+ONE_FD = [
+    R.SET_LOG_BASE,
+    R.SET_LOG_FD,
+    R.SET_BACKEND_REQ_FD,
+    R.SET_INFLIGHT_FD,
+    R.GPU_SET_SOCKET,
+    R.ADD_MEM_REG,
+    R.SET_DEVICE_STATE_FD,
+    BackendRequest.SHMEM_MAP,
+]
+MAYBE_FD = [R.REM_MEM_REG, BackendRequest.VRING_HOST_NOTIFIER_MSG]
+AS_PAYLOAD_SAYS = [
+    R.SET_MEM_TABLE,
+    R.SET_VRING_KICK,
+    R.SET_VRING_CALL,
+    R.SET_VRING_ERR,
+]
+
+
+@every_rule
+def test_how_many_fds_may_come(request_, rule):
+    if among(request_, AS_PAYLOAD_SAYS):
+        assert rule.fds is None
+        return
+    expected = {1} if among(request_, ONE_FD) else {0}
+    if among(request_, MAYBE_FD):
+        expected = {0, 1}
+    data = bytes(rule.payload.MIN_SIZE)
+    for count in range(254):
+        if count in expected:
+            assert isinstance(check(request_, rule, data, count), rule.payload)
+        else:
+            with pytest.raises(ProtocolError, match=f"{count} fds"):
+                check(request_, rule, data, count)
+
+
+@pytest.mark.parametrize(
+    "request_", [R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR]
+)
+def test_an_event_has_an_fd_or_says_that_it_has_none(request_):
+    assert accepted(request_, VringFd(5), fds=1)
+    assert accepted(request_, VringFd(5, nofd=True), fds=0)
+    refused(request_, VringFd(5), fds=0)
+    refused(request_, VringFd(5, nofd=True), fds=1)
+    refused(request_, VringFd(5), fds=2)
+
+
+def test_a_memory_table_has_an_fd_for_each_region():
+    for count in (0, 1, 8, MAX_FDS):
+        table = MemoryTable((MemoryRegion(1, 2, 3, 4),) * count)
+        assert accepted(R.SET_MEM_TABLE, table, fds=count)
+        refused(R.SET_MEM_TABLE, table, fds=count + 1)
+    refused(R.SET_MEM_TABLE, MemoryTable((MemoryRegion(1, 2, 3, 4),)), fds=0)
+
+
+@pytest.mark.parametrize(
+    "request_", [R.SET_VRING_NUM, R.SET_VRING_BASE, R.GET_VRING_BASE, R.VRING_KICK]
+)
+def test_there_are_256_vrings(request_):
+    assert accepted(request_, VringState(255, 7))
+    assert "256" in refused(request_, VringState(256, 7))
+
+
+def test_there_are_256_vrings_with_addresses():
+    assert accepted(R.SET_VRING_ADDR, VringAddr(255, 0, 1, 2, 3))
+    assert "256" in refused(R.SET_VRING_ADDR, VringAddr(256, 0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("request_", [R.SET_VRING_ENABLE, R.SET_VRING_ENDIAN])
+def test_a_switch_is_on_or_off(request_):
+    assert accepted(request_, VringState(0, 0))
+    assert accepted(request_, VringState(255, 1))
+    assert "num=2" in refused(request_, VringState(0, 2))
+    assert "256" in refused(request_, VringState(256, 1))
+
+
+def test_a_status_has_8_bits():
+    assert accepted(R.SET_STATUS, U64(255))
+    assert "256" in refused(R.SET_STATUS, U64(256))
+
+
+@pytest.mark.parametrize("request_", [R.GET_CONFIG, R.SET_CONFIG])
+def test_a_configuration_space_has_4_kib(request_):
+    assert accepted(request_, Config(0, 256, 0, bytes(256)))
+    assert accepted(request_, Config(4088, 8, 0, bytes(8)))
+    refused(request_, Config(4089, 8, 0, bytes(8)))
+    refused(request_, Config(2**32 - 1, 8, 0, bytes(8)))
+    refused(request_, Config(0, 8, 0, bytes(7)))
+    refused(request_, Config(0, Config.MAX_DATA + 1, 0, b""))
+
+
+def test_only_a_question_needs_no_data():
+    assert accepted(R.GET_CONFIG, Config(0, 8))
+    refused(R.SET_CONFIG, Config(0, 8))
+
+
+@every_rule
+def test_a_wrong_size_is_refused(request_, rule):
+    for size in {rule.payload.MIN_SIZE - 1, rule.payload.MAX_SIZE + 1} - {-1}:
+        with pytest.raises(ProtocolError, match=f"{request_.name}.* {size}"):
+            check(request_, rule, bytes(size), 0)
+
+
+@every_rule
+@given(data=st.data())
+def test_any_message_passes_or_is_refused(request_, rule, data):
+    size = data.draw(st.integers(0, rule.payload.MAX_SIZE + 9))
+    noise = data.draw(st.binary(min_size=size, max_size=size))
+    for judge, kind in ((check, rule.payload), (check_reply, Payload)):
+        with contextlib.suppress(ProtocolError):
+            payload = judge(request_, rule, noise, data.draw(st.integers(0, 253)))
+            assert isinstance(payload, kind)
+
+
+@every_rule
+def test_limits_let_every_payload_through_and_no_more(request_, rule):
+    rules = BACKEND_RULES if isinstance(request_, BackendRequest) else RULES
+    assert payload_limit(rules)(int(request_)) == rule.payload.MAX_SIZE <= MAX_PAYLOAD
+
+
+def test_an_unknown_request_may_have_any_payload():
+    assert payload_limit(RULES)(45) == MAX_PAYLOAD
+    assert payload_limit(BACKEND_RULES)(0) == MAX_PAYLOAD
+
+
+NEEDS = {
+    ProtocolFeature.MQ: [R.GET_QUEUE_NUM],
+    ProtocolFeature.LOG_SHMFD: [R.SET_LOG_BASE],
+    ProtocolFeature.RARP: [R.SEND_RARP],
+    ProtocolFeature.NET_MTU: [R.NET_SET_MTU],
+    ProtocolFeature.BACKEND_REQ: [R.SET_BACKEND_REQ_FD],
+    ProtocolFeature.CROSS_ENDIAN: [R.SET_VRING_ENDIAN],
+    ProtocolFeature.CRYPTO_SESSION: [R.CREATE_CRYPTO_SESSION, R.CLOSE_CRYPTO_SESSION],
+    ProtocolFeature.PAGEFAULT: [R.POSTCOPY_ADVISE, R.POSTCOPY_LISTEN, R.POSTCOPY_END],
+    ProtocolFeature.CONFIG: [
+        R.GET_CONFIG,
+        R.SET_CONFIG,
+        BackendRequest.CONFIG_CHANGE_MSG,
+    ],
+    ProtocolFeature.INFLIGHT_SHMFD: [R.GET_INFLIGHT_FD, R.SET_INFLIGHT_FD],
+    ProtocolFeature.RESET_DEVICE: [R.RESET_DEVICE],
+    ProtocolFeature.INBAND_NOTIFICATIONS: [
+        R.VRING_KICK,
+        BackendRequest.VRING_CALL,
+        BackendRequest.VRING_ERR,
+    ],
+    ProtocolFeature.CONFIGURE_MEM_SLOTS: [
+        R.GET_MAX_MEM_SLOTS,
+        R.ADD_MEM_REG,
+        R.REM_MEM_REG,
+    ],
+    ProtocolFeature.STATUS: [R.SET_STATUS, R.GET_STATUS],
+    ProtocolFeature.SHARED_OBJECT: [
+        R.GET_SHARED_OBJECT,
+        BackendRequest.SHARED_OBJECT_ADD,
+        BackendRequest.SHARED_OBJECT_REMOVE,
+        BackendRequest.SHARED_OBJECT_LOOKUP,
+    ],
+    ProtocolFeature.DEVICE_STATE: [R.SET_DEVICE_STATE_FD, R.CHECK_DEVICE_STATE],
+    ProtocolFeature.HOST_NOTIFIER: [BackendRequest.VRING_HOST_NOTIFIER_MSG],
+    ProtocolFeature.SHMEM_MAP: [
+        R.GET_SHMEM_CONFIG,
+        BackendRequest.SHMEM_MAP,
+        BackendRequest.SHMEM_UNMAP,
+    ],
+}
+
+
+@every_rule
+def test_features_are_needed(request_, rule):
+    needed = [
+        f for f, requests in NEEDS.items() if any(r is request_ for r in requests)
+    ]
+    everything = ProtocolFeature((1 << 23) - 1)
+    permit(request_, rule, everything)
+    for feature in needed:
+        with pytest.raises(
+            RequestRefused, match=f"{request_.name} needs .*{feature.name}"
+        ):
+            permit(request_, rule, everything & ~feature)
+    if not needed:
+        permit(request_, rule, ProtocolFeature(0))
+
+
+@every_rule
+def test_a_refusal_is_a_reply_that_is_understood_as_one(request_, rule):
+    if rule.refusal is None:
+        return
+    reply = check_reply(request_, rule, rule.refusal.pack(), 0)
+    assert rule.refuses(reply, 0)
+
+
+@pytest.mark.parametrize("value", [1, 2, 2**64 - 1])
+def test_any_number_but_0_is_no(value):
+    for request in (R.SET_FEATURES, R.IOTLB_MSG, R.CHECK_DEVICE_STATE):
+        reply = check_reply(request, RULES[request], U64(value).pack(), 0)
+        assert RULES[request].refuses(reply, 0)
+
+
+@every_rule
+def test_success_is_not_taken_for_a_refusal(request_, rule):
+    if rule.ack in (Ack.ASKED, Ack.ALWAYS):
+        assert not rule.refuses(U64(0), 0)
+    assert not RULES[R.GET_FEATURES].refuses(U64(1), 0)
+    assert not RULES[R.GET_SHARED_OBJECT].refuses(SharedObject(), 1)
+    assert not RULES[R.GET_INFLIGHT_FD].refuses(Inflight(4096, 0, 1, 128), 1)
+
+
+@every_rule
+def test_how_many_fds_may_come_back(request_, rule):
+    maybe = [
+        R.GET_INFLIGHT_FD,
+        R.GET_SHARED_OBJECT,
+        R.SET_DEVICE_STATE_FD,
+        BackendRequest.SHARED_OBJECT_LOOKUP,
+    ]
+    expected = {1} if request_ is R.POSTCOPY_ADVISE else {0}
+    if among(request_, maybe):
+        expected = {0, 1}
+    data = bytes(rule.reply.MIN_SIZE)
+    for count in range(254):
+        if count in expected:
+            check_reply(request_, rule, data, count)
+        else:
+            with pytest.raises(ProtocolError, match=f"{count} fds"):
+                check_reply(request_, rule, data, count)
+
+
+@every_rule
+def test_a_reply_of_wrong_size_is_refused(request_, rule):
+    if rule.ack is Ack.ECHO:
+        return
+    fds = rule.reply_fds.start
+    for size in {rule.reply.MIN_SIZE - 1, rule.reply.MAX_SIZE + 1} - {-1}:
+        if rule.refusal is not None and size == len(rule.refusal.pack()):
+            continue
+        with pytest.raises(ProtocolError, match=f"{request_.name}.* {size}"):
+            check_reply(request_, rule, bytes(size), fds)
+
+
+@pytest.mark.parametrize("size", [0, 8, 16])
+def test_nobody_looks_at_the_echo_of_a_log(size):
+    assert RULES[R.SET_LOG_BASE].reply is Log
+    reply = check_reply(R.SET_LOG_BASE, RULES[R.SET_LOG_BASE], b"\xff" * size, 0)
+    assert reply == Empty()

@@ -22,6 +22,7 @@ Faults of the guest end the taking of chains; what is in flight is still complet
 Faults of the back end all use of the shadow ring.
 """
 
+cimport cython
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
@@ -68,6 +69,9 @@ FAULTS = {
 }
 """What each fault means."""
 
+BACK_SIGNALLED = BACK_ERROR
+"""The fault to set when the back says by its descriptor that a ring is broken."""
+
 cdef enum:
     # A step ends after moving so much: other rings want their turn.
     BYTES_A_STEP = 4 << 20
@@ -91,6 +95,7 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     cdef uint16_t slot
     cdef uint32_t length
     cdef uint64_t bytes = 0
+    cdef uint32_t violations = pump.shadow.violations
     cdef int done = 0
     cdef int reaped = 0
     cdef int rc
@@ -108,7 +113,8 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
         release(&pump.slot[slot], pump.pool, &pump.share)
         free_chain(&pump.shadow, slot)
 
-    if reaped and pump.shadow.armed:
+    # What was skipped counts too: we are past the position that was armed.
+    if pump.shadow.armed and (reaped or pump.shadow.violations != violations):
         pump.shadow.ops.disarm(&pump.shadow)
     if done:
         pump.done += done
@@ -137,6 +143,7 @@ cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept
 
 cdef int forward(PumpState *pump, int budget) noexcept nogil:
     """Pass on the chains which the guest has offered, and kick the back once."""
+    cdef bint stalled = pump.stalled
     cdef uint64_t bytes = 0
     cdef int moved = 0
     cdef int rc
@@ -159,9 +166,11 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
         bytes += pump.chain.bytes_readable + pump.chain.bytes_writable
         moved += 1
 
+    if pump.stalled and (moved or not stalled):
+        pump.counters.stalls += 1
+    if pump.guest.armed and (moved or pump.stalled):
+        pump.guest.ops.disarm(&pump.guest)
     if moved:
-        if pump.guest.armed:
-            pump.guest.ops.disarm(&pump.guest)
         pump.counters.chains += moved
         if pump.shadow.ops.publish(&pump.shadow):
             pump.kick_due = True
@@ -180,13 +189,15 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     if needed > pump.shadow.size:
         return NEVER_FITS
     if needed > pump.shadow.free_count:
-        return stall(pump)
+        pump.stalled = True
+        return 0
     number = take_slot(&pump.shadow)
     slot = &pump.slot[number]
     rc = place(slot, &pump.chain, table, pump.pool, &pump.share)
     if rc <= 0:
         give_slot(&pump.shadow, number)
-        return rc if rc < 0 else stall(pump)
+        pump.stalled = rc == 0
+        return rc
     if not copy_to_back(slot, pump.memory, &pump.hint):
         release(slot, pump.pool, &pump.share)
         give_slot(&pump.shadow, number)
@@ -200,12 +211,6 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     pump.outstanding += 1
     pump.counters.bytes_in += pump.chain.bytes_readable
     return 1
-
-
-cdef int stall(PumpState *pump) noexcept nogil:
-    pump.stalled = True
-    pump.counters.stalls += 1
-    return 0
 
 
 cdef bint rest(PumpState *pump) noexcept nogil:
@@ -245,6 +250,8 @@ cdef bint is_drained(PumpState *pump) noexcept nogil:
     )
 
 
+# __dealloc__ needs the pool, which the garbage collector could clear away before.
+@cython.no_gc_clear
 cdef class Pump:
     """One guest ring, its shadow ring, and the chains between.
 
@@ -315,6 +322,7 @@ cdef class Pump:
         pump.shadow.size = size
         pump.shadow.event_idx = shadow_event_idx
         pump.shadow.indirect = shadow_indirect
+        pump.counters.violations += pump.shadow.violations
         pump.shadow.violations = 0
         pump.shadow.free_count = 0
         for i in range(size - 1, -1, -1):
@@ -353,29 +361,26 @@ cdef class Pump:
         finish stay out of use until it does, or the pump is gone.
         """
         cdef PumpState *pump = &self.state
-        cdef uint16_t end = pump.done
-        cdef uint16_t position, number
+        cdef uint16_t least, end, position, number
         cdef bint last = True
 
         if not pump.attached:
             raise ValueError(f"ring {self.index} is not attached")
-        if fetched is not None:
-            end = fetched & 0xffff
-            if <uint16_t> (end - pump.done) > <uint16_t> (pump.offered - pump.done):
-                end = pump.done
+        least = least_fetched(pump)
+        end = least if fetched is None else fetched & 0xffff
+        if <uint16_t> (end - least) > <uint16_t> (pump.offered - least):
+            end = least
         position = end
         while position != pump.offered:
             number = pump.order[position & (pump.shadow.size - 1)]
-            if in_flight(pump, number, position):
-                release(&pump.slot[number], pump.pool, &pump.share)
-                free_chain(&pump.shadow, number)
-                pump.outstanding -= 1
+            release(&pump.slot[number], pump.pool, &pump.share)
+            free_chain(&pump.shadow, number)
+            pump.outstanding -= 1
             position += 1
 
         position = end - pump.outstanding
         while position != end:
-            number = pump.order[position & (pump.shadow.size - 1)]
-            last = last and in_flight(pump, number, position)
+            last = last and in_flight(pump, position)
             position += 1
         unfinished = pump.outstanding
         for number in range(pump.shadow.size):
@@ -470,6 +475,20 @@ cdef class Pump:
         return is_drained(&self.state)
 
     @property
+    def tells(self):
+        """Does the back say how far it has fetched, and can that be true?"""
+        cdef int fetched
+
+        if not self.state.attached:
+            return False
+        fetched = self.state.shadow.ops.fetched(&self.state.shadow)
+        return fetched >= 0 and self.owes(fetched) <= self.state.outstanding
+
+    def owes(self, uint16_t fetched):
+        """How many chains are not done of so many that the back has fetched."""
+        return <uint16_t> (fetched - self.state.done)
+
+    @property
     def outstanding(self):
         """Chains offered to the back and not done."""
         return self.state.outstanding
@@ -510,12 +529,23 @@ cdef class Pump:
         pump.slots = size
 
 
-cdef bint in_flight(PumpState *pump, uint16_t number, uint16_t position) noexcept nogil:
-    """Is the chain which was offered at this position, in this slot, not done?"""
+cdef bint in_flight(PumpState *pump, uint16_t position) noexcept nogil:
+    """Is the chain at this position, one of the last `size`, not done?"""
+    cdef uint16_t number = pump.order[position & (pump.shadow.size - 1)]
+
     return (
         pump.shadow.state[number] == IN_FLIGHT
         and pump.slot[number].position == position
     )
+
+
+cdef uint16_t least_fetched(PumpState *pump) noexcept nogil:
+    """How many chains the back must have taken: all up to the last that it did."""
+    cdef uint16_t least = pump.offered
+
+    while least != pump.done and in_flight(pump, least - 1):
+        least -= 1
+    return least
 
 
 cdef void *grown(void *memory, size_t old, size_t new, size_t each) except NULL:

@@ -1,0 +1,1 @@
+"""What the tests share: the peers of the airlock, faked or real, and their memory."""

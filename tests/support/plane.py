@@ -1,0 +1,329 @@
+"""A world for the data plane: guest memory, isolated memory, and lanes through both.
+
+A `Lane` is one ring with all that is around it: the guest's driver, the pump, and the
+back's device. Nothing runs by itself: a test offers, steps, takes and completes. The
+test sees all memory through views of its own, and every piece has a page of canaries
+before and after it, which `World.check()` looks at.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+
+from vhost_airlock.dataplane.mapping import Mapping
+from vhost_airlock.dataplane.pool import Pool
+from vhost_airlock.dataplane.pump import FAULTS, Pump, area_bytes, shadow_parts
+from vhost_airlock.dataplane.regions import GuestMemory
+from vhost_airlock.peers import (
+    Buffer,
+    Chain,
+    DeviceRing,
+    DriverRing,
+    SplitLayout,
+    SplitRing,
+    TableArea,
+)
+
+PAGE = 4096
+MIB = 1 << 20
+BACK_BASE = 1 << 46
+"""Where the back's addresses start; none of the guest's is near."""
+
+RINGS_AT = 1 << 40
+"""Guest-physical address from where on lanes have their rings."""
+
+REGIONS = ((0, 2 * MIB), (2 * MIB, 2 * MIB), (8 * MIB, 2 * MIB), (1 << 32, 4 * MIB))
+"""Guest memory: two adjacent regions, and two with holes before them."""
+
+CANARY = bytes(range(1, 256)) * 17
+GUARD = CANARY[:PAGE]
+
+
+class Memory:
+    """A memfd between two pages of canaries, mapped for the plane and for the test."""
+
+    def __init__(self, size: int) -> None:
+        whole = size + 2 * PAGE
+        fd = os.memfd_create("plane", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, whole)
+            self._mapping = Mapping(fd, whole)
+            self._whole = memoryview(mmap.mmap(fd, whole))
+        finally:
+            os.close(fd)
+        self.size = size
+        self.address = self._mapping.address + PAGE
+        self.view = self._whole[PAGE : PAGE + size]
+        self._whole[:PAGE] = GUARD
+        self._whole[PAGE + size :] = GUARD
+
+    def intact(self) -> bool:
+        guards = self._whole[:PAGE], self._whole[PAGE + self.size :]
+        return all(guard == GUARD for guard in guards)
+
+
+class AddressSpace:
+    """Pieces of memory by address, as somebody sees them."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, Memory] = {}
+
+    def add(self, address: int, size: int) -> Memory:
+        memory = self.pieces[address] = Memory(size)
+        return memory
+
+    def _find(self, address: int) -> tuple[int, Memory]:
+        for start, memory in self.pieces.items():
+            if start <= address < start + memory.size:
+                return start, memory
+        raise LookupError(f"nothing at {address:#x}")
+
+    def view(self, address: int, length: int) -> memoryview:
+        """`length` bytes that lie in one piece."""
+        start, memory = self._find(address)
+        if address + length > start + memory.size:
+            raise LookupError(f"{length} bytes at {address:#x} leave their piece")
+        return memory.view[address - start : address - start + length]
+
+    def host(self, address: int) -> int:
+        """Where the data plane sees this address."""
+        start, memory = self._find(address)
+        return memory.address + address - start
+
+    def _runs(self, address: int, length: int) -> Iterator[memoryview]:
+        while length:
+            start, memory = self._find(address)
+            run = min(length, start + memory.size - address)
+            yield memory.view[address - start : address - start + run]
+            address += run
+            length -= run
+
+    def read(self, address: int, length: int) -> bytes:
+        return b"".join(self._runs(address, length))
+
+    def write(self, address: int, data: bytes) -> None:
+        for run in self._runs(address, len(data)):
+            run[:] = data[: len(run)]
+            data = data[len(run) :]
+
+
+class World:
+    """Guest memory, a pool of isolated memory, and any number of lanes."""
+
+    def __init__(
+        self,
+        *,
+        pool: int | Sequence[int] = 4 * MIB,
+        limit: int | None = None,
+        largest: int | None = None,
+        regions: Iterable[tuple[int, int]] = REGIONS,
+    ) -> None:
+        """`pool`: the sizes of its regions, in bytes; `limit`: its own, if another."""
+        sizes = [pool] if isinstance(pool, int) else list(pool)
+        self.ram = AddressSpace()
+        self.isolated = AddressSpace()
+        for address, size in regions:
+            self.ram.add(address, size)
+        self.memory = GuestMemory()
+        self.lanes: list[Lane] = []
+        self._back = count(BACK_BASE, 1 << 32)
+        self._rings = count(RINGS_AT, 1 << 32)
+        total = sum(sizes)
+        self.pool = Pool(
+            total if limit is None else limit,
+            largest=1 << max(total.bit_length() - 1, 12)
+            if largest is None
+            else largest,
+        )
+        self.pool_regions = [self.grow(size) for size in sizes]
+        self.set_regions()
+
+    def grow(self, size: int) -> int:
+        """One more region for the pool; its number."""
+        back = next(self._back)
+        return self.pool.add_region(self.isolated.add(back, size).address, back, size)
+
+    def add_ram(self, size: int) -> int:
+        """Guest memory beside all other, for a ring; its guest-physical address."""
+        address = next(self._rings)
+        self.ram.add(address, -(-size // PAGE) * PAGE)
+        self.set_regions()
+        return address
+
+    def add_isolated(self, size: int) -> int:
+        """Isolated memory for a ring; the back's address."""
+        address = next(self._back)
+        self.isolated.add(address, size)
+        return address
+
+    def set_regions(self, *, without: Iterable[int] = ()) -> None:
+        """Tell the plane what guest memory there is: all, less what is taken away."""
+        gone = set(without)
+        self.memory.set_regions(
+            [
+                (address, memory.size, memory.address)
+                for address, memory in self.ram.pieces.items()
+                if address not in gone
+            ]
+        )
+
+    def check(self) -> None:
+        """No byte before or after any piece of memory was changed."""
+        for space in (self.ram, self.isolated):
+            for address, memory in space.pieces.items():
+                assert memory.intact(), f"a canary around {address:#x} is dead"
+
+
+class Lane:
+    """One ring from the guest's driver to the back's device."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        size: int = 16,
+        base: int = 0,
+        guest_event_idx: bool = True,
+        guest_indirect: bool = True,
+        back_event_idx: bool = True,
+        back_indirect: bool = True,
+        policy: str = "full",
+        entries: int = 16,
+        start: bool = True,
+    ) -> None:
+        """`entries`: how many each of the guest's indirect tables has room for."""
+        self.world = world
+        self.size = size
+        self.base = base
+        self.guest_event_idx = guest_event_idx
+        self.guest_indirect = guest_indirect
+        self.back_event_idx = back_event_idx
+        self.back_indirect = back_indirect
+
+        self.layout = SplitLayout(size)
+        tables_at = -(-self.layout.end // PAGE) * PAGE
+        tables_size = TableArea.length(size, entries)
+        self.ring_at = world.add_ram(tables_at + tables_size)
+        self.tables_at = self.ring_at + tables_at
+        self.ring = SplitRing.at(
+            world.ram.view(self.ring_at, self.layout.end), self.layout
+        )
+        self.driver = DriverRing(
+            self.ring,
+            base=base,
+            event_idx=guest_event_idx,
+            tables=TableArea(
+                world.ram.view(self.tables_at, tables_size), self.tables_at, entries
+            ),
+        )
+        self.pump = Pump(len(world.lanes), world.memory, world.pool, policy)
+        self.area_at = world.add_isolated(area_bytes(size))
+        world.lanes.append(self)
+        if start:
+            self.start(base)
+
+    @property
+    def guest_parts(self) -> tuple[int, int, int]:
+        """Where the data plane sees the guest's descriptors, avail ring, used ring."""
+        host = self.world.ram.host(self.ring_at)
+        layout = self.layout
+        return host + layout.desc, host + layout.avail, host + layout.used
+
+    def start(self, base: int) -> None:
+        """Attach the pump and begin to take; a new device for the back."""
+        self.base = base
+        self.pump.attach(
+            size=self.size,
+            base=base,
+            guest=self.guest_parts,
+            guest_event_idx=self.guest_event_idx,
+            guest_indirect=self.guest_indirect,
+            shadow=(self.world.isolated.host(self.area_at), self.area_at),
+            shadow_event_idx=self.back_event_idx,
+            shadow_indirect=self.back_indirect,
+        )
+        self.pump.set_taking(True)
+        view = self.world.isolated.view(self.area_at, area_bytes(self.size))
+        desc, avail, used = shadow_parts(self.size)
+        self.shadow = SplitRing(self.size, view[desc:], view[avail:], view[used:])
+        self.device = DeviceRing(
+            self.shadow, self.world.isolated.view, event_idx=self.back_event_idx
+        )
+
+    def stop(self, fetched: int | None) -> tuple[int, int, bool]:
+        """Detach; (the guest's new base, unfinished chains, whether these are last)."""
+        end, unfinished, last = self.pump.detach(fetched)
+        return (self.base + end) & 0xFFFF, unfinished, last
+
+    # The guest.
+
+    def offer(
+        self,
+        *buffers: Buffer | tuple[int, int] | tuple[int, int, bool],
+        indirect: bool = False,
+        direct: int = 0,
+    ) -> int:
+        """Offer one chain and publish it; its head."""
+        head = self.driver.offer(
+            [Buffer(*buffer) for buffer in buffers], indirect=indirect, direct=direct
+        )
+        self.driver.publish()
+        return head
+
+    def used(self) -> list[tuple[int, int]]:
+        """What the guest finds completed: heads and lengths."""
+        return list(self.driver.used())
+
+    # The pump.
+
+    def step(self, budget: int = 256) -> int:
+        """One pass; how many chains moved."""
+        return self.pump.step(budget)[0]
+
+    @property
+    def fault(self) -> str | None:
+        """Why the ring stopped, in words."""
+        return FAULTS[self.pump.fault] if self.pump.fault else None
+
+    def counter(self, name: str) -> int:
+        return self.pump.counters()[name]
+
+    # The back.
+
+    def take(self) -> Chain:
+        """The next chain that the back finds; there must be one."""
+        chain = self.device.take()
+        assert chain is not None, "the back finds no chain"
+        return chain
+
+    def bytes_of(self, chain: Chain) -> bytes:
+        """What the back can read in a chain."""
+        return b"".join(
+            bytes(self.world.isolated.view(buffer.addr, buffer.length))
+            for buffer in chain.buffers
+            if not buffer.writable
+        )
+
+    def writable(self, chain: Chain) -> list[memoryview]:
+        """What the back may write in a chain."""
+        return [
+            self.world.isolated.view(buffer.addr, buffer.length)
+            for buffer in chain.buffers
+            if buffer.writable
+        ]
+
+    def complete(
+        self, chain: Chain, data: bytes = b"", *, length: int | None = None
+    ) -> None:
+        """Write `data` into a chain and complete it, with `length` if told."""
+        said = len(data) if length is None else length
+        for view in self.writable(chain):
+            run = data[: len(view)]
+            view[: len(run)] = run
+            data = data[len(run) :]
+        assert not data, "more data than the chain has room for"
+        self.device.complete(chain.head, said)
+        self.device.publish()

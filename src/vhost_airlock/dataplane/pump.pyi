@@ -1,10 +1,13 @@
-from typing import Final, disjoint_base
+from typing import Final
+
+from typing_extensions import disjoint_base
 
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.regions import GuestMemory
 
 POLICIES: Final[dict[str, int]]
 FAULTS: Final[dict[int, str]]
+BACK_SIGNALLED: Final[int]
 
 def area_bytes(size: int) -> int: ...
 def shadow_parts(size: int) -> tuple[int, int, int]: ...
@@ -14,6 +17,7 @@ class Pump:
     attached: bool
     fault: int
     drained: bool
+    tells: bool
     outstanding: int
     quarantined: int
     def __init__(
@@ -47,4 +51,5 @@ class Pump:
         kick_out: int = -1,
         call_in: int = -1,
     ) -> None: ...
+    def owes(self, fetched: int) -> int: ...
     def counters(self) -> dict[str, int]: ...

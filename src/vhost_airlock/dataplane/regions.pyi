@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import disjoint_base
+from typing_extensions import disjoint_base
 
 @disjoint_base
 class GuestMemory:

@@ -1,5 +1,5 @@
 from contextlib import AbstractContextManager
-from typing import disjoint_base
+from typing_extensions import disjoint_base
 
 from vhost_airlock.dataplane.pump import Pump
 

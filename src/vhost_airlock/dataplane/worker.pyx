@@ -19,7 +19,7 @@ back, which shares their open file description with us, cannot make us block.
 from contextlib import contextmanager
 
 from libc.errno cimport EEXIST, ENOENT, errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from posix.time cimport timespec
 
@@ -159,9 +159,12 @@ cdef class Worker:
         self.route[at] = Route(&pump.state, pump.kick_out, pump.call_out, 0, False)
 
     def remove(self, Pump pump):
-        """Run this pump no more. Only under pause()."""
-        cdef int at = self.pumps.index(pump)
+        """Run this pump no more, if it was run at all. Only under pause()."""
+        cdef int at
 
+        if pump not in self.pumps:
+            return
+        at = self.pumps.index(pump)
         del self.pumps[at]
         self.routes -= 1
         while at < self.routes:
@@ -170,7 +173,7 @@ cdef class Worker:
 
     def watch(self, int fd):
         """Wake up for this eventfd. ValueError when it is of no kind to wait for."""
-        self._watch(fd, EPOLLIN | EPOLLET)
+        self._watch(fd, <uint32_t> EPOLLIN | <uint32_t> EPOLLET)
 
     def unwatch(self, int fd):
         """Stop that, before the descriptor is closed."""
@@ -181,7 +184,7 @@ cdef class Worker:
         """How often the worker went round and slept, and its polling window in ns."""
         return {"rounds": self.rounds, "sleeps": self.sleeps, "window": self.window}
 
-    cdef _watch(self, int fd, events):
+    cdef _watch(self, int fd, uint32_t events):
         cdef epoll_event event
 
         event.events = events

@@ -29,6 +29,7 @@ from .disk import ID_SIZE, SEG_MAX, BlkFeature, BlkType
 from .events import clear
 from .guest_queue import GuestQueue, Io, Segment
 from .ram import GuestRam
+from .ring import RingFull
 
 TIMEOUT = 30.0
 WANTED = (
@@ -68,9 +69,9 @@ class BlkGuest:
         self._wanted_protocol = int(WANTED_PROTOCOL)
         for feature in without:
             if isinstance(feature, ProtocolFeature):
-                self._wanted_protocol &= ~feature
+                self._wanted_protocol &= ~int(feature)
             else:
-                self._wanted &= ~feature
+                self._wanted &= ~int(feature)
         self._front: Frontend | None = None
         self._memory_is_shared = False
 
@@ -230,7 +231,11 @@ class BlkGuest:
 
     def do(self, kind: int, sector: int = 0, segments: Sequence[Segment] = ()) -> Io:
         """Do one request on the first queue, well or not."""
-        io = self.queues[0].submit(kind, sector, segments)
+        try:
+            io = self.queues[0].submit(kind, sector, segments)
+        except RingFull:
+            self.finish()
+            io = self.queues[0].submit(kind, sector, segments)
         self.finish()
         return io
 

@@ -106,13 +106,13 @@ class DeviceServer:
         self.device = device
         self.memory = Memory()
         self.features = 0
-        self.offered = int(RING_FEATURES) | device.features
+        self.offered = int(RING_FEATURES) | int(device.features)
         self.protocol_offered = int(PROTOCOL_FEATURES)
         for feature in without:
             if isinstance(feature, ProtocolFeature):
-                self.protocol_offered &= ~feature
+                self.protocol_offered &= ~int(feature)
             else:
-                self.offered &= ~feature
+                self.offered &= ~int(feature)
         self._vrings = [Vring() for _ in range(device.num_queues)]
         self._busy: set[int] = set()
         self._backend = Backend(channel, self._handlers())

@@ -1,0 +1,7 @@
+"""python -m vhost_airlock"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,135 @@
+"""The process: listens for the front, serves one session after the other, and ends.
+
+It serves one front at a time, as a vhost-user back-end does; the next one waits to be
+accepted. SIGTERM and SIGINT end it: rings are drained first, within the time for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from .back import Back
+from .config import Config
+from .connector import make_connector
+from .errors import SessionError
+from .session import Session
+from .sockets import Listener, inherited
+from .vhost.channel import Channel
+from .vhost.fds import eventfd, notify
+from .vhost.wire import ProtocolFeature
+
+log = logging.getLogger(__name__)
+
+
+class Daemon:
+    """Everything that lives as long as the process. StartError when it can't begin."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._open = contextlib.ExitStack()
+        self.stop = self._open.enter_context(eventfd())
+        self._kept: Back | None = None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self.connector = make_connector(config, self.stop)
+            self._open.callback(self.connector.close)
+            self._fronts = self._listen()
+            undo.pop_all()
+
+    def run(self) -> int:
+        """Serve until told to stop, or to end; returns the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        with contextlib.closing(self):
+            for sock in self._fronts:
+                session = self._serve(sock)
+                if session.stopped:
+                    return 0
+                if session.back_lost and self.config.exit_with_backend:
+                    log.error("the back is gone: ending as told")
+                    return 1
+        return 0
+
+    def close(self) -> None:
+        """Close everything; nothing is left of the sockets that were made."""
+        if self._kept is not None:
+            self._drop_back()
+        self._open.close()
+
+    def _serve(self, sock: socket.socket) -> Session:
+        log.info("front: connected")
+        front = Channel(
+            sock, stop=self.stop, peer="front", timeout=self.config.timeout
+        )
+        session = Session(front, self.config, self._connect, self.stop)
+        self._kept = session.run()
+        if self._kept is None:
+            self.connector.disconnected()
+        else:
+            self._refresh(self._kept)
+        return session
+
+    def _connect(self, config_changed: Callable[[], None]) -> Back:
+        """Return the back of a new session: the kept one, or a new connection."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            if kept.usable:
+                kept.frontend.channel.stop = self.stop
+                kept.config_changed = config_changed
+                return kept
+            kept.close()
+            self.connector.disconnected()
+        channel = self.connector.connect()
+        try:
+            return Back(channel, self.config, config_changed)
+        except BaseException:
+            channel.close()
+            raise
+
+    def _refresh(self, back: Back) -> None:
+        """Make a kept device as new for the next front, as far as it can be."""
+        if back.frontend.protocol_features & ProtocolFeature.RESET_DEVICE:
+            try:
+                back.frontend.reset_device()
+            except SessionError as error:
+                log.error("%s", error)
+                self._drop_back()
+
+    def _drop_back(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+            self.connector.disconnected()
+
+    def _listen(self) -> Iterator[socket.socket]:
+        """Prepare for fronts now; return what yields them one by one."""
+        if self.config.fd is not None:
+            sock, listening = inherited(self.config.fd)
+            if not listening:
+                return iter([sock])
+            self._open.enter_context(sock)
+            return self._accept(sock, lambda: sock.accept()[0])
+        listener = Listener(self.config.socket_path or "")
+        self._open.callback(listener.close)
+        return self._accept(listener.socket, listener.accept)
+
+    def _accept(
+        self, waited: socket.socket, accept: Callable[[], socket.socket]
+    ) -> Iterator[socket.socket]:
+        poll = select.poll()
+        poll.register(waited.fileno(), select.POLLIN)
+        poll.register(self.stop.fileno(), select.POLLIN)
+        while True:
+            if any(fd == self.stop.fileno() for fd, _ in poll.poll()):
+                return
+            yield accept()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        log.info("%s: ending", signal.Signals(number).name)
+        notify(self.stop)

@@ -1,0 +1,332 @@
+"""One device in the hands of one front: its memory, its rings, and the back.
+
+Handlers call this; it does what a message asks for, on both sides. It keeps what the
+front says until the back needs to know it: protocol features and owner when the first
+message goes to the back, everything about a ring when the ring starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .back import Back
+from .config import Config
+from .dataplane.worker import Worker
+from .errors import RequestRefused, SessionError
+from .isolated import Region
+from .memory import FrontMemory
+from .rings import Ring
+from .state import (
+    Event,
+    front_accepts,
+    front_accepts_protocol,
+    front_offer,
+    front_protocol_offer,
+)
+from .vhost.channel import Channel
+from .vhost.fds import Fd, drain, eventfd
+from .vhost.frontend import Frontend, Requester
+from .vhost.rules import BACKEND_RULES
+from .vhost.wire import (
+    BackendRequest,
+    Feature,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddr,
+)
+
+log = logging.getLogger(__name__)
+
+IDLE_CHECK = 10.0
+"""Seconds between looks for regions of the pool that nobody needs."""
+
+
+class Device:
+    """All that a session has beside the front's socket. `connect` makes the back."""
+
+    def __init__(
+        self,
+        config: Config,
+        connect: Callable[[Callable[[], None]], Back],
+    ) -> None:
+        self.config = config
+        self.memory = FrontMemory()
+        self.features = 0
+        self.protocol_features = ProtocolFeature(0)
+        self.rings: dict[int, Ring] = {}
+        self.events = eventfd()
+        self.worker = Worker(self.events.fileno(), poll_us=config.poll_us)
+        self._thread = threading.Thread(
+            target=self.worker.run, name="airlock-worker", daemon=True
+        )
+        self._thread.start()
+        self._connect = connect
+        self._back: Back | None = None
+        self._front_requests: Requester | None = None
+        self._idle_regions: set[int] = set()
+        self._next_idle_check = time.monotonic() + IDLE_CHECK
+
+    @property
+    def back(self) -> Back:
+        """The back, connected when it is first needed."""
+        if self._back is None:
+            self._back = self._connect(self._on_config_change)
+        return self._back
+
+    @property
+    def connected(self) -> Back | None:
+        """The back, if there is one yet."""
+        return self._back
+
+    @property
+    def frontend(self) -> Frontend:
+        """The back for messages that are passed on: settled, and ready for them."""
+        self.back.settle(self.protocol_features)
+        return self.back.frontend
+
+    # Features.
+
+    def offer(self) -> int:
+        return front_offer(self.back.offered)
+
+    def accept(self, features: int) -> None:
+        """The front accepts features; it may repeat itself while rings run."""
+        accepted = front_accepts(self.offer(), features)
+        if accepted == self.features:
+            return
+        if any(ring.attached for ring in self.rings.values()):
+            raise RequestRefused(f"SET_FEATURES: {features:#x} while rings are started")
+        self.features = accepted
+
+    def offer_protocol(self) -> ProtocolFeature:
+        return front_protocol_offer(self.back.offered_protocol)
+
+    def accept_protocol(self, features: int) -> None:
+        accepted = front_accepts_protocol(self.offer_protocol(), features)
+        if self.back.settled and not self.back.has(accepted):
+            raise RequestRefused("SET_PROTOCOL_FEATURES: others are in use already")
+        self.protocol_features = accepted
+
+    # Memory.
+
+    @contextmanager
+    def changing_memory(self) -> Iterator[FrontMemory]:
+        """Change the guest's memory; it has taken effect when this ends.
+
+        The new regions are mapped while the worker still runs with the old ones. A copy
+        to memory that goes away is dropped; a ring in such memory is broken.
+        """
+        yield self.memory
+        with self.worker.pause():
+            self.memory.publish()
+            for ring in self.rings.values():
+                ring.relocate(self.memory)
+        self.memory.prune()
+        self.start_rings()
+
+    def set_memory(self, regions: tuple[MemoryRegion, ...], fds: list[Fd]) -> None:
+        with self.changing_memory() as memory:
+            memory.replace(regions, fds)
+
+    def add_memory(self, region: MemoryRegion, fd: Fd) -> None:
+        with self.changing_memory() as memory:
+            memory.add(region, fd)
+
+    def remove_memory(self, region: MemoryRegion) -> None:
+        with self.changing_memory() as memory:
+            memory.remove(region)
+
+    # Rings.
+
+    def ring(self, index: int) -> Ring:
+        """The ring with this number, made when it is first asked for."""
+        if index not in self.rings:
+            self.rings[index] = Ring(index, self.worker, self.events)
+        return self.rings[index]
+
+    def set_ring_address(self, addr: VringAddr) -> None:
+        ring = self.ring(addr.index)
+        ring.vring.set_addr(addr)
+        if ring.attached:
+            with self.worker.pause():
+                ring.relocate(self.memory)
+        self.start_rings()
+
+    def kick_ring(self, index: int, fd: Fd) -> None:
+        """Start a ring: the guest kicks it here."""
+        ring = self.ring(index)
+        ring.replace_kick(fd)
+        ring.vring.happen(Event.START)
+        if not self.features & Feature.PROTOCOL_FEATURES:
+            ring.vring.happen(Event.ENABLE)     # there is no message to enable it
+        self.start_rings()
+
+    def enable_ring(self, index: int, enable: bool) -> None:
+        ring = self.ring(index)
+        ring.vring.happen(Event.ENABLE if enable else Event.DISABLE)
+        if ring.attached:
+            ring.enable(self.back, enable)
+
+    def stop_ring(self, index: int) -> int:
+        """Stop a ring, and return the base at which it can go on."""
+        ring = self.ring(index)
+        base = ring.vring.base
+        if ring.attached:
+            base = ring.stop(self.back, self.config.drain_timeout)
+        ring.vring.happen(Event.STOP)
+        ring.vring.base = base
+        return base
+
+    def start_rings(self) -> None:
+        """Start every ring for which the front has said all that it takes.
+
+        Front-ends send the parts of this in any order.
+        """
+        for ring in self.rings.values():
+            vring = ring.vring
+            ready = vring.phase.started and vring.configured and not ring.attached
+            if ready and ring.locate(self.memory) is not None:
+                back = self.back
+                back.settle(self.protocol_features)
+                back.set_features(self.features)
+                ring.start(back, self.memory, self.features, self.config.copy)
+                self._share_pool()
+
+    def reset(self) -> None:
+        """The device is as new. Requests in flight end first, or are let go."""
+        for index, ring in self.rings.items():
+            self.stop_ring(index)
+            ring.vring.happen(Event.DISABLE)
+        if self.back.offered_protocol & ProtocolFeature.RESET_DEVICE:
+            self.frontend.reset_device()
+
+    # What happens between messages.
+
+    def look(self) -> None:
+        """See to what the worker has signalled, and to what time has brought."""
+        drain(self.events)
+        for ring in self.rings.values():
+            if reason := ring.check():
+                log.error("ring %d is broken: %s", ring.index, reason)
+        if self._back is not None and self._back.settled:
+            self._grow_pool(self._back)
+            if time.monotonic() >= self._next_idle_check:
+                self._next_idle_check = time.monotonic() + IDLE_CHECK
+                self._shrink_pool(self._back)
+
+    def set_front_requests(self, fd: Fd) -> None:
+        """The front's socket for requests of the back; it replaces an older one."""
+        self._close_front_requests()
+        sock = socket.socket(fileno=fd.release())
+        channel = Channel(sock, peer="front", timeout=self.config.timeout)
+        self._front_requests = Requester(
+            channel, BACKEND_RULES, self.protocol_features
+        )
+
+    def stop(self) -> None:
+        """Stop all rings as the front would; what is in flight ends."""
+        for index, ring in self.rings.items():
+            if ring.attached:
+                self.stop_ring(index)
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each ring has done, by its number, and the worker and the pool."""
+        found = {
+            f"ring {index}": ring.pump.counters()
+            for index, ring in sorted(self.rings.items())
+            if ring.pump is not None
+        }
+        found["worker"] = self.worker.counters()
+        if self._back is not None and self._back.settled:
+            memory = self._back.memory
+            found["pool"] = {
+                "used": memory.pool.used,
+                "high_water": memory.pool.high_water,
+                "resident": memory.resident,
+            }
+        return found
+
+    def close(self, *, keep_back: bool = False) -> Back | None:
+        """Let go of everything; return the back, if it is to be kept and can be."""
+        kept = self._back if keep_back and not self._quarantined() else None
+        for ring in self.rings.values():
+            ring.abandon()
+        self.worker.stop()
+        self._thread.join()
+        for ring in self.rings.values():
+            ring.close()
+        self.rings.clear()
+        self.memory.close()
+        self._close_front_requests()
+        self.events.close()
+        if self._back is not None and kept is None:
+            self._back.close()
+        return kept
+
+    def _quarantined(self) -> int:
+        return sum(ring.pump.quarantined for ring in self.rings.values() if ring.pump)
+
+    def _share_pool(self) -> None:
+        """Half of the pool is split among the rings, the other half is for all."""
+        pumps = [ring.pump for ring in self.rings.values() if ring.pump is not None]
+        memory = self.back.memory
+        each = memory.limit // 2 // len(pumps)
+        with self.worker.pause():
+            for pump in pumps:
+                pump.set_guaranteed(each)
+            memory.pool.set_common(memory.limit - each * len(pumps))
+
+    def _grow_pool(self, back: Back) -> None:
+        wanted = back.memory.pool.take_wanted()
+        if not wanted or not back.memory.slots:
+            return
+        region = back.grow(wanted)
+        if region is None:
+            self._withdraw(back, back.memory.idle())
+            region = back.grow(wanted)
+        if region is not None:
+            with self.worker.pause():
+                back.memory.open(region)
+                back.memory.pool.set_may_grow(True)
+
+    def _shrink_pool(self, back: Back) -> None:
+        """Take regions back that were idle at the last look too, but for the first."""
+        with self.worker.pause():
+            idle = set(back.memory.idle())
+        long_idle = sorted(idle & self._idle_regions - {0})
+        self._idle_regions = idle
+        if back.memory.slots and long_idle:
+            self._withdraw(back, long_idle)
+
+    def _withdraw(self, back: Back, numbers: list[int]) -> None:
+        """Take regions out of the pool, if they still are idle, and from the back."""
+        gone: list[Region] = []
+        with self.worker.pause():
+            for number in set(numbers) & set(back.memory.idle()):
+                gone.append(back.memory.withdraw(number))
+            back.memory.pool.set_may_grow(True)
+        for region in gone:
+            back.forget(region)
+
+    def _on_config_change(self) -> None:
+        """Tell the front. It must not be asked to ack: it may be asking us just now."""
+        if self._front_requests is None:
+            return
+        try:
+            self._front_requests.exchange(
+                BackendRequest.CONFIG_CHANGE_MSG, need_reply=False
+            )
+        except SessionError as error:
+            log.warning("front: its socket for requests is of no use: %s", error)
+            self._close_front_requests()
+
+    def _close_front_requests(self) -> None:
+        if self._front_requests is not None:
+            self._front_requests.close()
+            self._front_requests = None
+

@@ -224,7 +224,7 @@ def test_an_unknown_request_may_have_any_payload():
     assert payload_limit(BACKEND_RULES)(0) == MAX_PAYLOAD
 
 
-NEEDS = {
+NEEDS: dict[ProtocolFeature, list[Request | BackendRequest]] = {
     ProtocolFeature.MQ: [R.GET_QUEUE_NUM],
     ProtocolFeature.LOG_SHMFD: [R.SET_LOG_BASE],
     ProtocolFeature.RARP: [R.SEND_RARP],

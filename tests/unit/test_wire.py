@@ -250,4 +250,4 @@ def test_a_bit_can_be_cleared_without_losing_any_other(feature):
 
 def test_replies_have_the_flags_that_qemu_takes():
     assert wire.REPLY_FLAGS == 0x5
-    assert HeaderFlag.NEED_REPLY == 0x8
+    assert HeaderFlag.NEED_REPLY.value == 0x8

@@ -1,1 +1,33 @@
-"""The vhost-user protocol as a library: both roles, and what they are made of."""
+"""The vhost-user protocol as a library: both roles, and what they are made of.
+
+`Frontend` asks a back-end, `Backend` serves a front-end. Messages are declared in
+`wire`, what may come with them in `rules`.
+"""
+
+from .backend import Backend, Handler, Responder
+from .channel import Answer, Channel, Message
+from .fds import Fd, drain, eventfd, notify
+from .frontend import Frontend, Requester
+from .rules import BACKEND_RULES, RULES
+from .wire import BackendRequest, Feature, ProtocolFeature, Request
+
+__all__ = [
+    "BACKEND_RULES",
+    "RULES",
+    "Answer",
+    "Backend",
+    "BackendRequest",
+    "Channel",
+    "Fd",
+    "Feature",
+    "Frontend",
+    "Handler",
+    "Message",
+    "ProtocolFeature",
+    "Request",
+    "Requester",
+    "Responder",
+    "drain",
+    "eventfd",
+    "notify",
+]

@@ -1,0 +1,99 @@
+"""Tests with real programs: each runs direct and through the airlock."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real.airlock import airlock
+from tests.real.blkdrive import BlkDrive
+from tests.real.processes import Process
+from tests.real.programs import Programs, find
+from tests.real.storage import Disk, storage_daemon
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Programs:
+    found = find()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder which the programs see too; its short name leaves room for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="airlock-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def drive(programs: Programs, folder: Path) -> BlkDrive:
+    return BlkDrive(programs, folder)
+
+
+@pytest.fixture(params=["direct", "airlock"])
+def via(request: pytest.FixtureRequest) -> str:
+    """How the front-end reaches its back-end."""
+    return str(request.param)
+
+
+class Served:
+    """A disk that is being served: its front socket, and the back-end's process."""
+
+    def __init__(self, front: Path, backend: Process, proxy: Process | None) -> None:
+        self.front = front
+        self.backend = backend
+        self.proxy = proxy
+
+
+@pytest.fixture
+def serve(
+    programs: Programs, folder: Path, via: str
+) -> Iterator[Callable[..., Served]]:
+    """serve(disk, *options): a storage daemon and maybe an airlock serve it."""
+    with ExitStack() as stack:
+
+        def serve_one(disk: Disk, *options: str) -> Served:
+            daemon, back = stack.enter_context(
+                storage_daemon(programs, disk, folder / "back.sock")
+            )
+            if via == "direct":
+                return Served(back, daemon, None)
+            front = folder / "front.sock"
+            proxy = stack.enter_context(airlock(back, front, *options))
+            return Served(front, daemon, proxy)
+
+        yield serve_one
+
+
+@pytest.fixture(scope="session")
+def direct_results() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def same_as_direct(
+    request: pytest.FixtureRequest, via: str, direct_results: dict[str, Any]
+) -> Callable[[object], None]:
+    """Compare a result with that of the same test run direct, which ran before."""
+    name = request.node.name.replace("airlock", "direct")
+
+    def compare(result: object) -> None:
+        if via == "direct":
+            direct_results[name] = result
+        elif name in direct_results:
+            assert result == direct_results[name]
+
+    return compare

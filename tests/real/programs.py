@@ -1,0 +1,68 @@
+"""Where the real programs are: in the Debian of tools/real-root, or on this machine."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+ROOT = PROJECT / ".real" / "root"
+NEEDED = ("qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-system-x86_64")
+
+
+@dataclass(frozen=True)
+class Programs:
+    """How to run them. /tmp is the same folder for them and for us."""
+
+    prefix: tuple[str, ...]
+    root: Path
+    cache: str
+    """Folder for programs built by tests, as seen by those programs."""
+
+    def __call__(self, *argv: str) -> list[str]:
+        """The command line that runs a program there."""
+        return [*self.prefix, *argv]
+
+    def path(self, name: str) -> Path:
+        """A file of theirs, as seen from here."""
+        return self.root / name.lstrip("/")
+
+    def compile(self, source: Path, package: str) -> str:
+        """Build a C program with their compiler and library: where it is for them.
+
+        Its name carries a digest of the source, so each version is built once.
+        """
+        code = source.read_bytes()
+        name = f"{source.stem}-{hashlib.sha256(code).hexdigest()[:12]}"
+        if not self.path(f"{self.cache}/{name}").exists():
+            gcc = "gcc -O2 -Wall -Wextra -Werror -x c -o $$ - -pthread"
+            build = (
+                f"mkdir -p {self.cache} && cd {self.cache} && "
+                f"{gcc} $(pkg-config --cflags --libs {package}) && mv $$ {name}"
+            )
+            done = subprocess.run(
+                self("sh", "-c", build), input=code, capture_output=True, timeout=60
+            )
+            assert done.returncode == 0, done.stderr.decode()
+        return f"{self.cache}/{name}"
+
+
+def find() -> Programs | str:
+    """The programs, or why there are none."""
+    choice = os.environ.get("REAL", "")
+    if choice == "no":
+        return "REAL=no"
+    if choice == "host":
+        missing = [name for name in NEEDED if not shutil.which(name)]
+        if missing:
+            return f"REAL=host, but there is no {', '.join(missing)}"
+        return Programs((), Path("/"), f"{PROJECT}/build/real")
+    if os.geteuid() != 0:
+        return "entering .real/root needs root"
+    if not (ROOT / "ready").exists():
+        return "no .real/root: tools/real-root makes it"
+    return Programs(
+        (str(PROJECT / "tools" / "in-real-root"),), ROOT, "/var/cache/vhost-airlock"
+    )

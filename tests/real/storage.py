@@ -1,0 +1,58 @@
+"""qemu-storage-daemon as a vhost-user-blk back-end."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.real.processes import Process
+from tests.real.programs import Programs
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What is exported: a raw file, or with none a null device of `size` bytes."""
+
+    image: Path | None = None
+    size: int = 0
+    queues: int = 1
+    direct: bool = False
+    """The file is opened with O_DIRECT, so that alignment matters."""
+
+    def blockdev(self) -> str:
+        if self.image is None:
+            return f"driver=null-co,node-name=disk,size={self.size},read-zeroes=on"
+        cache = "on" if self.direct else "off"
+        return (
+            f"driver=file,node-name=disk,filename={self.image},"
+            f"cache.direct={cache},discard=unmap"
+        )
+
+
+@contextmanager
+def storage_daemon(
+    programs: Programs, disk: Disk, path: Path
+) -> Iterator[tuple[Process, Path]]:
+    """A running daemon and the socket that it serves.
+
+    It gets the listening socket from us, so there is nothing to wait for. At the end it
+    must still be alive, and end as told: a front-end that leaves a mess kills it.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        argv = programs(
+            "qemu-storage-daemon",
+            *("--object", "iothread,id=io"),
+            *("--blockdev", disk.blockdev()),
+            "--export",
+            "type=vhost-user-blk,id=export,node-name=disk,writable=on,iothread=io,"
+            f"num-queues={disk.queues},addr.type=fd,addr.str={fd}",
+        )
+        daemon = Process(argv, path.with_suffix(".storage.log"), pass_fds=[fd])
+    with daemon:
+        yield daemon, path
+        assert not daemon.ended(), daemon.describe()
+        assert daemon.stop() == 0, daemon.describe()

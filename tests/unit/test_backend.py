@@ -276,6 +276,16 @@ def test_a_request_that_nobody_knows_is_refused(front, null, request_):
         front.ask(request_, payload, [null])
 
 
+def test_a_peer_cannot_fill_the_log_with_what_is_refused(front, caplog):
+    front.negotiate(ALL)
+    for request in (R.SEND_RARP, 45, 46, R.SEND_RARP, 45, 47):
+        assert front.ask(request, U64(1), flags=VERSION | NEED_REPLY)
+    assert [record.getMessage() for record in caplog.records] == [
+        "front: refused: SEND_RARP isn't supported",
+        "front: refused: nobody knows request 45",
+    ]
+
+
 def test_a_reply_from_the_front_is_no_request(front):
     front.handlers[R.SET_OWNER] = done
     with pytest.raises(ProtocolError, match="sent a reply"):

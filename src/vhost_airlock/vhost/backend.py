@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 
 NOTHING = ProtocolFeature(0)
 
-
 Result = Payload | Answer | None
 Handler = Callable[[Any, list[Fd]], Result]
 
@@ -82,6 +81,7 @@ class Responder:
         self.offered = features
         """The features that requests can need: front-ends ask before they accept."""
         self._requests: dict[int, AnyRequest] = {int(name): name for name in rules}
+        self._refused: set[int] = set()
         self._limit = payload_limit(rules)
 
     def serve(self) -> None:
@@ -147,7 +147,11 @@ class Responder:
         self, message: Message, rule: Rule | None, refused: RequestRefused
     ) -> None:
         """Tell a request's sender that it was refused, or hang up."""
-        log.warning("%s: refused: %s", self.channel.peer, refused)
+        # Once each, or a peer could fill the log; those that nobody knows are one.
+        kind = message.request if message.request in self._requests else -1
+        level = logging.DEBUG if kind in self._refused else logging.WARNING
+        self._refused.add(kind)
+        log.log(level, "%s: refused: %s", self.channel.peer, refused)
         refusal = FAILURE if rule is None else rule.refusal
         if refusal is None or not self._due(message, rule):
             raise ProtocolError(

@@ -63,7 +63,6 @@ NO_FDS = range(1)
 MAYBE_FD = range(2)
 ONE_FD = range(1, 2)
 
-
 SUCCESS = U64(0)
 FAILURE = U64(1)
 _NOTHING = ProtocolFeature(0)

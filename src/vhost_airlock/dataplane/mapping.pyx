@@ -1,7 +1,7 @@
 """A shared mapping of a part of a file, which is undone exactly once."""
 
-from libc.errno cimport errno
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.errno cimport ENOMEM, errno
+from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 
 from vhost_airlock.dataplane.layout cimport PAGE
 from vhost_airlock.dataplane.sys cimport (
@@ -28,6 +28,9 @@ cdef class Mapping:
         cdef uint64_t before = offset % page
         cdef void *start
 
+        # Rounded up, it would wrap round and be less than what was asked for.
+        if size > UINT64_MAX - before - page:
+            raise OSError(ENOMEM, f"cannot map {size} bytes at offset {offset}")
         self._length = (before + size + page - 1) // page * page
         start = mmap(
             NULL, self._length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE,

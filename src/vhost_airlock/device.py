@@ -219,6 +219,12 @@ class Device:
                 self._next_idle_check = time.monotonic() + IDLE_CHECK
                 self._shrink_pool(self._back)
 
+    def next_look(self) -> float | None:
+        """Milliseconds until look() has something to do by itself; None: it has not."""
+        if self._back is None or not self._back.settled or self._back.memory.small:
+            return None
+        return max(0.0, self._next_idle_check - time.monotonic()) * 1000
+
     def set_front_requests(self, fd: Fd) -> None:
         """The front's socket for requests of the back; it replaces an older one."""
         self._close_front_requests()

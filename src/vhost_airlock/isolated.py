@@ -100,6 +100,11 @@ class IsolatedMemory:
         """Bytes of memory that all of it really takes."""
         return sum(region.resident for region in self.regions)
 
+    @property
+    def small(self) -> bool:
+        """Is the pool as small as it gets?"""
+        return not self.slots or len(self._pool_regions) < 2
+
     def ring_area(self, index: int, size: int, *, fresh: bool) -> tuple[int, int]:
         """Room of `size` bytes for the shadow of a ring: (our address, the back's).
 

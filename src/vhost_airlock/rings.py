@@ -68,6 +68,11 @@ class Ring:
     def attached(self) -> bool:
         return self.pump is not None and self.pump.attached
 
+    @property
+    def intact(self) -> bool:
+        """Is it in use, and not broken?"""
+        return self.pump is not None and self.pump.attached and not self.pump.fault
+
     def locate(self, memory: FrontMemory) -> tuple[int, int, int] | None:
         """Return our addresses of descriptors, avail ring and used ring, if mapped."""
         found = [memory.find(address, size) for address, size in self.vring.parts()]
@@ -102,8 +107,8 @@ class Ring:
                 shadow_event_idx=bool(back.features & Feature.EVENT_IDX),
                 shadow_indirect=bool(back.features & Feature.INDIRECT_DESC),
             )
-        drain(self.call)
-        drain(self.kick)
+        for fd in (self.kick, self.call, self.err):
+            drain(fd)
         self._told_fault = 0
         back.start_ring(
             self.index, size, area[1], kick=self.kick, call=self.call, err=self.err
@@ -208,7 +213,7 @@ class Ring:
         pump = self.pump
         if pump is None:
             return None
-        if pump.attached and not pump.fault and drain(self.err):
+        if self.intact and drain(self.err):
             with self.worker.pause():
                 pump.set_fault(BACK_SIGNALLED)
         if pump.fault in (0, self._told_fault):

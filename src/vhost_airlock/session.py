@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .back import Back
 from .config import Config
-from .device import IDLE_CHECK, Device
+from .device import Device
 from .errors import AirlockError, Disconnected, SessionError, Stopped
 from .handlers import bind
 from .vhost.backend import Backend
@@ -35,8 +35,9 @@ class Session:
     ) -> None:
         self.front = front
         self.config = config
+        self.connect = connect
         self.stop = stop
-        self.device = Device(config, connect)
+        self.device = Device(config, self._connect)
         self.backend = Backend(front, bind(self.device))
         self.back_lost = False
         """Whether the back was why it ended."""
@@ -50,11 +51,10 @@ class Session:
             self._serve()
         except Stopped:
             self.stopped = True
-        except Disconnected as error:
-            log.info("%s", error)
-            keep = self.config.keep_backend
         except SessionError as error:
-            log.error("%s", error)
+            front_left = isinstance(error, Disconnected) and self._front_left()
+            log.log(logging.INFO if front_left else logging.ERROR, "%s", error)
+            keep = front_left and self.config.keep_backend
         finally:
             self._stop_rings()
             log.info("counters: %s", json.dumps(self.device.counters()))
@@ -83,14 +83,26 @@ class Session:
         for waited in (self.stop, self.front, self.device.events):
             poll.register(waited.fileno(), select.POLLIN)
         for ring in self.device.rings.values():
-            poll.register(ring.err.fileno(), select.POLLIN)
+            if ring.intact:
+                poll.register(ring.err.fileno(), select.POLLIN)
         back = self.device.connected
         if back is not None:
             poll.register(back.frontend.fileno(), select.POLLIN)
             if back.requests is not None:
                 poll.register(back.requests_fileno(), select.POLLIN)
-        timeout = IDLE_CHECK * 1000 if back is not None else None
-        return {fd for fd, _ in poll.poll(timeout)}
+        return {fd for fd, _ in poll.poll(self.device.next_look())}
+
+    def _connect(self, config_changed: Callable[[], None]) -> Back:
+        try:
+            return self.connect(config_changed)
+        except SessionError:
+            self.back_lost = True
+            raise
+
+    def _front_left(self) -> bool:
+        poll = select.poll()
+        poll.register(self.front.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _stop_rings(self) -> None:
         """End what is in flight, if the back is still there to end it."""

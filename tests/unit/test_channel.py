@@ -5,6 +5,7 @@ import contextlib
 import os
 import resource
 import select
+import signal
 import socket
 import threading
 import time
@@ -210,6 +211,19 @@ def test_sending_to_a_closed_peer_is_a_disconnect(peer):
     peer.sock.close()
     with pytest.raises(Disconnected):
         peer.channel.send(1)
+
+
+def test_sending_to_a_closed_peer_raises_no_signal(peer):
+    """A program that embeds us may have SIGPIPE at its default, which is to die."""
+    signals = []
+    before = signal.signal(signal.SIGPIPE, lambda *args: signals.append(args))
+    try:
+        peer.sock.close()
+        with pytest.raises(Disconnected):
+            peer.channel.send(1)
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    assert signals == []
 
 
 def test_an_error_of_the_socket_ends_the_session():

@@ -420,7 +420,7 @@ requests = st.one_of(st.sampled_from(list(Request)), st.integers(0, 60))
 flags = st.sampled_from([VERSION, VERSION | NEED_REPLY, VERSION | NEED_REPLY, 5, 0])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
         st.tuples(requests, flags, st.binary(max_size=50), st.integers(0, 40)),

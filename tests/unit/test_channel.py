@@ -268,7 +268,7 @@ def test_waiting_for_a_message_ends_at_the_deadline(peer):
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="back: did not answer"):
         peer.channel.recv(start + SOON)
-    assert SOON <= time.monotonic() - start < 10 * SOON
+    assert SOON <= time.monotonic() - start < 100 * SOON
 
 
 def test_a_deadline_that_is_over_does_not_wait(peer):
@@ -458,7 +458,7 @@ def receive_all(channel):
             assert len(message.fds) <= MAX_FDS
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(noise, st.integers(0, 253)), max_size=5))
 def test_whatever_comes_there_is_an_end_and_no_fd_is_lost(parts):
     with open(os.devnull) as null, Peer() as peer:

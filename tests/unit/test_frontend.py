@@ -613,7 +613,7 @@ def test_no_reply_is_waited_for_in_vain(pair):
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="back"):
         pair.front.get_features()
-    assert time.monotonic() - start < 10 * SOON
+    assert time.monotonic() - start < 100 * SOON
 
 
 def test_a_time_of_its_own(pair):
@@ -716,7 +716,7 @@ replies = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from([method[0] for method in METHODS]),
     st.lists(st.tuples(replies, st.integers(0, 40)), max_size=3),

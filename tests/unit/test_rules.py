@@ -3,7 +3,7 @@
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhost_airlock.errors import ProtocolError, RequestRefused
@@ -203,6 +203,7 @@ def test_a_wrong_size_is_refused(request_, rule):
 
 
 @every_rule
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_message_passes_or_is_refused(request_, rule, data):
     size = data.draw(st.integers(0, rule.payload.MAX_SIZE + 9))

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhost_airlock.errors import ProtocolError
@@ -142,6 +142,7 @@ def test_fields_are_in_the_specifications_order(payload, data):
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_what_was_packed_is_unpacked(kind, data):
     payload = data.draw(PAYLOADS[kind])
@@ -151,6 +152,7 @@ def test_what_was_packed_is_unpacked(kind, data):
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_unpacked_or_refused(kind, data):
     size = data.draw(st.integers(0, kind.MAX_SIZE + 9))

@@ -41,6 +41,8 @@ class BlkProcess:
         except BaseException:
             self._listener.close()
             raise
+        # From here on, whoever connects when the process is gone shall be refused.
+        self._listener.socket.close()
 
     @property
     def pid(self) -> int:

@@ -74,15 +74,8 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
     int pthread_cond_broadcast(pthread_cond_t *)
 
-cdef extern from * nogil:
-    """
-    #if defined(__x86_64__)
-    #define airlock_relax() __builtin_ia32_pause()
-    #else
-    #define airlock_relax() __asm__ volatile("" ::: "memory")
-    #endif
-    """
-    void cpu_relax "airlock_relax"()
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 
 cdef inline uint64_t now_ns() noexcept nogil:

@@ -29,12 +29,12 @@ from vhost_airlock.dataplane.pump cimport (
 )
 from vhost_airlock.dataplane.sys cimport (
     CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, close, cpu_relax, epoll_create1, epoll_ctl,
+    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, close, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, eventfd, now_ns, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_timedwait,
     pthread_cond_wait, pthread_condattr_init, pthread_condattr_setclock,
     pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, read, signal_fd,
+    pthread_mutex_t, pthread_mutex_unlock, read, sched_yield, signal_fd,
 )
 
 from vhost_airlock.errors import DeadlineExceeded
@@ -241,7 +241,9 @@ cdef void idle(Worker worker) noexcept nogil:
         while now_ns() - start < worker.window:
             if is_pending(worker) or must_look(worker):
                 return
-            cpu_relax()
+            # Whoever is runnable on this core goes first: most often it is the one
+            # that we wait for, or that we have just woken.
+            sched_yield()
 
     for i in range(worker.routes):
         rest(worker.route[i].pump)
@@ -265,7 +267,9 @@ cdef void learn(Worker worker, uint64_t slept) noexcept nogil:
     if slept > worker.longest:
         worker.window = 0
     else:
-        worker.window = min(worker.longest, max(<uint64_t> FIRST_WINDOW, 2 * worker.window))
+        worker.window = min(
+            worker.longest, max(<uint64_t> FIRST_WINDOW, 2 * worker.window)
+        )
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:

@@ -131,13 +131,10 @@ class World:
         self.lanes: list[Lane] = []
         self._back = count(BACK_BASE, 1 << 32)
         self._rings = count(RINGS_AT, 1 << 32)
-        total = sum(sizes)
-        self.pool = Pool(
-            total if limit is None else limit,
-            largest=1 << max(total.bit_length() - 1, 12)
-            if largest is None
-            else largest,
-        )
+        total = sum(sizes) if limit is None else limit
+        if largest is None:
+            largest = 1 << (total.bit_length() - 1)
+        self.pool = Pool(total, largest=largest)
         self.pool_regions = [self.grow(size) for size in sizes]
         self.set_regions()
 

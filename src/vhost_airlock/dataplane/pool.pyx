@@ -14,9 +14,7 @@ other half is for whoever comes first. So a ring full of posted receive buffers
 can't starve another.
 """
 
-from libc.stdint cimport (
-    int8_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t,
-)
+from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from vhost_airlock.dataplane.layout cimport PAGE
@@ -27,7 +25,8 @@ cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
     cdef uint64_t before = over(share.used, share.guaranteed)
     cdef uint64_t after = over(share.used + pages, share.guaranteed)
 
-    if pool.common_used + (after - before) > pool.common:
+    # The guaranteed part is there even when shares changed and others have too much.
+    if after != before and pool.common_used + (after - before) > pool.common:
         return False
     pool.common_used += after - before
     share.used += pages

@@ -20,7 +20,8 @@ from vhost_airlock.dataplane.layout cimport (
     DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, OUT_OF_MEMORY, PAGE,
 )
 from vhost_airlock.dataplane.pool cimport (
-    NO_BLOCK, PoolState, Share, give_block, order_of, reserve, take_block, unreserve,
+    NO_BLOCK, PoolState, Share, give_block, lock_pool, order_of, reserve, take_block,
+    unlock_pool, unreserve,
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
 
@@ -45,6 +46,7 @@ cdef int place(
     cdef uint64_t largest = 0
     cdef uint64_t pages = 0
     cdef uint64_t block
+    cdef bint placed
     cdef int i
 
     for i in range(chain.count):
@@ -62,25 +64,28 @@ cdef int place(
         largest = max(largest, block)
     if largest > pool.largest or pages > share.guaranteed + pool.common:
         return NEVER_FITS
-    if not reserve(pool, share, pages):
-        return 0
 
     slot.buffer = slot.few
     if chain.count > FEW:
         slot.buffer = <Buffer *> malloc(chain.count * sizeof(Buffer))
         if slot.buffer == NULL:
-            unreserve(pool, share, pages)
             return OUT_OF_MEMORY
     slot.head = chain.head
     slot.count = 0
     slot.readable = chain.readable
     slot.writable = chain.bytes_writable
-    slot.pages = pages
+    slot.pages = 0
     slot.scratch.order = NO_BLOCK
-    if not lay_out(slot, chain, table, small, pool):
+
+    lock_pool(pool)
+    placed = reserve(pool, share, pages)
+    if placed:
+        slot.pages = pages
+        placed = lay_out(slot, chain, table, small, pool)
+    unlock_pool(pool)
+    if not placed:
         release(slot, pool, share)
-        return 0
-    return 1
+    return placed
 
 
 cdef bint lay_out(
@@ -201,14 +206,16 @@ cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
     """Give back all that place() took."""
     cdef int i
 
+    lock_pool(pool)
     for i in range(slot.count):
         if slot.buffer[i].block.order != NO_BLOCK:
             give_block(pool, &slot.buffer[i].block)
     if slot.scratch.order != NO_BLOCK:
         give_block(pool, &slot.scratch)
+    unreserve(pool, share, slot.pages)
+    unlock_pool(pool)
     if slot.buffer != slot.few:
         free(slot.buffer)
         slot.buffer = slot.few
-    unreserve(pool, share, slot.pages)
     slot.pages = 0
     slot.count = 0

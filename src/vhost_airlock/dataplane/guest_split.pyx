@@ -83,7 +83,7 @@ cdef int walk(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
     """Copy the chain that starts at `head`. 0 or a Fault."""
     cdef Desc desc
     cdef uint16_t index = head
-    cdef uint32_t steps
+    cdef uint32_t _step
     cdef int rc
 
     chain.head = head
@@ -91,7 +91,7 @@ cdef int walk(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
     chain.readable = 0
     chain.bytes_readable = 0
     chain.bytes_writable = 0
-    for steps in range(ring.size):
+    for _step in range(ring.size):
         fetch_desc(&desc, &ring.split.desc[index])
         if desc.flags & DESC_INDIRECT:
             if not ring.indirect or desc.flags & DESC_NEXT:
@@ -112,7 +112,7 @@ cdef int walk(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
 cdef int walk_table(GuestRing *ring, Chain *chain, const Desc *table) noexcept nogil:
     """Append the chain in an indirect table, which is copied before it is read."""
     cdef uint32_t entries = table.len // sizeof(Desc)
-    cdef uint32_t steps
+    cdef uint32_t _step
     cdef uint32_t index = 0
     cdef Desc *desc
     cdef int rc
@@ -124,7 +124,7 @@ cdef int walk_table(GuestRing *ring, Chain *chain, const Desc *table) noexcept n
     ):
         return BAD_ADDRESS
     forget()
-    for steps in range(entries):
+    for _step in range(entries):
         desc = &ring.table[index]
         if desc.flags & DESC_INDIRECT:
             return NESTED_INDIRECT

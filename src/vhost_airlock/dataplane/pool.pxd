@@ -2,6 +2,10 @@
 
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhost_airlock.dataplane.sys cimport (
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+)
+
 cdef enum:
     MAX_POOL_REGIONS = 64
     MAX_ORDER = 20
@@ -41,6 +45,9 @@ cdef struct Share:
     uint64_t guaranteed
 
 cdef struct PoolState:
+    pthread_mutex_t mutex
+    # Pumps of several workers use it: they take the mutex.
+    bint shared
     uint64_t limit
     # Pages that are nobody's guaranteed part.
     uint64_t common
@@ -67,6 +74,15 @@ cdef inline int order_of(uint64_t pages) noexcept nogil:
 cdef inline uint64_t over(uint64_t used, uint64_t guaranteed) noexcept nogil:
     return used - guaranteed if used > guaranteed else 0
 
+cdef inline void lock_pool(PoolState *pool) noexcept nogil:
+    if pool.shared:
+        pthread_mutex_lock(&pool.mutex)
+
+cdef inline void unlock_pool(PoolState *pool) noexcept nogil:
+    if pool.shared:
+        pthread_mutex_unlock(&pool.mutex)
+
+# To be called with the pool locked.
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil

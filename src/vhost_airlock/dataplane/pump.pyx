@@ -353,7 +353,8 @@ cdef class Pump:
         """Leave both rings; guest memory is not touched from here on.
 
         `fetched` is how many chains the back says it has taken since the start, as the
-        16 bits of GET_VRING_BASE; it is not believed beyond what can be. None: not known.
+        16 bits of GET_VRING_BASE. None: not known. It is not believed beyond what can
+        be: what was completed, and all before that, has been taken.
 
         Returns (chains that are done or the back's, counted from the start and modulo
         2^16; how many of them are unfinished; whether these are the last ones).
@@ -495,7 +496,7 @@ cdef class Pump:
 
     @property
     def quarantined(self):
-        """Slots which the back may still write to, of chains that a stop left behind."""
+        """Slots that the back may still write to, of chains that a stop left behind."""
         cdef int i
         cdef int count = 0
 

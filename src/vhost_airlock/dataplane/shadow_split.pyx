@@ -8,7 +8,7 @@ skipped, since real devices repeat one now and then; more of them than the ring 
 entries is a fault.
 """
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t
 
 from vhost_airlock.dataplane.layout cimport (
     AVAIL_NO_INTERRUPT, Avail, BAD_USED_ID, BAD_USED_INDEX, DESC_NEXT, Desc,

@@ -232,7 +232,6 @@ cdef void idle(Worker worker) noexcept nogil:
     """Nothing moved: poll for as long as that pays, then sleep."""
     cdef epoll_event events[MAX_EVENTS]
     cdef uint64_t start
-    cdef uint64_t slept
     cdef uint64_t count
     cdef int i, n
 

@@ -17,7 +17,7 @@ lint: develop                           ## style, formatting, likely mistakes
 	cython-lint src
 
 types: develop                          ## annotations; stubs against compiled modules
-	mypy src tests
+	mypy src tests bench
 	stubtest --ignore-unused-allowlist --allowlist tools/stubtest.allow $(STUBS)
 
 test: lint types                        ## everything, with real programs where possible
@@ -31,7 +31,8 @@ demo: develop                           ## see the isolation work; needs nothing
 	vhost-airlock demo
 
 bench: develop                          ## the airlock against a direct connection
-	python bench/bench.py
+	tools/real-root --or-say-why
+	python -m bench.bench $(BENCH)
 
 clean:                                  ## all that was made here, .real too
 	rm -rf .venv .real build dist src/*.egg-info .hypothesis .*_cache

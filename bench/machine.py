@@ -1,0 +1,126 @@
+"""The machine that is measured on: what it is, its CPU time, memory for the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from bench.runs import Sample
+from tests.real.programs import PROJECT, Programs
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS = 0x20000
+SYS_IO_URING_SETUP = 425
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def cpu_clock(pid: int) -> int:
+    """Return the clock of a process's CPU time, all its threads, in nanoseconds."""
+    clock = ctypes.c_int()
+    if error := LIBC.clock_getcpuclockid(pid, ctypes.byref(clock)):
+        raise OSError(error, os.strerror(error))
+    return clock.value
+
+
+def take_sample(clocks: Mapping[str, int]) -> Sample:
+    """Read these clocks of processes, and how busy the machine was so far."""
+    now = time.monotonic_ns()
+    idle = idle_ns(Path("/proc/stat").read_text())
+    cores = os.cpu_count() or 1
+    cpu = {name: time.clock_gettime_ns(clock) for name, clock in clocks.items()}
+    return Sample(now, cpu, now * cores - idle)
+
+
+def idle_ns(stat: str) -> int:
+    """Return the time of all cores together that they were idle, from /proc/stat.
+
+    What is not idle is busy, also with interrupts, and when a hypervisor gave the
+    core to somebody else. Unlike the busy times next to it, which are counted by
+    the timer's tick, the idle time is measured.
+    """
+    idle, iowait = stat.split("\n", 1)[0].split()[4:6]
+    return (int(idle) + int(iowait)) * TICK_NS
+
+
+def io_uring_works() -> bool:
+    """May programs use it? Containers often forbid it."""
+    LIBC.syscall(SYS_IO_URING_SETUP, 0, None)
+    return ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS)
+
+
+@contextmanager
+def tmpfs(path: Path, size: int) -> Iterator[bool]:
+    """A tmpfs of huge pages that only we and our children see. False: not allowed.
+
+    It goes away with us, however we end.
+    """
+    private = ["mount", "--make-rprivate", "/"]
+    options = f"huge=always,size={size}"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "airlock-bench", str(path)]
+    if LIBC.unshare(CLONE_NEWNS) != 0 or not runs(private) or not runs(mount):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        runs(["umount", "--lazy", str(path)])
+
+
+def describe(programs: Programs) -> dict[str, object]:
+    """Everything about machine and programs that figures depend on."""
+    return {
+        "cpu": find(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()),
+        "cores": os.cpu_count(),
+        "virtual": bool(
+            re.search(
+                r"^flags.*\bhypervisor\b", Path("/proc/cpuinfo").read_text(), re.M
+            )
+        ),
+        "memory": find(r"MemTotal: *(.*)", Path("/proc/meminfo").read_text()),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "vhost-airlock": airlock_version(),
+        "commit": said(["git", "-C", str(PROJECT), "describe", "--always", "--dirty"]),
+        "qemu-storage-daemon": find(
+            r"version (\S+)", said(programs("qemu-storage-daemon", "--version"))
+        ),
+        "libblkio": said(programs("pkg-config", "--modversion", "blkio")),
+    }
+
+
+def airlock_version() -> str:
+    try:
+        return version("vhost-airlock")
+    except PackageNotFoundError:
+        return ""
+
+
+def said(argv: list[str]) -> str:
+    """Return what a program prints; nothing when there is no such program."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def runs(argv: list[str]) -> bool:
+    """Run a program. False: it failed, or there is none."""
+    try:
+        return subprocess.run(argv, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def find(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""

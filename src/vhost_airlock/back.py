@@ -86,7 +86,9 @@ class Back:
             slots = self.frontend.get_max_mem_slots()
             if slots < 2:
                 raise ProtocolError(f"back: GET_MAX_MEM_SLOTS: {slots} are too few")
-        self._memory = IsolatedMemory(self.config.pool_limit, slots=slots)
+        self._memory = IsolatedMemory(
+            self.config.pool_limit, slots=slots, shared=self.config.workers > 1
+        )
         if accepted & ProtocolFeature.BACKEND_REQ:
             self._open_requests(accepted)
 

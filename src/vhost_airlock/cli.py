@@ -16,6 +16,7 @@ from . import demo
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
 from .dataplane.pump import POLICIES
+from .devices import find_type
 from .errors import AirlockError, StartError, UsageError
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -69,13 +70,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.usage = (
-        "vhost-airlock run (--socket-path PATH | --fd N)"
+        "vhost-airlock run (--socket-path PATH | --fd N | --front-connect PATH)"
         " (--backend PATH | --backend-listen PATH | -- COMMAND ...) [options]"
     )
     front = parser.add_argument_group("the VMM's side, one of")
     front.add_argument("--socket-path", metavar="PATH", help="listen here for the VMM")
     front.add_argument(
         "--fd", type=int, metavar="N", help="a socket, listening or connected to it"
+    )
+    front.add_argument(
+        "--front-connect", metavar="PATH", help="connect to the VMM, which listens here"
     )
     back = parser.add_argument_group(
         "the back-end's side, one of",
@@ -97,8 +101,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
-        default=Config.copy,
-        help="what is copied back of a request's writable part (default: %(default)s)",
+        help="what is copied back of a request's writable part"
+        f" (default: {Config.copy}, or what fits the device type)",
+    )
+    parser.add_argument(
+        "--device-type",
+        type=find_type,
+        metavar="TYPE",
+        help="choose defaults for this type of device, as net or block",
+    )
+    parser.add_argument(
+        "--workers",
+        type=thread_count,
+        default=Config.workers,
+        metavar="N",
+        help="threads over which the queues are spread (default: %(default)s)",
     )
     parser.add_argument(
         "--pool-limit",
@@ -139,7 +156,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The main job."""
     if options.print_capabilities:
-        return print_capabilities(options.command)
+        return print_capabilities(options)
     logging.basicConfig(
         level=options.log_level.upper(), format="vhost-airlock: %(message)s"
     )
@@ -148,21 +165,28 @@ def run(options: argparse.Namespace) -> int:
 
 def config_of(options: argparse.Namespace) -> Config:
     """Return the options as a Config, or say which don't go together."""
-    _exactly_one(options, ("socket_path", "fd"))
+    kind = options.device_type
+    if kind is not None and kind.refused:
+        raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
+    if options.copy is None:
+        options.copy = kind.copy if kind is not None else Config.copy
+    _exactly_one(options, ("socket_path", "fd", "front_connect"))
     _exactly_one(options, ("backend", "backend_listen", "command"))
     return Config(
         **{name: getattr(options, name) for name in Config.__dataclass_fields__}
     )
 
 
-def print_capabilities(command: Sequence[str]) -> int:
-    """Print the back-end's own capabilities if we start it, else that there are none.
+def print_capabilities(options: argparse.Namespace) -> int:
+    """Print the back-end's own capabilities if we start it, else the type we are told.
 
     The convention of vhost-user back-end programs: JSON on stdout, all other options
     ignored.
     """
+    command = options.command
     if not command:
-        print(json.dumps({"features": []}))
+        kind = options.device_type
+        print(json.dumps({"type": kind.name} if kind is not None else {}))
         return 0
     try:
         done = subprocess.run(
@@ -186,6 +210,13 @@ def microseconds(text: str) -> int:
     """Return a number of microseconds up to a second."""
     if not text.isdecimal() or int(text) > 1_000_000:
         raise argparse.ArgumentTypeError(f"{text}: no number from 0 to 1000000")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """Return a number of threads."""
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text}: no number from 1 to 64")
     return int(text)
 
 

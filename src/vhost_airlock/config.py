@@ -16,14 +16,16 @@ LISTENING_FD = "{listen-fd}"
 class Config:
     """Where front and back are, and how the airlock treats them.
 
-    Exactly one of `socket_path` and `fd` is set, and exactly one of `backend`,
-    `backend_listen` and `command`.
+    Exactly one of `socket_path`, `fd` and `front_connect` is set, and exactly one of
+    `backend`, `backend_listen` and `command`.
     """
 
     socket_path: str | None = None
     """Where to listen for the front."""
     fd: int | None = None
     """A socket for the front that we were given, listening or connected."""
+    front_connect: str | None = None
+    """Where the front listens for us."""
     backend: str | None = None
     """Where the back listens."""
     backend_listen: str | None = None
@@ -40,6 +42,8 @@ class Config:
     """The most bounce buffer memory that the device may use, in bytes."""
     poll_us: int = 200
     """The longest time to poll before sleeping, in microseconds."""
+    workers: int = 1
+    """Threads of the data plane, over which rings are spread."""
     timeout: float = 5.0
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0

@@ -26,6 +26,9 @@ from .vhost.wire import ProtocolFeature
 
 log = logging.getLogger(__name__)
 
+RETRY = 0.5
+"""Seconds between attempts to connect to a front that listens."""
+
 
 class Daemon:
     """Everything that lives as long as the process. StartError when it can't begin."""
@@ -64,9 +67,7 @@ class Daemon:
 
     def _serve(self, sock: socket.socket) -> Session:
         log.info("front: connected")
-        front = Channel(
-            sock, stop=self.stop, peer="front", timeout=self.config.timeout
-        )
+        front = Channel(sock, stop=self.stop, peer="front", timeout=self.config.timeout)
         session = Session(front, self.config, self._connect, self.stop)
         self._kept = session.run()
         if self._kept is None:
@@ -109,6 +110,8 @@ class Daemon:
 
     def _listen(self) -> Iterator[socket.socket]:
         """Prepare for fronts now; return what yields them one by one."""
+        if self.config.front_connect is not None:
+            return self._dial(self.config.front_connect)
         if self.config.fd is not None:
             sock, listening = inherited(self.config.fd)
             if not listening:
@@ -129,6 +132,22 @@ class Daemon:
             if any(fd == self.stop.fileno() for fd, _ in poll.poll()):
                 return
             yield accept()
+
+    def _dial(self, path: str) -> Iterator[socket.socket]:
+        """Connect to a front that listens, again and again, as it may come back."""
+        poll = select.poll()
+        poll.register(self.stop.fileno(), select.POLLIN)
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.connect(path)
+            except OSError as error:
+                sock.close()
+                log.info("front: can't connect to %s: %s", path, error.strerror)
+            else:
+                yield sock
+            if poll.poll(RETRY * 1000):
+                return
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: ending", signal.Signals(number).name)

@@ -8,15 +8,14 @@ message goes to the back, everything about a ring when the ring starts.
 from __future__ import annotations
 
 import logging
+import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .back import Back
 from .config import Config
-from .dataplane.worker import Worker
 from .errors import RequestRefused, SessionError
 from .isolated import Region
 from .memory import FrontMemory
@@ -28,17 +27,21 @@ from .state import (
     front_offer,
     front_protocol_offer,
 )
+from .transfer import Transfer
 from .vhost.channel import Channel
 from .vhost.fds import Fd, drain, eventfd
 from .vhost.frontend import Frontend, Requester
 from .vhost.rules import BACKEND_RULES
 from .vhost.wire import (
     BackendRequest,
+    DeviceState,
     Feature,
     MemoryRegion,
     ProtocolFeature,
+    StateDirection,
     VringAddr,
 )
+from .workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +63,11 @@ class Device:
         self.protocol_features = ProtocolFeature(0)
         self.rings: dict[int, Ring] = {}
         self.events = eventfd()
-        self.worker = Worker(self.events.fileno(), poll_us=config.poll_us)
-        self._thread = threading.Thread(
-            target=self.worker.run, name="airlock-worker", daemon=True
-        )
-        self._thread.start()
+        self.workers = Workers(config.workers, self.events, poll_us=config.poll_us)
         self._connect = connect
         self._back: Back | None = None
         self._front_requests: Requester | None = None
+        self._transfer: Transfer | None = None
         self._idle_regions: set[int] = set()
         self._next_idle_check = time.monotonic() + IDLE_CHECK
 
@@ -122,7 +122,7 @@ class Device:
         to memory that goes away is dropped; a ring in such memory is broken.
         """
         yield self.memory
-        with self.worker.pause():
+        with self.workers.pause():
             self.memory.publish()
             for ring in self.rings.values():
                 ring.relocate(self.memory)
@@ -146,14 +146,14 @@ class Device:
     def ring(self, index: int) -> Ring:
         """The ring with this number, made when it is first asked for."""
         if index not in self.rings:
-            self.rings[index] = Ring(index, self.worker, self.events)
+            self.rings[index] = Ring(index, self.workers.of(index), self.events)
         return self.rings[index]
 
     def set_ring_address(self, addr: VringAddr) -> None:
         ring = self.ring(addr.index)
         ring.vring.set_addr(addr)
         if ring.attached:
-            with self.worker.pause():
+            with ring.worker.pause():
                 ring.relocate(self.memory)
         self.start_rings()
 
@@ -163,7 +163,7 @@ class Device:
         ring.replace_kick(fd)
         ring.vring.happen(Event.START)
         if not self.features & Feature.PROTOCOL_FEATURES:
-            ring.vring.happen(Event.ENABLE)     # there is no message to enable it
+            ring.vring.happen(Event.ENABLE)  # there is no message to enable it
         self.start_rings()
 
     def enable_ring(self, index: int, enable: bool) -> None:
@@ -205,6 +205,38 @@ class Device:
         if self.back.offered_protocol & ProtocolFeature.RESET_DEVICE:
             self.frontend.reset_device()
 
+    # The device's internal state.
+
+    def transfer_state(self, state: DeviceState, front: Fd) -> None:
+        """Begin to carry the state between the front's pipe and one of ours."""
+        with front:
+            if any(ring.attached for ring in self.rings.values()):
+                raise RequestRefused("SET_DEVICE_STATE_FD: rings are started")
+            self._end_transfer()
+            saves = state.direction == StateDirection.SAVE
+            out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+            ours, theirs = (out, into) if saves else (into, out)
+            with ours, theirs:
+                other = self.frontend.set_device_state_fd(
+                    state.direction, theirs, state.phase
+                )
+                back = other or Fd(ours.release())
+            ends = (back, Fd(front.release()))
+            self._transfer = Transfer(*(ends if saves else reversed(ends)))
+
+    def check_state(self) -> None:
+        """Wait for the end of the transfer, and let the back say if all of it came."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise RequestRefused("CHECK_DEVICE_STATE: nothing was transferred")
+        transfer.finish(self.config.timeout)
+        self.frontend.check_device_state()
+
+    def _end_transfer(self) -> None:
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
+
     # What happens between messages.
 
     def look(self) -> None:
@@ -230,9 +262,7 @@ class Device:
         self._close_front_requests()
         sock = socket.socket(fileno=fd.release())
         channel = Channel(sock, peer="front", timeout=self.config.timeout)
-        self._front_requests = Requester(
-            channel, BACKEND_RULES, self.protocol_features
-        )
+        self._front_requests = Requester(channel, BACKEND_RULES, self.protocol_features)
 
     def stop(self) -> None:
         """Stop all rings as the front would; what is in flight ends."""
@@ -247,7 +277,7 @@ class Device:
             for index, ring in sorted(self.rings.items())
             if ring.pump is not None
         }
-        found["worker"] = self.worker.counters()
+        found |= self.workers.counters()
         if self._back is not None and self._back.settled:
             memory = self._back.memory
             found["pool"] = {
@@ -262,13 +292,13 @@ class Device:
         kept = self._back if keep_back and not self._quarantined() else None
         for ring in self.rings.values():
             ring.abandon()
-        self.worker.stop()
-        self._thread.join()
+        self.workers.close()
         for ring in self.rings.values():
             ring.close()
         self.rings.clear()
         self.memory.close()
         self._close_front_requests()
+        self._end_transfer()
         self.events.close()
         if self._back is not None and kept is None:
             self._back.close()
@@ -282,7 +312,7 @@ class Device:
         pumps = [ring.pump for ring in self.rings.values() if ring.pump is not None]
         memory = self.back.memory
         each = memory.limit // 2 // len(pumps)
-        with self.worker.pause():
+        with self.workers.pause():
             for pump in pumps:
                 pump.set_guaranteed(each)
             memory.pool.set_common(memory.limit - each * len(pumps))
@@ -296,13 +326,13 @@ class Device:
             self._withdraw(back, back.memory.idle())
             region = back.grow(wanted)
         if region is not None:
-            with self.worker.pause():
+            with self.workers.pause():
                 back.memory.open(region)
                 back.memory.pool.set_may_grow(True)
 
     def _shrink_pool(self, back: Back) -> None:
         """Take regions back that were idle at the last look too, but for the first."""
-        with self.worker.pause():
+        with self.workers.pause():
             idle = set(back.memory.idle())
         long_idle = sorted(idle & self._idle_regions - {0})
         self._idle_regions = idle
@@ -312,7 +342,7 @@ class Device:
     def _withdraw(self, back: Back, numbers: list[int]) -> None:
         """Take regions out of the pool, if they still are idle, and from the back."""
         gone: list[Region] = []
-        with self.worker.pause():
+        with self.workers.pause():
             for number in set(numbers) & set(back.memory.idle()):
                 gone.append(back.memory.withdraw(number))
             back.memory.pool.set_may_grow(True)
@@ -335,4 +365,3 @@ class Device:
         if self._front_requests is not None:
             self._front_requests.close()
             self._front_requests = None
-

@@ -19,6 +19,7 @@ from .vhost.wire import (
     U64,
     Config,
     CryptoSession,
+    DeviceState,
     Empty,
     MemoryRegion,
     MemoryTable,
@@ -154,6 +155,16 @@ def get_status(device: Device, _: Empty, fds: Fds) -> Result:
     return U64(device.frontend.get_status())
 
 
+def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:
+    device.transfer_state(state, fds.pop())
+    return U64(VringFd.NOFD)  # the front's own descriptor is the one to use
+
+
+def check_device_state(device: Device, _: Empty, fds: Fds) -> Result:
+    device.check_state()
+    return U64(0)
+
+
 HANDLED: dict[Request, DeviceHandler] = {
     Request.GET_FEATURES: get_features,
     Request.SET_FEATURES: set_features,
@@ -175,6 +186,8 @@ HANDLED: dict[Request, DeviceHandler] = {
     Request.GET_MAX_MEM_SLOTS: get_max_mem_slots,
     Request.ADD_MEM_REG: add_mem_reg,
     Request.REM_MEM_REG: rem_mem_reg,
+    Request.SET_DEVICE_STATE_FD: set_device_state_fd,
+    Request.CHECK_DEVICE_STATE: check_device_state,
 }
 
 PASSED: dict[Request, DeviceHandler] = {
@@ -203,8 +216,6 @@ REFUSED: dict[Request, str] = {
     Request.GPU_SET_SOCKET: "a GPU's requests carry guest addresses",
     Request.VRING_KICK: "in-band notifications are not offered",
     Request.GET_SHARED_OBJECT: "a shared object may be guest memory",
-    Request.SET_DEVICE_STATE_FD: "transfer of the device's state is not offered",
-    Request.CHECK_DEVICE_STATE: "transfer of the device's state is not offered",
     Request.GET_SHMEM_CONFIG: "shared memory regions bypass isolation",
 }
 

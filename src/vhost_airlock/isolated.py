@@ -73,13 +73,13 @@ class IsolatedMemory:
 
     With `slots` the pool begins empty and grows region by region: grow() and shrink()
     say what to announce. Without, it is one region of `limit` bytes from the start,
-    of which again only what is used costs memory.
+    of which again only what is used costs memory. `shared`: by several workers.
     """
 
-    def __init__(self, limit: int, *, slots: int) -> None:
+    def __init__(self, limit: int, *, slots: int, shared: bool = False) -> None:
         self.limit = max(PAGE, limit // PAGE * PAGE)
         self.slots = slots
-        self.pool = Pool(self.limit, largest=_power_below(self.limit))
+        self.pool = Pool(self.limit, largest=_power_below(self.limit), shared=shared)
         self.rings = self._make("vhost-airlock-rings", RINGS_SIZE)
         self._rings_used = 0
         self._ring_areas: dict[int, tuple[int, int, int]] = {}

@@ -257,7 +257,7 @@ class Ring:
             with self.worker.pause():
                 pump.step()
                 owed = pump.owes(fetched)
-            done = owed == 0 or owed > pump.outstanding     # which can't be true
+            done = owed == 0 or owed > pump.outstanding  # which can't be true
             if done or time.monotonic() >= deadline:
                 return
             time.sleep(TICK)

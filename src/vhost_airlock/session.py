@@ -109,7 +109,7 @@ class Session:
         back = self.device.connected
         if back is None:
             return
-        back.frontend.channel.stop = None       # from here on, deadlines are enough
+        back.frontend.channel.stop = None  # from here on, deadlines are enough
         self.back_lost = not back.usable
         if not self.back_lost:
             try:

@@ -38,6 +38,7 @@ PASSED_PROTOCOL = (
     | _P.CONFIG
     | _P.RESET_DEVICE
     | _P.STATUS
+    | _P.DEVICE_STATE
 )
 """Protocol features that the front gets if the back has them."""
 OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
@@ -77,7 +78,7 @@ def front_protocol_offer(back: int) -> ProtocolFeature:
     """Return the protocol features to offer the front when the back offers these."""
     offer = ProtocolFeature(back & PASSED_PROTOCOL) | OWN_PROTOCOL
     if back & _P.BACKEND_REQ and back & _P.CONFIG:
-        offer |= _P.BACKEND_REQ         # for changes of the configuration space
+        offer |= _P.BACKEND_REQ  # for changes of the configuration space
     return offer
 
 

@@ -18,6 +18,7 @@ from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from vhost_airlock.dataplane.layout cimport PAGE
+from vhost_airlock.dataplane.sys cimport pthread_mutex_destroy, pthread_mutex_init
 
 
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
@@ -159,8 +160,13 @@ cdef class Pool:
     Call the methods only while the workers of all pumps with this pool are paused.
     """
 
-    def __cinit__(self, uint64_t limit, *, uint64_t largest):
-        """Sizes in bytes; no buffer will be larger than `largest`, a power of two."""
+    def __cinit__(self, uint64_t limit, *, uint64_t largest, bint shared=False):
+        """Sizes in bytes; no buffer will be larger than `largest`, a power of two.
+
+        `shared`: pumps of more than one worker will use it.
+        """
+        pthread_mutex_init(&self.state.mutex, NULL)
+        self.state.shared = shared
         self.state.limit = limit // PAGE
         self.state.common = self.state.limit
         self.state.largest = largest // PAGE
@@ -170,6 +176,7 @@ cdef class Pool:
         for i in range(self.state.count):
             free(self.state.region[i].order)
             free(self.state.region[i].next)
+        pthread_mutex_destroy(&self.state.mutex)
 
     def add_region(self, uintptr_t host, uint64_t back, uint64_t size):
         """Add memory: our address, the back's, bytes. Returns the region's number."""

@@ -1,4 +1,4 @@
-from typing import Final
+from typing import Final, Self
 
 from typing_extensions import disjoint_base
 
@@ -11,6 +11,7 @@ BACK_SIGNALLED: Final[int]
 
 def area_bytes(size: int) -> int: ...
 def shadow_parts(size: int) -> tuple[int, int, int]: ...
+
 @disjoint_base
 class Pump:
     index: int
@@ -20,9 +21,9 @@ class Pump:
     tells: bool
     outstanding: int
     quarantined: int
-    def __init__(
-        self, index: int, memory: GuestMemory, pool: Pool, policy: str = "full"
-    ) -> None: ...
+    def __new__(
+        cls, index: int, memory: GuestMemory, pool: Pool, policy: str = "full"
+    ) -> Self: ...
     def attach(
         self,
         *,

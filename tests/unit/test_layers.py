@@ -21,9 +21,10 @@ LAYERS = """
     rings
     back
     isolated
-    memory  state  config
+    memory  state  config  workers  transfer  devices
 
     peers.__init__
+    peers.workload
     peers.blk_process  peers.guest
     peers.blk
     peers.server  peers.guest_queue

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from vhost_airlock.errors import RingFault
 from vhost_airlock.peers.disk import (
     HEADER,
+    MAX_ZEROES,
+    RANGE,
     SEG_MAX,
     BlkFeature,
     BlkStatus,
@@ -68,6 +70,7 @@ def test_config_space_is_the_specifications(disk: Disk) -> None:
     assert struct.unpack_from("<I", config, 12) == (SEG_MAX,)
     assert struct.unpack_from("<I", config, 20) == (512,)
     assert struct.unpack_from("<H", config, 34) == (3,)
+    assert struct.unpack_from("<II", config, 48) == (MAX_ZEROES, 1)
     assert len(config) == 60
 
 
@@ -145,6 +148,9 @@ def test_read_only_disk_is_not_written(file: Fd) -> None:
     disk = Disk(file, read_only=True)
     assert disk.features & BlkFeature.RO
     assert do(disk, BlkType.OUT, 0, out=bytes([1]) * 512)[0] == BlkStatus.IOERR
+    zeroes = RANGE.pack(0, 1, 0)
+    assert do(disk, BlkType.WRITE_ZEROES, 0, out=zeroes)[0] == BlkStatus.IOERR
+    assert not disk.features & BlkFeature.WRITE_ZEROES
     assert os.pread(file.fileno(), 512, 0) == bytes(512)
     assert do(disk, BlkType.IN, 0, room=512)[0] == BlkStatus.OK
 
@@ -155,6 +161,32 @@ def test_get_id_fills_what_there_is(disk: Disk, room: int) -> None:
     assert status == BlkStatus.OK
     assert data == b"vhost-airlock".ljust(64, b"\0")[:room]
     assert written == min(room, 20) + 1
+
+
+def test_zeroes_are_written(disk: Disk, file: Fd) -> None:
+    os.pwrite(file.fileno(), b"x" * SIZE, 0)
+    zeroes = RANGE.pack(3, 5, 1)
+    assert do(disk, BlkType.WRITE_ZEROES, 0, out=zeroes) == (BlkStatus.OK, b"", 1)
+    expected = b"x" * 3 * 512 + bytes(5 * 512) + b"x" * (SIZE - 8 * 512)
+    assert os.pread(file.fileno(), SIZE, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranges", "status"),
+    [
+        (RANGE.pack(SECTORS - 1, 2, 0), BlkStatus.IOERR),
+        (RANGE.pack(0, MAX_ZEROES + 1, 0), BlkStatus.IOERR),
+        (RANGE.pack(0, 1, 2), BlkStatus.UNSUPP),
+        (2 * RANGE.pack(0, 1, 0), BlkStatus.IOERR),
+        (RANGE.pack(0, 1, 0)[:8], BlkStatus.IOERR),
+    ],
+)
+def test_impossible_zeroes_are_not(
+    disk: Disk, file: Fd, ranges: bytes, status: int
+) -> None:
+    os.pwrite(file.fileno(), b"x" * SIZE, 0)
+    assert do(disk, BlkType.WRITE_ZEROES, 0, out=ranges) == (status, b"", 1)
+    assert os.pread(file.fileno(), SIZE, 0) == b"x" * SIZE
 
 
 def test_unknown_request_is_unsupported(disk: Disk) -> None:

@@ -18,10 +18,14 @@ from ..vhost.fds import Fd
 
 SECTOR = 512
 SEG_MAX = 254
-CONFIG_SIZE = 60
 HEADER = struct.Struct("<IIQ")
 ID_SIZE = 20
-_CONFIG = struct.Struct("<Q4xI4xI10xH")
+RANGE = struct.Struct("<QII")
+"""What WRITE_ZEROES has as its data: the first sector, how many, flags."""
+MAX_ZEROES = 1 << 16
+"""Sectors in one range. It has one."""
+_UNMAP = 1
+_CONFIG = struct.Struct("<Q4xI4xI10xH12xIIB3x")
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
@@ -33,6 +37,7 @@ class BlkFeature(IntFlag):
     BLK_SIZE = 1 << 6
     FLUSH = 1 << 9
     MQ = 1 << 12
+    WRITE_ZEROES = 1 << 14
 
 
 class BlkType(IntEnum):
@@ -42,6 +47,7 @@ class BlkType(IntEnum):
     OUT = 1
     FLUSH = 4
     GET_ID = 8
+    WRITE_ZEROES = 13
 
 
 class BlkStatus(IntEnum):
@@ -87,12 +93,15 @@ class Disk:
     @property
     def features(self) -> int:
         offered = BlkFeature.SEG_MAX | BlkFeature.BLK_SIZE | BlkFeature.MQ
-        return offered | (BlkFeature.RO if self.read_only else BlkFeature.FLUSH)
+        if self.read_only:
+            return offered | BlkFeature.RO
+        return offered | BlkFeature.FLUSH | BlkFeature.WRITE_ZEROES
 
     def config(self) -> bytes:
         """The configuration space: what isn't said here is 0."""
-        known = _CONFIG.pack(self.capacity, SEG_MAX, SECTOR, self.num_queues)
-        return known.ljust(CONFIG_SIZE, b"\0")
+        return _CONFIG.pack(
+            self.capacity, SEG_MAX, SECTOR, self.num_queues, MAX_ZEROES, 1, 0
+        )
 
     def serve(
         self, readable: Sequence[memoryview], writable: Sequence[memoryview]
@@ -128,10 +137,13 @@ class Disk:
         match kind:
             case BlkType.IN:
                 return self._transfer(os.preadv, sector, data_in)
+            case BlkType.OUT | BlkType.WRITE_ZEROES if self.read_only:
+                raise OSError(errno.EROFS, "the disk is read-only")
             case BlkType.OUT:
-                if self.read_only:
-                    raise OSError(errno.EROFS, "the disk is read-only")
                 self._transfer(os.pwritev, sector, data_out)
+                return 0
+            case BlkType.WRITE_ZEROES:
+                self._write_zeroes(b"".join(data_out))
                 return 0
             case BlkType.FLUSH:
                 os.fdatasync(self._file.fileno())
@@ -158,6 +170,16 @@ class Disk:
             offset += done
             data = split(data, done)[1]
         return size
+
+    def _write_zeroes(self, ranges: bytes) -> None:
+        if len(ranges) != RANGE.size:
+            raise OSError(errno.EINVAL, "not one range")
+        sector, count, flags = RANGE.unpack(ranges)
+        if flags & ~_UNMAP:
+            raise NotImplementedError
+        if count > MAX_ZEROES:
+            raise OSError(errno.EINVAL, "too large a range")
+        self._transfer(os.pwritev, sector, [memoryview(bytes(count * SECTOR))])
 
 
 def split(

@@ -109,7 +109,7 @@ class GuestQueue:
         HEADER.pack_into(self._slots, at, kind, 0, sector)
         self._slots[at + _STATUS] = _PENDING
         addr = self._slots_addr + at
-        writable = kind not in (BlkType.OUT, BlkType.FLUSH)
+        writable = kind not in (BlkType.OUT, BlkType.FLUSH, BlkType.WRITE_ZEROES)
         head = self.driver.offer(
             [
                 Buffer(addr, HEADER.size),

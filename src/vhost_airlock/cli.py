@@ -198,11 +198,11 @@ def print_capabilities(options: argparse.Namespace) -> int:
 
 
 def size(text: str) -> int:
-    """Return a number of bytes, at least a page."""
+    """Return a number of bytes, from a page to what the pool can manage."""
     match = re.fullmatch(r"(\d+)([KMG]?)i?B?", text, re.IGNORECASE)
     value = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-    if not 4096 <= value <= 1 << 40:
-        raise argparse.ArgumentTypeError(f"{text}: no size from 4K to 1024G")
+    if not 4096 <= value <= 4 << 30:
+        raise argparse.ArgumentTypeError(f"{text}: no size from 4K to 4G")
     return value
 
 

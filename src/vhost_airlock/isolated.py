@@ -26,7 +26,11 @@ RINGS_SIZE = 128 << 20
 """Room for shadow rings, of which only what is used costs memory: about 230 rings of
 1024 entries."""
 REGION_SIZE = 32 << 20
-"""The pool grows by this much, or by what one buffer needs."""
+"""The pool grows by at least this much."""
+STEPS = 32
+"""In so many steps the pool reaches its limit, or in fewer."""
+MAX_SLOTS = 65
+"""What the pool can manage, and one for the rings."""
 PAGE = 4096
 
 
@@ -78,7 +82,9 @@ class IsolatedMemory:
 
     def __init__(self, limit: int, *, slots: int, shared: bool = False) -> None:
         self.limit = max(PAGE, limit // PAGE * PAGE)
-        self.slots = slots
+        self.slots = min(slots, MAX_SLOTS)
+        steps = max(1, min(slots - 1, STEPS))
+        self._step = max(REGION_SIZE, -(-self.limit // steps // PAGE) * PAGE)
         self.pool = Pool(self.limit, largest=_power_below(self.limit), shared=shared)
         self.rings = self._make("vhost-airlock-rings", RINGS_SIZE)
         self._rings_used = 0
@@ -130,7 +136,7 @@ class IsolatedMemory:
         reached.
         """
         room = self.limit - sum(region.size for region in self._pool_regions.values())
-        size = min(max(REGION_SIZE, wanted), room)
+        size = min(max(self._step, wanted), room)
         if not self.slots or size < wanted or size < PAGE:
             return None
         if len(self._pool_regions) + 2 > self.slots:

@@ -1,0 +1,330 @@
+"""Isolated memory: sealed for good, far from any guest, and no more than its limit."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vhost_airlock.dataplane.pump import area_bytes
+from vhost_airlock.errors import RequestRefused
+from vhost_airlock.isolated import (
+    BASE,
+    PAGE,
+    REGION_SIZE,
+    RINGS_SIZE,
+    STEPS,
+    IsolatedMemory,
+    Region,
+    sealed_memfd,
+)
+from vhost_airlock.vhost.fds import Fd
+
+MIB = 1 << 20
+GIB = 1 << 30
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_PUNCH_HOLE needs FALLOC_FL_KEEP_SIZE
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def fallocate(fd: Fd, mode: int, offset: int, size: int) -> None:
+    if _fallocate(fd.fileno(), mode, offset, size):
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def held() -> tuple[int, int]:
+    """What this process has open, and has mapped of isolated memory."""
+    maps = Path("/proc/self/maps").read_text()
+    return len(os.listdir("/proc/self/fd")), maps.count("vhost-airlock")
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., IsolatedMemory]]:
+    """Makes isolated memory, which leaves nothing behind."""
+    before = held()
+    with ExitStack() as stack:
+
+        def make(limit: int = 256 * MIB, slots: int = 509) -> IsolatedMemory:
+            memory = IsolatedMemory(limit, slots=slots)
+            stack.callback(memory.close)
+            return memory
+
+        yield make
+    assert held() == before
+
+
+def grown(memory: IsolatedMemory, wanted: int = 0) -> Region:
+    region = memory.grow(wanted)
+    assert region is not None
+    memory.open(region)
+    return region
+
+
+CHANGES: dict[str, Callable[[Fd], None]] = {
+    "shrink": lambda fd: os.ftruncate(fd.fileno(), 0),
+    "shrink by a page": lambda fd: os.ftruncate(fd.fileno(), 7 * PAGE),
+    "grow": lambda fd: os.ftruncate(fd.fileno(), 9 * PAGE),
+    "grow by writing": lambda fd: _write_at(fd, 8 * PAGE),
+    "grow by allocating": lambda fd: fallocate(fd, 0, 0, 9 * PAGE),
+    "seal against writing": lambda fd: _seal(fd, fcntl.F_SEAL_WRITE),
+    "seal against later writing": lambda fd: _seal(fd, 0x10),
+    "seal against execution": lambda fd: _seal(fd, 0x20),
+    "seal once more": lambda fd: _seal(fd, fcntl.F_SEAL_SEAL),
+}
+
+
+def _seal(fd: Fd, seal: int) -> None:
+    fcntl.fcntl(fd.fileno(), fcntl.F_ADD_SEALS, seal)
+
+
+def _write_at(fd: Fd, offset: int) -> None:
+    os.pwrite(fd.fileno(), b"x", offset)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_nobody_can_change_the_memfd(change: Callable[[Fd], None]) -> None:
+    """With one descriptor or another: the back's is a copy of ours."""
+    with sealed_memfd("test", 8 * PAGE) as fd, Fd.dup(fd) as copy:
+        path = f"/proc/self/fd/{fd.fileno()}"
+        with Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as reopened:
+            for each in (fd, copy, reopened):
+                with pytest.raises(PermissionError):
+                    change(each)
+        assert os.fstat(fd.fileno()).st_size == 8 * PAGE
+        assert fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) == SEALS
+
+
+def test_a_hole_reads_as_zeros() -> None:
+    """It can't be prevented; the memory stays mapped, and it is as a write of zeros."""
+    with sealed_memfd("test", 8 * PAGE) as fd, mmap.mmap(fd.fileno(), 8 * PAGE) as view:
+        view[:] = b"x" * 8 * PAGE
+        fallocate(fd, PUNCH_HOLE, PAGE, 6 * PAGE)
+        assert view[:] == b"x" * PAGE + bytes(6 * PAGE) + b"x" * PAGE
+
+
+@pytest.mark.parametrize("slots", [0, 509])
+def test_every_region_is_sealed(
+    make: Callable[..., IsolatedMemory], slots: int
+) -> None:
+    memory = make(slots=slots)
+    if slots:
+        grown(memory)
+        grown(memory)
+    for region in memory.regions:
+        assert fcntl.fcntl(region.fd.fileno(), fcntl.F_GET_SEALS) == SEALS
+        assert not os.get_inheritable(region.fd.fileno())
+
+
+def assert_apart(regions: list[Region]) -> None:
+    """Far from guests, page by page, and no two in one place."""
+    for region in regions:
+        announced = region.announced
+        assert announced.guest_addr == announced.user_addr >= BASE
+        assert announced.guest_addr + announced.size <= 2 * BASE
+        assert announced.mmap_offset == 0
+        assert announced.guest_addr % PAGE == announced.size % PAGE == 0
+        assert announced.size == os.fstat(region.fd.fileno()).st_size
+    for one, two in pairwise(regions):
+        assert one.announced.guest_addr + one.size <= two.announced.guest_addr
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from([1, 8, 33, 100, 256, 1024]),
+    st.integers(2, 12),
+    st.lists(st.integers(0, 3) | st.sampled_from([0.1, 1, 32, 64, 128]), max_size=20),
+)
+def test_regions_come_and_go_without_overlap(
+    limit: int, slots: int, plan: list[float]
+) -> None:
+    """0 takes a new region, as do sizes; 1 to 3 give one back."""
+    memory = IsolatedMemory(limit * MIB, slots=slots)
+    try:
+        assert memory.regions == [memory.rings]
+        for step in plan:
+            pool = [r for r in memory.regions if r is not memory.rings]
+            if step in (1, 2, 3) and pool:
+                number = sorted(memory.idle())[int(step) % len(pool)]
+                memory.withdraw(number).close()
+                continue
+            wanted = int(step * MIB) // PAGE * PAGE
+            region = memory.grow(wanted)
+            room = limit * MIB - sum(r.size for r in pool)
+            if region is None:
+                assert len(pool) == slots - 1 or wanted > room or not room
+                continue
+            assert wanted <= region.size <= room
+            memory.open(region)
+            assert memory.grow(room) is None
+            assert_apart(memory.regions)
+            assert len(memory.regions) <= slots
+    finally:
+        memory.close()
+
+
+def test_the_pool_is_no_larger_than_its_limit(
+    make: Callable[..., IsolatedMemory],
+) -> None:
+    memory = make(REGION_SIZE * 2 + 5 * PAGE + 123)
+    sizes = [grown(memory).size for _ in range(3)]
+    assert sizes == [REGION_SIZE, REGION_SIZE, 5 * PAGE]
+    assert memory.grow(0) is None
+    assert memory.grow(PAGE) is None
+    (last,) = set(memory.idle()) - {0, 1}
+    memory.withdraw(last).close()
+    assert grown(memory).size == 5 * PAGE
+
+
+def test_a_region_is_large_enough_for_what_is_wanted(
+    make: Callable[..., IsolatedMemory],
+) -> None:
+    memory = make(256 * MIB)
+    assert grown(memory, 4 * REGION_SIZE).size == 4 * REGION_SIZE
+    assert memory.grow(8 * REGION_SIZE) is None
+    assert grown(memory, PAGE).size == REGION_SIZE
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5])
+def test_few_slots_are_enough_for_all_of_the_pool(
+    make: Callable[..., IsolatedMemory], slots: int
+) -> None:
+    memory = make(256 * MIB, slots)
+    for _ in range(slots - 1):
+        grown(memory)
+    assert memory.grow(0) is None
+    assert len(memory.regions) == slots
+    assert sum(region.size for region in memory.regions) == 256 * MIB + RINGS_SIZE
+
+
+def test_no_more_regions_than_the_back_has_slots(
+    make: Callable[..., IsolatedMemory],
+) -> None:
+    memory = make(256 * MIB, slots=4)
+    for wanted in (128 * MIB, 0, 0):
+        grown(memory, wanted)
+    memory.withdraw(0).close()
+    grown(memory, 0)
+    # There is room, but no slot.
+    assert memory.grow(PAGE) is None
+    assert len(memory.regions) == 4
+
+
+def test_no_more_regions_than_the_pool_can_manage(
+    make: Callable[..., IsolatedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that make way for each other leave remainders, and these add up."""
+    monkeypatch.setattr("vhost_airlock.isolated.REGION_SIZE", PAGE)
+    memory = make(STEPS * 100 * PAGE)
+    chance = random.Random(1)
+    for _ in range(3000):
+        wanted = chance.randrange(50, 250) * PAGE
+        if region := memory.grow(wanted) or memory.grow(0):
+            memory.open(region)
+        else:
+            memory.withdraw(chance.choice(memory.idle())).close()
+    assert_apart(memory.regions)
+    assert STEPS < len(memory.regions) <= 2 * STEPS
+
+
+@pytest.mark.parametrize("slots", [0, 509])
+@pytest.mark.parametrize("limit", [GIB, 2 * GIB + PAGE, 4 * GIB])
+def test_a_large_pool_can_be_used_to_its_end(
+    make: Callable[..., IsolatedMemory], limit: int, slots: int
+) -> None:
+    memory = make(limit, slots)
+    if slots:
+        while region := memory.grow(0):
+            memory.open(region)
+    assert sum(region.size for region in memory.regions) == limit + RINGS_SIZE
+    assert_apart(memory.regions)
+
+
+def test_without_slots_there_is_one_region_from_the_start(
+    make: Callable[..., IsolatedMemory],
+) -> None:
+    memory = make(64 * MIB + 1, slots=0)
+    rings, pool = memory.regions
+    assert rings is memory.rings
+    assert pool.size == 64 * MIB
+    assert_apart(memory.regions)
+    assert memory.grow(0) is None
+    assert memory.grow(PAGE) is None
+    assert memory.small
+
+
+def test_nothing_is_resident_before_it_is_used(
+    make: Callable[..., IsolatedMemory],
+) -> None:
+    memory = make(GIB, slots=0)
+    assert memory.resident == 0
+    ctypes.memset(memory.rings.mapping.address, 1, 3 * PAGE)
+    assert memory.resident == 3 * PAGE
+
+
+def test_withdrawn_regions_are_gone(make: Callable[..., IsolatedMemory]) -> None:
+    memory = make()
+    grown(memory)
+    assert memory.small
+    second = grown(memory)
+    assert not memory.small
+    third = grown(memory)
+    before = held()
+    withdrawn = memory.withdraw(1)
+    assert withdrawn is second
+    withdrawn.close()
+    fds, mappings = before
+    assert held() == (fds - 1, mappings - 1)
+    assert memory.idle() == [0, 2]
+    # The hole is used again.
+    assert grown(memory).announced == second.announced
+    assert third.announced.guest_addr == second.announced.guest_addr + REGION_SIZE
+
+
+def test_rings_have_areas_of_their_own(make: Callable[..., IsolatedMemory]) -> None:
+    memory = make()
+    size = area_bytes(256)
+    areas = [memory.ring_area(i, size, fresh=False) for i in range(100)]
+    for (host, back), (next_host, next_back) in pairwise(areas):
+        assert next_host - host == next_back - back >= size
+        assert host % PAGE == back % PAGE == 0
+    assert areas[0][1] == memory.rings.announced.guest_addr == BASE
+    end = areas[-1][1] + size
+    assert end <= BASE + RINGS_SIZE
+
+
+def test_a_ring_has_its_old_area_again(make: Callable[..., IsolatedMemory]) -> None:
+    memory = make()
+    first = memory.ring_area(7, area_bytes(256), fresh=False)
+    other = memory.ring_area(8, area_bytes(256), fresh=False)
+    assert memory.ring_area(7, area_bytes(256), fresh=False) == first
+    assert memory.ring_area(7, area_bytes(128), fresh=False) == first
+    larger = memory.ring_area(7, area_bytes(512), fresh=False)
+    assert larger not in (first, other)
+    assert memory.ring_area(7, area_bytes(256), fresh=False) == larger
+    # The back may still write to the old one.
+    assert memory.ring_area(7, area_bytes(256), fresh=True) not in (first, larger)
+
+
+def test_rings_without_room_are_refused(make: Callable[..., IsolatedMemory]) -> None:
+    memory = make()
+    size = area_bytes(1024)
+    room = RINGS_SIZE // size
+    assert room > 200
+    for i in range(room):
+        memory.ring_area(i, size, fresh=False)
+    with pytest.raises(RequestRefused, match=f"ring {room}: rings need more than"):
+        memory.ring_area(room, size, fresh=False)
+    # What is there can be used still.
+    memory.ring_area(0, size, fresh=False)

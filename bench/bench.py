@@ -1,6 +1,6 @@
 """The airlock against a direct connection, side by side on the same back-end.
 
-    python -m bench.bench [--long] [--only TEXT] [--json FILE]
+    python -m bench.bench [--long] [--only PATTERN] [--json FILE]
 
 One qemu-storage-daemon exports a file in memory. The load program (libblkio's
 vhost-user-blk driver) drives it directly, through the airlock as it is by default, and
@@ -17,19 +17,36 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
-from bench.machine import cpu_clock, describe, io_uring_works, take_sample, tmpfs
-from bench.runs import KIB, MIB, Case, Run, Sample, make_run, steady, summarize
-from bench.table import full_table, heading, ratio_table
+from bench.machine import (
+    be_prompt,
+    cpu_clock,
+    describe,
+    io_uring_works,
+    take_sample,
+    tmpfs,
+)
+from bench.runs import (
+    KIB,
+    MIB,
+    BenchError,
+    Case,
+    Run,
+    Sample,
+    make_run,
+    steady,
+    summarize,
+)
+from bench.table import heading, report
 from tests.real.airlock import airlock
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
@@ -52,6 +69,9 @@ TICK = 0.01
 FOREIGN = 0.3
 """Cores busy with something else that make a run worthless."""
 ATTEMPTS = 3
+"""Times that runs are made if they are disturbed each time."""
+QUIET = 0.2
+"""Seconds in which nothing else ran: so the machine is quiet again."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +79,8 @@ class FileInMemory(Disk):
     """The file with the fastest way to it that there is."""
 
     def blockdev(self) -> str:
-        return (
-            f"{super().blockdev()},aio={'io_uring' if io_uring_works() else 'threads'}"
-        )
+        aio = "io_uring" if io_uring_works() else "threads"
+        return f"{super().blockdev()},aio={aio}"
 
 
 @dataclass(frozen=True)
@@ -76,19 +95,30 @@ class Target:
 class Bench:
     """The targets, ready to be measured."""
 
-    def __init__(self, drive: BlkDrive, targets: Sequence[Target], ms: int) -> None:
+    def __init__(
+        self, drive: BlkDrive, targets: Sequence[Target], ms: int, patience: float
+    ) -> None:
         self.drive = drive
         self.targets = targets
         self.ms = ms
+        self.patience = patience
+        """Seconds left to wait for a machine with nothing else to do."""
 
-    def measure(self, case: Case, target: Target, number: int) -> Run:
-        """Run a load on a target; again if it was disturbed, but not for ever."""
-        runs = []
+    def measure(self, case: Case, number: int, turn: int) -> list[Run]:
+        """Run a load on all targets, beginning with another one at each `turn`.
+
+        If any was disturbed all are run again, since they are to be compared with each
+        other; but not for ever.
+        """
+        first = turn % len(self.targets)
+        order = [*self.targets[first:], *self.targets[:first]]
+        tries = []
         for _ in range(ATTEMPTS):
-            runs.append(self.run(case, target, number))
-            if not runs[-1].disturbed:
+            tries.append([self.run(case, target, number) for target in order])
+            if not any(run.disturbed for run in tries[-1]):
                 break
-        return min(runs, key=lambda run: run.foreign)
+            self.patience -= wait_for_quiet(self.patience)
+        return min(tries, key=lambda runs: max(run.foreign for run in runs))
 
     def run(self, case: Case, target: Target, number: int) -> Run:
         load = self.drive.start(
@@ -109,12 +139,18 @@ class Bench:
         first, last = steady(samples, end, self.ms * 1_000_000)
         return make_run(case, target.name, number, said, first, last, FOREIGN)
 
-    def round(self, cases: Sequence[Case], number: int) -> Iterator[Run]:
-        """All cases on all targets, in another order each time."""
-        for at, case in enumerate(cases):
-            turn = (number + at) % len(self.targets)
-            for target in [*self.targets[turn:], *self.targets[:turn]]:
-                yield self.measure(case, target, number)
+
+def wait_for_quiet(limit: float) -> float:
+    """Wait until nothing keeps the machine busy: how many seconds that took."""
+    start = now = time.monotonic()
+    while now - start < limit:
+        before = take_sample({})
+        time.sleep(min(QUIET, limit))
+        after = take_sample({})
+        now = time.monotonic()
+        if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
+            break
+    return now - start
 
 
 def watch(load: Process, clocks: dict[str, int]) -> list[Sample]:
@@ -169,44 +205,23 @@ def main() -> int:
     if isinstance(programs, str):
         print(f"bench: needs qemu-storage-daemon and libblkio: {programs}")
         return 1
-    cases = [
-        Case(mode, size, depth)
-        for mode, (size, depths) in product(
-            MODES, (LONG if options.long else QUICK).items()
-        )
-        for depth in depths
-    ]
-    cases = [case for case in cases if options.only in str(case)]
+    cases = cases_of(LONG if options.long else QUICK, options.only)
     if not cases:
-        print(f"bench: no case has '{options.only}' in its name")
-        return 1
+        print(f"bench: no case is named like {options.only}")
+        return 2
     machine = describe(programs)
     print(heading(machine), flush=True)
-
-    runs: list[Run] = []
-    folder = Path(tempfile.mkdtemp(prefix="airlock-", dir="/tmp"))
+    be_prompt()
     try:
-        with targets(programs, folder) as found:
-            bench = Bench(BlkDrive(programs, folder), found, options.ms)
-            total = len(cases) * len(found) * options.rounds
-            for number in range(options.rounds):
-                for run in bench.round(cases, number):
-                    runs.append(run)
-                    progress(len(runs), total, run)
-    except AssertionError as error:
+        runs = measure_all(programs, cases, options)
+    except (AssertionError, BenchError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    finally:
-        shutil.rmtree(folder)
 
     rows = summarize(runs, DIRECT)
     names = [DIRECT, *AIRLOCKS]
     rows.sort(key=lambda row: (cases.index(row.case), names.index(row.target)))
-    print(full_table(rows))
-    for name in AIRLOCKS:
-        print(f"\n{ratio_table(rows, name)}")
-    if any(row.disturbed for row in rows):
-        print("\n* other programs kept the machine busy meanwhile")
+    print(report(rows, AIRLOCKS))
     results = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine,
@@ -214,10 +229,39 @@ def main() -> int:
         "rows": [dataclasses.asdict(row) for row in rows],
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    options.json.parent.mkdir(exist_ok=True)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nall runs are in {options.json}")
     return 0
+
+
+def cases_of(depths: Mapping[int, Sequence[int]], pattern: str) -> list[Case]:
+    """All cases of these sizes and depths whose name is like that."""
+    cases = [
+        Case(mode, size, depth)
+        for mode in MODES
+        for size in depths
+        for depth in depths[size]
+    ]
+    return [case for case in cases if fnmatch(str(case), pattern)]
+
+
+def measure_all(
+    programs: Programs, cases: Sequence[Case], options: argparse.Namespace
+) -> list[Run]:
+    runs: list[Run] = []
+    todo = list(product(range(options.rounds), enumerate(cases)))
+    with (
+        tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name,
+        targets(programs, Path(name)) as found,
+    ):
+        drive = BlkDrive(programs, Path(name))
+        bench = Bench(drive, found, options.ms, options.patience)
+        for done, (number, (at, case)) in enumerate(todo):
+            progress(f"{done}/{len(todo)} {case}")
+            runs += bench.measure(case, number, turn=number + at)
+        progress("")
+    return runs
 
 
 def parse() -> argparse.Namespace:
@@ -228,23 +272,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="runs of each case and target")
     parser.add_argument("--ms", type=int, help="length of a run in milliseconds")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="cases with this name"
+        "--patience",
+        type=float,
+        metavar="S",
+        help="seconds to wait, all in all, for other programs to be done",
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="cases named like this, as 'randread-4K-*'",
     )
     parser.add_argument(
         "--json", type=Path, default=PROJECT / "build" / "bench.json", metavar="FILE"
     )
-    options = parser.parse_args()
-    options.rounds = options.rounds or (7 if options.long else 3)
-    options.ms = options.ms or (1000 if options.long else 300)
-    return options
+    parser.set_defaults(rounds=3, ms=300, patience=30.0)
+    if parser.parse_known_args()[0].long:
+        parser.set_defaults(rounds=7, ms=1000, patience=600.0)
+    return parser.parse_args()
 
 
-def progress(done: int, total: int, run: Run) -> None:
-    """Show on a terminal how far we are."""
+def progress(text: str) -> None:
+    """Show on a terminal how far we are, in a line that is overwritten."""
     if sys.stderr.isatty():
-        end = "\r" if done < total else "\r\033[K"
-        text = f"{done}/{total} {run.case} {run.target}"
-        print(f"\033[K{text}", end=end, file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

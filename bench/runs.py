@@ -13,6 +13,10 @@ WARMED = 0.1
 """Share of a run's time, at either end, that is not used to measure CPU."""
 
 
+class BenchError(Exception):
+    """Nothing can be measured here."""
+
+
 @dataclass(frozen=True, order=True)
 class Case:
     """A load that every target gets."""
@@ -96,16 +100,18 @@ class Row:
 
 
 def steady(samples: Sequence[Sample], end: int, length: int) -> tuple[Sample, Sample]:
-    """Return the first and last sample of the time that counts.
+    """Return the samples next to begin and end of the time that counts.
 
     `length` is how long the load was measured and `end` when its program was gone: it
     had connected and warmed up before, and disconnected after.
     """
     margin = int(length * WARMED)
-    inside = [s for s in samples if end - length + margin <= s.at <= end - margin]
-    if len(inside) < 2:
-        raise ValueError(f"{len(inside)} samples in {length} ns")
-    return inside[0], inside[-1]
+    begin, end = end - length + margin, end - margin
+    first = min(samples, key=lambda sample: abs(sample.at - begin))
+    last = min(samples, key=lambda sample: abs(sample.at - end))
+    if first.at >= last.at:
+        raise BenchError(f"{len(samples)} samples in a run: too busy to measure")
+    return first, last
 
 
 def make_run(

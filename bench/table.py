@@ -12,6 +12,14 @@ HEAD = (
 )
 
 
+def report(rows: Sequence[Row], targets: Iterable[str]) -> str:
+    """All there is to say: every figure, then the ratios of these targets."""
+    parts = [full_table(rows), *(ratio_table(rows, name) for name in targets)]
+    if any(row.disturbed for row in rows):
+        parts.append("* other programs kept the machine busy meanwhile")
+    return "\n\n".join(parts)
+
+
 def full_table(rows: Iterable[Row]) -> str:
     """A line for each case and target; the cases apart by empty lines."""
     lines = [HEAD]

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from bench.machine import cpu_clock, idle_ns, take_sample
-from bench.runs import Case, Run, Sample, Spread, make_run, steady, summarize
+from bench.runs import (
+    BenchError,
+    Case,
+    Run,
+    Sample,
+    Spread,
+    make_run,
+    steady,
+    summarize,
+)
 from bench.table import full_table, ratio_table
 
 MS = 1_000_000
@@ -31,14 +40,19 @@ def test_case_has_the_name_that_people_say():
 
 def test_steady_leaves_out_connecting_and_leaving():
     samples = samples_every(10 * MS, until=500 * MS)
-    first, last = steady(samples, end=505 * MS, length=300 * MS)
-    assert first.at == 240 * MS  # the load began at 205, and 30 are left out
-    assert last.at == 470 * MS  # 30 before the end at 505 are left out too
+    first, last = steady(samples, end=500 * MS, length=300 * MS)
+    assert first.at == 230 * MS  # the load began at 200, and 30 are left out
+    assert last.at == 470 * MS  # and 30 before the end
+
+
+def test_steady_makes_do_with_the_nearest_samples():
+    first, last = steady(samples_every(140 * MS, 600 * MS), 650 * MS, 300 * MS)
+    assert (first.at, last.at) == (420 * MS, 560 * MS)
 
 
 def test_steady_refuses_too_few_samples():
-    with pytest.raises(ValueError, match="1 samples"):
-        steady(samples_every(200 * MS, until=600 * MS), end=600 * MS, length=300 * MS)
+    with pytest.raises(BenchError, match="3 samples"):
+        steady(samples_every(200 * MS, until=600 * MS), end=650 * MS, length=300 * MS)
 
 
 def test_cpu_of_a_request_and_foreign_load():

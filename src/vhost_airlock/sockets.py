@@ -19,6 +19,8 @@ class Listener:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if not path:
+            raise StartError("can't listen at : no path")  # Linux would make one up
         _remove_stale(path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
@@ -60,12 +62,27 @@ def inherited(fd: int) -> tuple[socket.socket, bool]:
     """Return the stream socket behind a number that we were given; does it listen?"""
     try:
         sock = socket.socket(fileno=fd)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise StartError(f"descriptor {fd}: {_reason(error)}") from None
+    listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    trouble = ""
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        raise StartError(f"descriptor {fd} is no unix stream socket")
+        trouble = "is no unix stream socket"
+    elif not listens and not _connected(sock):
+        trouble = "neither listens nor is connected"
+    if trouble:
+        sock.detach()
+        raise StartError(f"descriptor {fd} {trouble}")
     os.set_inheritable(fd, False)
-    return sock, bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return sock, listens
+
+
+def _connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _remove_stale(path: str) -> None:
@@ -89,5 +106,5 @@ def _remove_stale(path: str) -> None:
     raise StartError(f"can't listen at {path}: another process does")
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,234 @@
+"""Sockets to listen on: made without harm to anybody else's, and cleaned away."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vhost_airlock.errors import StartError
+from vhost_airlock.sockets import Listener, inherited, require_socket
+
+
+def bound(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
+    sock.bind(str(path))
+    return sock
+
+
+def listening(path: Path, backlog: int = 1) -> socket.socket:
+    sock = bound(path)
+    sock.listen(backlog)
+    return sock
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "front.sock"
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_open() -> Iterator[None]:
+    before = open_fds()
+    yield
+    assert open_fds() == before
+
+
+def test_who_connects_is_accepted(path: Path) -> None:
+    listener = Listener(str(path))
+    with socket.socket(socket.AF_UNIX) as front:
+        front.connect(str(path))
+        with listener.accept() as accepted:
+            front.send(b"hello")
+            assert accepted.recv(10) == b"hello"
+    listener.close()
+    assert not path.exists()
+    listener.close()
+
+
+def test_only_the_owner_can_connect(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        listener = Listener(str(path))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert os.umask(0) == 0, "the umask is as it was"
+    finally:
+        os.umask(before)
+    listener.close()
+
+
+def test_stale_socket_is_replaced(path: Path) -> None:
+    listening(path).close()
+    assert path.is_socket()
+    listener = Listener(str(path))
+    with socket.socket(socket.AF_UNIX) as front:
+        front.connect(str(path))
+    listener.close()
+
+
+def test_stale_socket_that_never_listened_is_replaced(path: Path) -> None:
+    bound(path).close()
+    Listener(str(path)).close()
+
+
+def test_socket_in_use_is_left_alone(path: Path) -> None:
+    with listening(path, 5) as other:
+        with pytest.raises(StartError, match=f"can't listen at {path}: another proc"):
+            Listener(str(path))
+        assert path.is_socket()
+        with socket.socket(socket.AF_UNIX) as front:
+            front.connect(str(path))
+            other.accept()[0].close()  # the look at whether it is in use
+            with other.accept()[0] as served:
+                front.send(b"x")
+                assert served.recv(1) == b"x"
+
+
+def test_socket_in_use_with_nobody_to_accept_is_left_alone(path: Path) -> None:
+    """Its queue is full: the look must not wait."""
+    fronts = []
+    with listening(path, 0):
+        for _ in range(3):
+            front = socket.socket(socket.AF_UNIX)
+            front.setblocking(False)
+            fronts.append(front)
+            try:
+                front.connect(str(path))
+            except BlockingIOError:
+                break
+        else:
+            pytest.fail("the queue is not full")
+        with pytest.raises(StartError, match=f"can't listen at {path}"):
+            Listener(str(path))
+        assert path.is_socket()
+    for front in fronts:
+        front.close()
+
+
+def test_socket_of_another_kind_is_left_alone(path: Path) -> None:
+    with bound(path, socket.SOCK_DGRAM):
+        with pytest.raises(StartError, match=f"can't listen at {path}"):
+            Listener(str(path))
+        assert path.is_socket()
+
+
+def make_file(path: Path) -> None:
+    path.write_text("precious")
+
+
+def make_link_to_file(path: Path) -> None:
+    path.with_suffix(".file").write_text("precious")
+    path.symlink_to(path.with_suffix(".file"))
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_suffix(".nowhere"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_file, make_link_to_file, make_dangling_link, Path.mkdir, os.mkfifo],
+)
+def test_anything_else_is_left_alone(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    before = path.lstat()
+    with pytest.raises(StartError, match=f"can't listen at {path}: .* no socket"):
+        Listener(str(path))
+    assert path.lstat() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/nowhere/at/all.sock", "No such file or directory"),
+        ("/dev/null/front.sock", "Not a directory"),
+        ("/proc/front.sock", "No such file|Permission denied"),
+        ("/tmp/" + "long" * 30, "path too long"),
+        ("", "no path"),
+    ],
+)
+def test_place_where_no_socket_can_be_is_named(path: str, reason: str) -> None:
+    with pytest.raises(StartError, match=f"can't listen at {path}: .*({reason})"):
+        Listener(path)
+
+
+def test_path_of_somebody_else_is_not_removed(path: Path) -> None:
+    """It was taken over meanwhile, by whatever means."""
+    listener = Listener(str(path))
+    path.unlink()
+    with listening(path):
+        listener.close()
+        assert path.is_socket()
+
+
+def test_path_that_is_gone_is_no_trouble(path: Path) -> None:
+    listener = Listener(str(path))
+    path.unlink()
+    listener.close()
+
+
+def test_back_end_must_be_a_socket(path: Path) -> None:
+    with pytest.raises(StartError, match=f"no back-end at {path}: No such file"):
+        require_socket(str(path))
+    with pytest.raises(StartError, match=r"no back-end at : No such file"):
+        require_socket("")
+    with bound(path):
+        require_socket(str(path))
+    path.unlink()
+    path.write_text("precious")
+    with pytest.raises(StartError, match=f"no back-end at {path}: it is no socket"):
+        require_socket(str(path))
+
+
+def test_inherited_socket_that_listens(path: Path) -> None:
+    with listening(path) as made:
+        os.set_inheritable(made.fileno(), True)
+        sock, listens = inherited(made.detach())
+        assert listens
+        assert not os.get_inheritable(sock.fileno())
+        sock.close()
+
+
+def test_inherited_socket_that_is_connected() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        sock, listens = inherited(ours.detach())
+        assert not listens
+        theirs.send(b"x")
+        assert sock.recv(1) == b"x"
+        sock.close()
+
+
+def test_inherited_socket_of_no_use_is_named(path: Path) -> None:
+    ours, theirs = os.pipe()
+    datagram, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    network = socket.socket(socket.AF_INET)
+    alone = bound(path)
+    for fd, reason in (
+        (ours, "not a socket|non-socket"),
+        (theirs, "not a socket|non-socket"),
+        (datagram.fileno(), "no unix stream socket"),
+        (network.fileno(), "no unix stream socket"),
+        (alone.fileno(), "neither listens nor is connected"),
+    ):
+        with pytest.raises(StartError, match=f"descriptor {fd}.*({reason})"):
+            inherited(fd)
+        os.fstat(fd)  # still its owner's
+    for each in (datagram, other, network, alone):
+        each.close()
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("fd", [-1, 9999, 1 << 31, 1 << 70])
+def test_inherited_number_of_nothing_is_named(fd: int) -> None:
+    with pytest.raises(StartError, match=f"descriptor {fd}"):
+        inherited(fd)

@@ -135,12 +135,16 @@ def test_wrong_data_fails(
     assert report["error"] in errors
 
 
-class NoAirlock(demo._Airlock):
+class NoAirlock(contextlib.nullcontext[None]):
     """Leads to the back-end itself."""
 
     def __init__(self, backend: str, folder: str) -> None:
-        super().__init__(backend, folder)
+        super().__init__()
         self.path = backend
+        self.counters: dict[str, dict[str, int]] = {}
+
+    def __enter__(self):
+        return self
 
 
 def test_exposed_memory_fails(

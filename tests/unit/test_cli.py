@@ -1,0 +1,268 @@
+"""Arguments: what they become, and what is said of those that make no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vhost_airlock import cli
+from vhost_airlock.config import MIB, Config
+from vhost_airlock.dataplane.pump import POLICIES
+from vhost_airlock.devices import TYPES
+
+WAYS = ["--socket-path=/front", "--backend=/back"]
+
+
+class Recorded:
+    """Stands in for the daemon: keeps what it is made of."""
+
+    configs: list[Config]
+
+    def __init__(self, config: Config) -> None:
+        Recorded.configs.append(config)
+
+    def run(self) -> int:
+        return 7
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    Recorded.configs = []
+    monkeypatch.setattr(cli, "Daemon", Recorded)
+    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    return Recorded.configs
+
+
+def config_of(configs: list[Config], *arguments: str) -> Config:
+    assert cli.main(["run", *arguments]) == 7, "the daemon's status is the program's"
+    return configs[-1]
+
+
+def test_defaults_are_those_of_config(configs: list[Config]) -> None:
+    config = config_of(configs, *WAYS)
+    assert config == Config(socket_path="/front", backend="/back")
+
+
+OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
+    (["--keep-backend"], {"keep_backend": True}),
+    (["--exit-with-backend"], {"exit_with_backend": True}),
+    (["--copy=used"], {"copy": "used"}),
+    (["--copy", "used+tail"], {"copy": "used+tail"}),
+    (["--pool-limit=4096"], {"pool_limit": 4096}),
+    (["--pool-limit=4K"], {"pool_limit": 4096}),
+    (["--pool-limit=64M"], {"pool_limit": 64 * MIB}),
+    (["--pool-limit=64MiB"], {"pool_limit": 64 * MIB}),
+    (["--pool-limit=1g"], {"pool_limit": 1024 * MIB}),
+    (["--pool-limit=4G"], {"pool_limit": 4096 * MIB}),
+    (["--poll-us=0"], {"poll_us": 0}),
+    (["--poll-us=1000000"], {"poll_us": 1_000_000}),
+    (["--workers=64"], {"workers": 64}),
+    (["--timeout=0.5"], {"timeout": 0.5}),
+    (["--drain-timeout=3600"], {"drain_timeout": 3600.0}),
+    (["--log-level=debug"], {"log_level": "debug"}),
+    (["--device-type=net"], {"copy": "used"}),
+    (["--device-type=1"], {"copy": "used"}),
+    (["--device-type=net", "--copy=full"], {"copy": "full"}),
+    (["--device-type=block"], {"copy": "full"}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "changes"), OPTIONS, ids=str)
+def test_option(
+    configs: list[Config], arguments: list[str], changes: dict[str, Any]
+) -> None:
+    plain = Config(socket_path="/front", backend="/back")
+    expected = dataclasses.replace(plain, **changes)
+    assert config_of(configs, *WAYS, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--fd=5", "--backend=/b"], Config(fd=5, backend="/b")),
+        (["--fd=0", "--backend-listen=/b"], Config(fd=0, backend_listen="/b")),
+        (["--front-connect=/f", "--backend=/b"], Config(None, None, "/f", "/b")),
+        (
+            ["--socket-path=/f", "--", "back", "--fd={fd}", "--", "x"],
+            Config(socket_path="/f", command=("back", "--fd={fd}", "--", "x")),
+        ),
+    ],
+    ids=str,
+)
+def test_ways_to_the_front_and_the_back(
+    configs: list[Config], arguments: list[str], expected: Config
+) -> None:
+    assert config_of(configs, *arguments) == expected
+
+
+UNUSABLE: list[tuple[list[str], str]] = [
+    ([], "COMMAND"),
+    (["fly"], "'fly'"),
+    (["run"], "one of --socket-path, --fd, --front-connect is needed"),
+    (["run", "--socket-path=/f"], "--backend, --backend-listen, -- COMMAND is needed"),
+    (["run", "--backend=/b"], "one of --socket-path, --fd"),
+    (["run", "--socket-path=/f", "--fd=3", "--backend=/b"], "and only one"),
+    (["run", "--front-connect=/f", "--fd=3", "--backend=/b"], "and only one"),
+    (["run", *WAYS, "--backend-listen=/b"], "and only one"),
+    (["run", *WAYS, "--", "back", "{fd}"], "and only one"),
+    (["run", *WAYS, "--"], "no command after --"),
+    (["run", *WAYS, "surplus"], "surplus"),
+    (["run", *WAYS, "--nonsense"], "--nonsense"),
+    (["run", "--socket-path"], "--socket-path: expected one argument"),
+    (["run", "--fd=three", "--backend=/b"], "--fd: .*three"),
+    (["run", "--fd=", "--backend=/b"], "--fd: "),
+    *(
+        (["run", *WAYS, f"--pool-limit={bad}"], f"--pool-limit: {bad}: no size from 4K")
+        for bad in (
+            *("0", "4095", "3K", "-1", "-4096", "1T", "5G", "4294967297", "1.5G"),
+            *("", "M", "64 M", "0x1000", "much", "64MM", "1e6", "inf", "nan"),
+        )
+    ),
+    (["run", *WAYS, f"--pool-limit={'9' * 5000}"], "--pool-limit: invalid size"),
+    *(
+        (["run", *WAYS, f"--poll-us={bad}"], f"--poll-us: {bad}: no number from 0 to")
+        for bad in ("-1", "1000001", "1.5", "", "soon")
+    ),
+    *(
+        (["run", *WAYS, f"--workers={bad}"], f"--workers: {bad}: no number from 1 to")
+        for bad in ("0", "65", "-1", "all")
+    ),
+    *(
+        (["run", *WAYS, f"--{name}timeout={bad}"], f"{bad}: no number of seconds")
+        for name in ("", "drain-")
+        for bad in ("0", "-1", "3601", "inf", "nan", "soon", "")
+    ),
+    (["run", *WAYS, "--copy=all"], "--copy: .*'all'"),
+    (["run", *WAYS, "--log-level=loud"], "--log-level: .*'loud'"),
+    (["run", *WAYS, "--device-type=toaster"], "--device-type toaster: not one of net"),
+    (["run", "--socket-path=/f", "--", "back"], r"either \{fd\} or \{listen-fd\}"),
+    (["run", "--socket-path=/f", "--", "b", "{fd}{listen-fd}"], r"either \{fd\} or"),
+]
+
+
+def shortened(value: object) -> str:
+    return str(value)[-60:]
+
+
+@pytest.mark.parametrize(("arguments", "text"), UNUSABLE, ids=shortened)
+def test_unusable_arguments_are_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("vhost-airlock: ")
+    assert re.search(text, err), err
+
+
+@pytest.mark.parametrize("kind", [each for each in TYPES if each.refused], ids=str)
+def test_device_that_can_not_be_isolated_is_refused(
+    capsys: pytest.CaptureFixture[str], kind: Any
+) -> None:
+    assert cli.main(["run", *WAYS, f"--device-type={kind.name}"]) == 1
+    assert capsys.readouterr().err == (
+        f"vhost-airlock: a {kind.name} device can't be isolated: {kind.refused}\n"
+    )
+
+
+def test_device_types_have_names_and_numbers_of_their_own() -> None:
+    assert len({kind.name for kind in TYPES}) == len(TYPES)
+    assert len({kind.number for kind in TYPES}) == len(TYPES)
+    assert {kind.copy for kind in TYPES} <= set(POLICIES)
+
+
+UNREACHABLE: list[tuple[list[str], str]] = [
+    (["--socket-path=F", "--backend=B"], "no back-end at B: No such file"),
+    (["--socket-path=F", "--backend=FILE"], "no back-end at FILE: it is no socket"),
+    (["--socket-path=F", "--backend="], "no back-end at : No such file"),
+    (["--socket-path=F", "--", "/no/prog", "{fd}"], "there is no program /no/prog"),
+    (["--socket-path=FILE", "--backend=S"], "can't listen at FILE: .* no socket"),
+    (["--socket-path=", "--backend=S"], "can't listen at : no path"),
+    (["--socket-path=F/F", "--backend=S"], "can't listen at F/F: No such file"),
+    (
+        ["--socket-path=F", "--backend-listen=FILE"],
+        "can't listen at FILE: .* no socket",
+    ),
+    (["--socket-path=F", "--backend-listen=F"], "can't listen at F: another process"),
+    (["--fd=9999", "--backend=S"], "descriptor 9999: Bad file descriptor"),
+    (["--fd=-1", "--backend=S"], "descriptor -1"),
+    (["--fd=99999999999999999999", "--backend=S"], "descriptor 99999999999999999999"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), UNREACHABLE, ids=str)
+def test_what_keeps_it_from_starting_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("precious")
+    with socket.socket(socket.AF_UNIX) as back:
+        back.bind("S")
+        assert cli.main(["run", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.match(f"vhost-airlock: .*{text}", err), err
+    assert {path.name for path in tmp_path.iterdir()} == {"FILE", "S"}
+    assert Path("FILE").read_text() == "precious"
+
+
+def test_capabilities_of_a_back_end_that_is_not_started(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["run", "--print-capabilities"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+    assert cli.main(["run", "--print-capabilities", *WAYS, "--device-type=fs"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"type": "fs"}
+
+
+def test_capabilities_of_a_back_end_that_is_started(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    program = tmp_path / "back-end"
+    program.write_text('#!/bin/sh\necho "{\\"type\\": \\"$*\\"}"\nexit 5\n')
+    program.chmod(0o755)
+    command = ["--", str(program), "--fd={fd}"]
+    assert cli.main(["run", "--print-capabilities", *command]) == 5
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"type": "--print-capabilities"}
+    assert err == ""
+
+
+def test_capabilities_of_a_program_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["run", "--print-capabilities", "--", "/no/prog", "{fd}"]) == 1
+    assert capsys.readouterr().err == (
+        "vhost-airlock: can't start /no/prog: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    out, err = capsys.readouterr()
+    assert "vhost-airlock" in out
+    assert err == ""
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        if field.name != "command":
+            assert "--" + field.name.replace("_", "-") in text

@@ -1,15 +1,13 @@
-"""Where the real programs are: in the Debian of tools/real-root, or on this machine."""
+"""Where the real programs are: in the Debian of tools/real-root."""
 
 import hashlib
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
 ROOT = PROJECT / ".real" / "root"
-NEEDED = ("qemu-storage-daemon", "qemu-img", "qemu-io", "qemu-system-x86_64")
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,8 @@ class Programs:
 
 def find() -> Programs | str:
     """The programs, or why there are none."""
-    choice = os.environ.get("REAL", "")
-    if choice == "no":
+    if os.environ.get("REAL") == "no":
         return "REAL=no"
-    if choice == "host":
-        missing = [name for name in NEEDED if not shutil.which(name)]
-        if missing:
-            return f"REAL=host, but there is no {', '.join(missing)}"
-        return Programs((), Path("/"), f"{PROJECT}/build/real")
     if os.geteuid() != 0:
         return "entering .real/root needs root"
     if not (ROOT / "ready").exists():

@@ -107,8 +107,13 @@ class Starter(Connector):
             for part in self.command
         ]
         try:
+            # In a process group of its own, so that it doesn't get the terminal's SIGINT:
+            # we need it to drain the rings.
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
             )
         except OSError as error:
             ours.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 
 from .config import Config
@@ -24,6 +25,13 @@ from .vhost.rules import BACKEND_RULES
 from .vhost.wire import BackendRequest, Feature, ProtocolFeature, VringAddr
 
 log = logging.getLogger(__name__)
+
+REQUESTS_INTERVAL = 0.02
+"""Seconds between looks at the back's own requests."""
+REQUESTS_AT_ONCE = 64
+"""How many of them are served in one look."""
+REQUEST_TIMEOUT = 0.5
+"""Seconds that the rest of one has to come: nothing else is served meanwhile."""
 
 
 class Back:
@@ -44,6 +52,8 @@ class Back:
         """The back's own requests."""
         self._memory: IsolatedMemory | None = None
         self._announced = False
+        self._changed = False
+        self._served = 0.0
         self.offered = self.frontend.get_features()
         self.offered_protocol = ProtocolFeature(0)
         if self.offered & Feature.PROTOCOL_FEATURES:
@@ -157,13 +167,30 @@ class Back:
             self._memory.close()
 
     def requests_fileno(self) -> int:
-        """The socket on which the back's own requests come; -1 when there is none."""
-        return -1 if self.requests is None else self.requests.channel.fileno()
+        """The socket on which the back's own requests come; -1: don't look there now.
 
-    def serve_request(self) -> None:
-        """Serve one of the back's own requests."""
-        if self.requests is not None:
+        They are looked at now and then only, so a flood of them is not our problem.
+        """
+        if self.requests is None or self.requests_wait() > 0:
+            return -1
+        return self.requests.channel.fileno()
+
+    def requests_wait(self) -> float:
+        """Seconds until the back's own requests are looked at again."""
+        return max(0.0, self._served + REQUESTS_INTERVAL - time.monotonic())
+
+    def serve_requests(self) -> None:
+        """Serve the requests that have come, and pass on once what they mean."""
+        if self.requests is None:
+            return
+        self._served = time.monotonic()
+        for _ in range(REQUESTS_AT_ONCE):
             self.requests.handle_one()
+            if not self.requests.channel.pending():
+                break
+        if self._changed:
+            self._changed = False
+            self.config_changed()
 
     def _announce(self) -> None:
         """Tell the back its memory, once: then no such message is sent for long."""
@@ -184,7 +211,7 @@ class Back:
     def _open_requests(self, accepted: ProtocolFeature) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            channel = Channel(ours, peer="back", timeout=self.config.timeout)
+            channel = Channel(ours, peer="back", timeout=REQUEST_TIMEOUT)
             self.requests = Responder(
                 channel,
                 {BackendRequest.CONFIG_CHANGE_MSG: self._on_config_change},
@@ -194,4 +221,4 @@ class Back:
             self.frontend.set_backend_req_fd(theirs)
 
     def _on_config_change(self, payload: object, fds: list[Fd]) -> None:
-        self.config_changed()
+        self._changed = True

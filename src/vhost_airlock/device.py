@@ -253,9 +253,13 @@ class Device:
 
     def next_look(self) -> float | None:
         """Milliseconds until look() has something to do by itself; None: it has not."""
-        if self._back is None or not self._back.settled or self._back.memory.small:
-            return None
-        return max(0.0, self._next_idle_check - time.monotonic()) * 1000
+        waits = []
+        if self._back is not None and self._back.settled:
+            if wait := self._back.requests_wait():
+                waits.append(wait)
+            if not self._back.memory.small:
+                waits.append(max(0.0, self._next_idle_check - time.monotonic()))
+        return min(waits) * 1000 if waits else None
 
     def set_front_requests(self, fd: Fd) -> None:
         """The front's socket for requests of the back; it replaces an older one."""

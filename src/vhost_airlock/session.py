@@ -72,7 +72,7 @@ class Session:
             if back is not None and back.frontend.fileno() in ready:
                 back.frontend.unsolicited()
             if back is not None and back.requests_fileno() in ready:
-                back.serve_request()
+                back.serve_requests()
             if self.front.fileno() in ready:
                 self.backend.handle_one()
             self.device.look()
@@ -88,7 +88,7 @@ class Session:
         back = self.device.connected
         if back is not None:
             poll.register(back.frontend.fileno(), select.POLLIN)
-            if back.requests is not None:
+            if back.requests_fileno() >= 0:
                 poll.register(back.requests_fileno(), select.POLLIN)
         return {fd for fd, _ in poll.poll(self.device.next_look())}
 

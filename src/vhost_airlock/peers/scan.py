@@ -2,8 +2,8 @@
 
 This is how the isolation is shown rather than claimed: plant a random marker in guest
 memory and look for it in all that the back-end's process can reach without asking
-anybody. That is its mappings; the files behind them, whole, since a process can widen a
-shared mapping to the rest of its file; and its open descriptors, since it can map those.
+anybody. That is its mappings; the files behind them, whole, since a process can widen
+a mapping to the rest of its file; and its open descriptors, since it can map those.
 
 Looking takes the right to trace the process (an ancestor has it, and root), and the
 files behind mappings are open to root only; without it, what is mapped is searched.

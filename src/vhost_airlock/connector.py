@@ -107,7 +107,7 @@ class Starter(Connector):
             for part in self.command
         ]
         try:
-            # In a process group of its own, so that the terminal's SIGINT is not for it:
+            # In a process group of its own, as the terminal's SIGINT is not for it:
             # we need it to drain the rings.
             self.process = subprocess.Popen(
                 command,

@@ -14,6 +14,7 @@ LAYERS = """
     __main__
     cli
     demo
+    demo_report
     daemon
     session  connector
     handlers
@@ -53,7 +54,7 @@ COLUMNS = {
 }
 """Of the packages, each may import only from these."""
 
-ABOVE_PEERS = {"demo", "peers"}
+ABOVE_PEERS = {"demo", "demo_report", "peers"}
 """Who may import peers: the proxy itself has no use for them."""
 
 LEVEL = {

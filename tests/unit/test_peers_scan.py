@@ -1,5 +1,6 @@
 """The search for a marker finds it wherever another process holds it, and only then."""
 
+import mmap
 import os
 import secrets
 import subprocess
@@ -14,6 +15,11 @@ from vhost_airlock.peers.scan import CHUNK, descriptors, mappings, search
 SIZE = 64 << 20
 AT = (8 << 20) + CHUNK - 7
 """Where the marker is: across the border of two reads, behind a hole."""
+
+
+root_only = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root sees files behind mappings"
+)
 
 
 @pytest.fixture
@@ -70,10 +76,26 @@ def test_mapping_without_descriptor(ram, marker):
         assert found[:2] == ("mapping", "memfd:guest-ram")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root sees files behind mappings")
+@root_only
 def test_rest_of_a_file_that_is_mapped_in_part(ram, marker):
     with holder(ram, "m = mmap.mmap(ram, 4096); os.closerange(3, 100)") as pid:
         assert places(pid, marker) == [("mapping", "memfd:guest-ram", AT)]
+
+
+@root_only
+def test_mapping_at_a_low_address(ram, marker):
+    """Where programs that are not position-independent lie; maps pads the address."""
+    fixed = mmap.MAP_SHARED | 0x100000  # MAP_FIXED_NOREPLACE
+    code = f"""
+import ctypes
+call = ctypes.CDLL(None).mmap
+call.argtypes = [ctypes.c_size_t] * 6
+assert call(0x100000, 4096, {mmap.PROT_READ}, {fixed}, ram, 0) & 0xffffffff == 0x100000
+os.closerange(3, 100)"""
+    with holder(ram, code) as pid:
+        assert places(pid, marker) == [("mapping", "memfd:guest-ram", AT)]
+        (mapped,) = (each for each in mappings(pid) if each.name == "memfd:guest-ram")
+        assert mapped.place == "00100000-00101000"
 
 
 def test_copy_in_anonymous_memory(ram, marker):

@@ -141,20 +141,23 @@ def _pieces(
     pid: int, holding: Holding, files: set[tuple[int, int]]
 ) -> Iterator[tuple[int, bytes]]:
     """All that a holding gives access to, with file offsets or addresses."""
-    mapped = holding.kind == "mapping"
+    path = f"/proc/{pid}/fd/{holding.place}"
+    part = None
+    if holding.kind == "mapping":
+        start, end = (int(side, 16) for side in holding.place.split("-"))
+        part = range(start, end)
+        path = f"/proc/{pid}/map_files/{start:x}-{end:x}"  # maps has leading zeros
     if holding.inode is not None and holding.inode not in files:
-        folder = "map_files" if mapped else "fd"
-        path = f"/proc/{pid}/{folder}/{holding.place}"
         try:
             if stat.S_ISREG(os.stat(path).st_mode):
                 yield from _read(path, None)
                 files.add(holding.inode)
         except PermissionError:
-            if not mapped:
+            if part is None:
                 raise
-    if mapped and holding.readable and not (holding.shared and holding.inode in files):
-        start, end = (int(part, 16) for part in holding.place.split("-"))
-        yield from _read(f"/proc/{pid}/mem", range(start, end))
+    searched = holding.shared and holding.inode in files
+    if part is not None and holding.readable and not searched:
+        yield from _read(f"/proc/{pid}/mem", part)
 
 
 def _read(path: str, part: range | None) -> Iterator[tuple[int, bytes]]:

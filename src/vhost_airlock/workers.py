@@ -50,3 +50,5 @@ class Workers:
             worker.stop()
         for thread in self._threads:
             thread.join()
+        # Their descriptors go with them now, not whenever garbage is collected.
+        self._workers.clear()

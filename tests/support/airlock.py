@@ -1,0 +1,138 @@
+"""The airlock between a front-end and back-ends of the test's, all in this process.
+
+    with Airlock(DiskBack()) as airlock, BlkGuest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+
+Each `channel()` is a session of its own, which ends when the front-end hangs up.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
+from vhost_airlock.back import Back
+from vhost_airlock.config import Config
+from vhost_airlock.errors import Disconnected
+from vhost_airlock.session import Session
+from vhost_airlock.vhost.channel import Channel
+from vhost_airlock.vhost.fds import eventfd, notify
+
+
+class Airlock:
+    """Sessions with the back that is given. `options` are those of Config.
+
+    At the end of the with block nothing of it is left: no thread, no connection.
+    """
+
+    def __init__(self, back: RecordedBack | None = None, **options: object) -> None:
+        self.back = ScriptedBack() if back is None else back
+        self.config = Config(**options)  # type: ignore[arg-type]
+        self.stop = eventfd()
+        self.sessions: list[Session] = []
+        self.failures: list[BaseException] = []
+        """What a session raised, which it must not."""
+        self._threads: list[threading.Thread] = []
+
+    def channel(self) -> Channel:
+        """A front-end's connection to a new session."""
+        ours, theirs = socket.socketpair()
+        front = Channel(
+            theirs, stop=self.stop, peer="front", timeout=self.config.timeout
+        )
+        session = Session(front, self.config, self._connect, self.stop)
+        thread = threading.Thread(target=self._run, args=[session], name="session")
+        self.sessions.append(session)
+        self._threads.append(thread)
+        thread.start()
+        return Channel(ours, peer="airlock")
+
+    def _run(self, session: Session) -> None:
+        try:
+            kept = session.run()
+            assert kept is None
+        except BaseException as error:
+            self.failures.append(error)
+
+    def _connect(self, config_changed: Callable[[], None]) -> Back:
+        ours, theirs = socket.socketpair()
+        self.back.start(theirs)
+        channel = Channel(
+            ours, stop=self.stop, peer="back", timeout=self.config.timeout
+        )
+        try:
+            return Back(channel, self.config, config_changed)
+        except BaseException:
+            channel.close()
+            raise
+
+    @property
+    def session(self) -> Session:
+        """The last one."""
+        return self.sessions[-1]
+
+    def counters(self, ring: int = 0) -> dict[str, int]:
+        """What a ring of the last session has done."""
+        return self.session.device.counters()[f"ring {ring}"]
+
+    def join(self, timeout: float = PATIENCE) -> None:
+        """Wait for the end of all sessions, which something else must bring about."""
+        for thread in self._threads:
+            thread.join(timeout)
+            assert not thread.is_alive(), "the session goes on"
+        self._threads.clear()
+        if self.failures:
+            raise self.failures[0]
+
+    def end(self) -> None:
+        """End all sessions as a signal does."""
+        notify(self.stop)
+        self.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        notify(self.stop)
+        try:
+            self.join()
+        finally:
+            self.stop.close()
+            self.back.close()
+
+
+class Direct:
+    """In place of the airlock, nothing: the front-end talks to the back-end itself."""
+
+    def __init__(self, back: RecordedBack, **options: object) -> None:
+        self.back = back
+
+    def channel(self) -> Channel:
+        ours, theirs = socket.socketpair()
+        self.back.start(theirs)
+        return Channel(ours, peer="back")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.back.close()
+
+
+def hung_up(channel: Channel) -> bool:
+    """Does the other end hang up, without another message?"""
+    try:
+        channel.recv(None)
+    except Disconnected:
+        return True
+    return False

@@ -133,6 +133,18 @@ class TestBlocks:
         assert len(must_take(lane, 64, 64).buffers) == 2
         world.check()
 
+    def test_regression_a_chain_stands_not_in_its_own_way(self):
+        """A block of 2 pages cut the one of 4, in an empty pool, time and again."""
+        world = World(pool=7 * PAGE)
+        lane = Lane(world)
+        give(lane, must_take(lane, 1, 1))
+        assert len(must_take(lane, 2, 4).buffers) == 2
+
+    def test_regression_nor_does_it_take_the_region_that_is_needed(self):
+        world = World(pool=[4 * PAGE, 2 * PAGE], largest=4 * PAGE)
+        lane = Lane(world)
+        assert len(must_take(lane, 2, 4).buffers) == 2
+
     def test_the_most_ever_used_is_kept(self, world, lane):
         chains = [must_take(lane, 8) for _ in range(3)]
         give(lane, *chains)

@@ -20,8 +20,8 @@ from vhost_airlock.dataplane.layout cimport (
     DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, OUT_OF_MEMORY, PAGE,
 )
 from vhost_airlock.dataplane.pool cimport (
-    NO_BLOCK, PoolState, Share, give_block, lock_pool, order_of, reserve, take_block,
-    unlock_pool, unreserve,
+    MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, join_free, lock_pool, order_of,
+    reserve, take_block, unlock_pool, unreserve,
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
 
@@ -71,27 +71,74 @@ cdef int place(
         if slot.buffer == NULL:
             return OUT_OF_MEMORY
     slot.head = chain.head
-    slot.count = 0
+    slot.count = chain.count
     slot.readable = chain.readable
     slot.writable = chain.bytes_writable
     slot.pages = 0
     slot.scratch.order = NO_BLOCK
+    for i in range(chain.count):
+        slot.buffer[i].guest = chain.segment[i].addr
+        slot.buffer[i].len = chain.segment[i].len
+        slot.buffer[i].block.order = NO_BLOCK
 
     lock_pool(pool)
     placed = reserve(pool, share, pages)
     if placed:
         slot.pages = pages
-        placed = lay_out(slot, chain, table, small, pool)
+        placed = take_blocks(slot, small, pages, pool)
+        if not placed:
+            pool.wanted = max(pool.wanted, largest)
     unlock_pool(pool)
     if not placed:
         release(slot, pool, share)
-    return placed
+        return 0
+    lay_out(slot, table, small)
+    return 1
 
 
-cdef bint lay_out(
-    Slot *slot, const Chain *chain, bint table, uint64_t small, PoolState *pool
+cdef bint take_blocks(
+    Slot *slot, uint64_t small, uint64_t pages, PoolState *pool
 ) noexcept nogil:
-    """Give each segment its place. False: a block was not to be had."""
+    """Take all blocks that the slot needs, `pages` in all. False: not to be had."""
+    cdef int order
+
+    if take_blocks_of(slot, small, 0, MAX_ORDER, pool):
+        return True
+    # Joined, and the largest first, whatever can fit does. In any other order, small
+    # blocks of the chain itself could stand in the way of its large ones for ever.
+    give_blocks(slot, pool)
+    if not join_free(pool, pages):
+        return False
+    for order in range(MAX_ORDER, -1, -1):
+        if not take_blocks_of(slot, small, order, order, pool):
+            return False
+    return True
+
+
+cdef bint take_blocks_of(
+    Slot *slot, uint64_t small, int least, int most, PoolState *pool
+) noexcept nogil:
+    """Take those blocks whose order is in [least, most]."""
+    cdef Buffer *buffer
+    cdef int order
+    cdef int i
+
+    if small > AREA:
+        order = order_of((small + PAGE - 1) // PAGE)
+        if least <= order <= most and not take_block(pool, order, &slot.scratch):
+            return False
+    for i in range(slot.count):
+        buffer = &slot.buffer[i]
+        if buffer.len < SMALL:
+            continue
+        order = segment_order(buffer.guest, buffer.len)
+        if least <= order <= most and not take_block(pool, order, &buffer.block):
+            return False
+    return True
+
+
+cdef void lay_out(Slot *slot, bint table, uint64_t small) noexcept nogil:
+    """Give the table and each buffer its place, now that there are all blocks."""
     cdef uint8_t *at = slot.area
     cdef uint64_t back = slot.area_back
     cdef Buffer *buffer
@@ -99,39 +146,26 @@ cdef bint lay_out(
     cdef int i
 
     if small > AREA:
-        if not take_block(
-            pool, order_of((small + PAGE - 1) // PAGE), &slot.scratch
-        ):
-            return False
         at = slot.scratch.host
         back = slot.scratch.back
     slot.table = NULL
     if table:
         slot.table = at
         slot.table_back = back
-        at += step64(chain.count * sizeof(Desc))
-        back += step64(chain.count * sizeof(Desc))
+        at += step64(slot.count * sizeof(Desc))
+        back += step64(slot.count * sizeof(Desc))
 
-    for i in range(chain.count):
+    for i in range(slot.count):
         buffer = &slot.buffer[i]
-        buffer.guest = chain.segment[i].addr
-        buffer.len = chain.segment[i].len
-        buffer.block.order = NO_BLOCK
         if buffer.len < SMALL:
             buffer.host = at
             buffer.back = back
             at += step64(buffer.len)
             back += step64(buffer.len)
         else:
-            if not take_block(
-                pool, segment_order(buffer.guest, buffer.len), &buffer.block
-            ):
-                return False
             offset = buffer.guest & (PAGE - 1)
             buffer.host = buffer.block.host + offset
             buffer.back = buffer.block.back + offset
-        slot.count += 1
-    return True
 
 
 cdef bint copy_to_back(Slot *slot, RegionTable *memory, int *hint) noexcept nogil:
@@ -202,16 +236,20 @@ cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil:
     return 1
 
 
-cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
-    """Give back all that place() took."""
+cdef void give_blocks(Slot *slot, PoolState *pool) noexcept nogil:
     cdef int i
 
-    lock_pool(pool)
     for i in range(slot.count):
         if slot.buffer[i].block.order != NO_BLOCK:
             give_block(pool, &slot.buffer[i].block)
     if slot.scratch.order != NO_BLOCK:
         give_block(pool, &slot.scratch)
+
+
+cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
+    """Give back all that place() took."""
+    lock_pool(pool)
+    give_blocks(slot, pool)
     unreserve(pool, share, slot.pages)
     unlock_pool(pool)
     if slot.buffer != slot.few:

@@ -86,6 +86,7 @@ cdef inline void unlock_pool(PoolState *pool) noexcept nogil:
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil
+cdef bint join_free(PoolState *pool, uint64_t pages) noexcept nogil
 cdef void give_block(PoolState *pool, Block *block) noexcept nogil
 
 

@@ -42,18 +42,31 @@ cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogi
 
 
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil:
-    """Take a block from the first region that has one; else ask for more memory."""
+    """Take a block from the first region that has one."""
     cdef int i
 
     for i in range(pool.count):
         if take_from(pool, i, order, block):
             return True
-    for i in range(pool.count):
-        if pool.region[i].freed and join_blocks(&pool.region[i]) >= order:
-            if take_from(pool, i, order, block):
-                return True
-    pool.wanted = max(pool.wanted, <uint64_t> 1 << order)
     return False
+
+
+cdef bint join_free(PoolState *pool, uint64_t pages) noexcept nogil:
+    """Make free blocks as large as can be. False: not so many pages are free at all."""
+    cdef PoolRegion *region
+    cdef uint64_t free_pages = 0
+    cdef int i
+
+    for i in range(pool.count):
+        region = &pool.region[i]
+        if not region.closed:
+            free_pages += region.pages - region.used
+    if free_pages < pages:
+        return False
+    for i in range(pool.count):
+        if pool.region[i].freed:
+            join_blocks(&pool.region[i])
+    return True
 
 
 cdef void give_block(PoolState *pool, Block *block) noexcept nogil:
@@ -112,8 +125,8 @@ cdef int32_t pop_block(PoolRegion *region, int order) noexcept nogil:
     return page
 
 
-cdef int join_blocks(PoolRegion *region) noexcept nogil:
-    """Join neighbouring free blocks into the largest there can be; their order."""
+cdef void join_blocks(PoolRegion *region) noexcept nogil:
+    """Join neighbouring free blocks into the largest there can be."""
     cdef uint32_t page = 0
     cdef uint32_t start
     cdef int order
@@ -132,10 +145,6 @@ cdef int join_blocks(PoolRegion *region) noexcept nogil:
             region.order[page] = -1
             page += 1 << order
         push_run(region, start, page)
-    order = MAX_ORDER
-    while order >= 0 and region.free[order] < 0:
-        order -= 1
-    return order
 
 
 cdef void push_run(PoolRegion *region, uint32_t start, uint32_t end) noexcept nogil:

@@ -1,0 +1,644 @@
+"""What a pump has to do, in plain Python, beside the real one.
+
+A `Model` holds one lane and queues of what should be where in it. Every method does one
+thing to the lane, foretells the outcome, and compares: what one step completes, what
+may have changed in guest memory and in isolated memory, who had to be notified, what a
+stop hands back, how full the pool is. Only how many chains find room is not foretold;
+as many as do must be right.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from tests.support.plane import MIB, PAGE, AddressSpace, Lane, World
+from vhost_airlock.peers import Buffer, Chain, DeviceRing, DriverRing
+from vhost_airlock.peers.ring import DESC_F_INDIRECT, need_event
+
+SMALL = 512
+"""Buffers below this are packed together, up to as much in the slot itself."""
+TAIL = 64
+"""The largest last buffer that the policy used+tail copies always."""
+ENTRIES = 8
+"""The most buffers of a chain."""
+
+Span = tuple[int, int]
+"""An address and a length."""
+
+
+def power_above(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def up_to(step: int, size: int) -> int:
+    return -(-size // step) * step
+
+
+@dataclass(eq=False)
+class Request:
+    """One chain of the guest's, from its offer to its end."""
+
+    head: int
+    buffers: list[Buffer]
+    """Without those of no bytes."""
+    pages: range
+    """The guest's pages where the buffers lie."""
+    given: bytes
+    """What the back is to read."""
+    position: int = -1
+    """Its place among the chains offered since the ring's start."""
+    seen: Chain | None = None
+    """The chain as the back has it."""
+    table: Span | None = None
+    """The indirect table which the back has it in."""
+    wrote: bytes = b""
+    said: int = 0
+
+    @property
+    def room(self) -> int:
+        return sum(buffer.length for buffer in self.buffers if buffer.writable)
+
+    def pool_pages(self, indirect: bool) -> int:
+        """How many pages of the pool it takes."""
+        pages = small = 0
+        for buffer in self.buffers:
+            if buffer.length < SMALL:
+                small += up_to(64, buffer.length)
+            else:
+                within = buffer.addr % PAGE + buffer.length
+                pages += power_above(-(-within // PAGE))
+        if indirect and len(self.buffers) > 1:
+            small += up_to(64, 16 * len(self.buffers))
+        return pages + (power_above(-(-small // PAGE)) if small > SMALL else 0)
+
+    def expected(self, policy: str, old: bytes) -> bytes:
+        """All writable bytes after completion, where `old` stood before."""
+        wrote = self.wrote + bytes(self.room - len(self.wrote))
+        copied = self.room if policy == "full" else min(self.said, self.room)
+        after = wrote[:copied] + old[copied:]
+        last = self.buffers[-1]
+        if policy == "used+tail" and last.writable and last.length <= TAIL:
+            after = after[: -last.length] + wrote[-last.length :]
+        return after
+
+    def doubles(self) -> list[Span]:
+        """All of isolated memory that is this chain's."""
+        assert self.seen is not None
+        spans = [(buffer.addr, buffer.length) for buffer in self.seen.buffers]
+        return spans if self.table is None else [*spans, self.table]
+
+
+class Snapshot:
+    """Memory at one moment, to say later where it changed."""
+
+    def __init__(self, space: AddressSpace) -> None:
+        self.space = space
+        self.pieces = {at: bytes(piece.view) for at, piece in space.pieces.items()}
+
+    def read(self, space: AddressSpace, buffer: Buffer) -> bytes:
+        """What stood in a buffer at that moment."""
+        data = b""
+        for start, old in self.pieces.items():
+            at = buffer.addr + len(data) - start
+            if 0 <= at < len(old):
+                data += old[at : at + buffer.length - len(data)]
+        return data
+
+    def changed_outside(self, allowed: list[Span]) -> list[str]:
+        """Where memory changed, other than in `allowed`."""
+        return [
+            f"{start + where:#x}"
+            for start, old in self.pieces.items()
+            if (new := bytes(self.space.pieces[start].view)) != old
+            for where in self._differences(start, old, new, allowed)
+        ]
+
+    @staticmethod
+    def _differences(
+        start: int, old: bytes, new: bytes, allowed: list[Span]
+    ) -> Iterator[int]:
+        blank = bytearray(new)
+        for address, length in allowed:
+            low = max(address - start, 0)
+            high = min(address + length - start, len(new))
+            if low < high:
+                blank[low:high] = old[low:high]
+        if blank != old:
+            yield next(i for i in range(len(old)) if blank[i] != old[i])
+
+
+class GuestPages:
+    """Which pages of the guest's are in use by chains, and fresh bytes to put there."""
+
+    def __init__(self, world: World, pages: int, chance: Random) -> None:
+        self.chance = chance
+        self._noise = chance.randbytes(4 * MIB)
+        self._free = [True] * pages
+        self._next = 0
+        for page in range(pages):
+            world.ram.write(page * PAGE, self.noise(PAGE))
+
+    def noise(self, length: int) -> bytes:
+        start = self.chance.randrange(len(self._noise) - length + 1)
+        return self._noise[start : start + length]
+
+    def take(self, count: int) -> range | None:
+        """So many pages in a row, or None."""
+        for start in (*range(self._next, len(self._free)), *range(self._next)):
+            if len(self._free) - start >= count and all(
+                self._free[start : start + count]
+            ):
+                self._free[start : start + count] = [False] * count
+                self._next = start + count
+                return range(start, start + count)
+        return None
+
+    def give(self, pages: range) -> None:
+        self._free[pages.start : pages.stop] = [True] * len(pages)
+
+
+class Plane:
+    """A world, and the models of its lanes, which share its pool."""
+
+    def __init__(
+        self, chance: Random, *, pool: Sequence[int], regions: Sequence[int]
+    ) -> None:
+        """`pool` and `regions`: sizes in pages; the guest's regions are adjacent."""
+        starts = [sum(regions[:i]) for i in range(len(regions))]
+        self.world = World(
+            pool=[pages * PAGE for pages in pool],
+            largest=PAGE << (pool[0].bit_length() - 1),
+            regions=[
+                (start * PAGE, pages * PAGE)
+                for start, pages in zip(starts, regions, strict=True)
+            ],
+        )
+        self.pages = GuestPages(self.world, sum(regions), chance)
+        self.chain_pages = pool[0]
+        """What the largest chain may take; so it fits when the pool is empty."""
+        self.models: list[Model] = []
+
+    def check_pool(self) -> None:
+        assert self.world.pool.used == PAGE * sum(m.pool_pages for m in self.models)
+
+    def check_doubles(self) -> None:
+        """No two chains have a byte of isolated memory in common."""
+        spans = [
+            span
+            for model in self.models
+            for request in (*model.flight.values(), *model.quarantine.values())
+            for span in request.doubles()
+        ]
+        spans += [model.shadow_span() for model in self.models]
+        end = 0
+        for start, length in sorted(spans):
+            assert start >= end, "two chains share isolated memory"
+            end = start + length
+
+    def settle(self) -> None:
+        """The backs complete all that they have, until nothing is left anywhere."""
+        for _ in range(100_000):
+            busy = False
+            for model in self.models:
+                model.take(1 << 16)
+                for request in (*model.taken, *model.quarantine.values()):
+                    if model.can_finish(request):
+                        model.finish(request, 0, 0)
+                busy |= bool(model.finished)
+                busy |= model.step(256) > 0
+                model.reap()
+            if not busy:
+                break
+        for model in self.models:
+            assert not model.pending, "chains wait though there is all room"
+            assert not model.flight
+            assert not model.quarantine
+            assert model.lane.pump.quarantined == 0
+        assert self.world.pool.used == 0
+        self.world.check()
+
+
+class Model:
+    """One ring: the real lane, and what we know about it."""
+
+    def __init__(self, plane: Plane, lane: Lane, policy: str) -> None:
+        self.plane = plane
+        self.world = plane.world
+        self.lane = lane
+        self.policy = policy
+        # Offered by the guest; not in the shadow ring.
+        self.pending: deque[Request] = deque()
+        # In the shadow ring; the back has not taken them.
+        self.visible: deque[Request] = deque()
+        self.taken: list[Request] = []
+        # Completed by the back; the pump has not looked. None: a bad completion.
+        self.finished: deque[Request | None] = deque()
+        # In the guest's used ring, with what is said there; it has not looked.
+        self.completed: deque[tuple[Request, int]] = deque()
+        # By slot: offered to the back and not completed for the guest.
+        self.flight: dict[int, Request] = {}
+        # By slot: left behind by a stop.
+        self.quarantine: dict[int, Request] = {}
+        # The guest never gets these back.
+        self.lost: list[Request] = []
+        self.pool_pages = 0
+        self.totals = {"chains": 0, "completions": 0, "violations": 0}
+        self.running = True
+        self._started()
+
+    def _started(self) -> None:
+        lane = self.lane
+        self.spy = DeviceRing(lane.shadow, self.world.isolated.view)
+        self.offered = 0
+        self.least_fetched = 0
+        self.bad = 0
+        self.stalled = False
+        self.called = False
+        # The pump rests: whoever has something for it must notify it.
+        self.asleep = False
+        self.guest_armed: bool | None = None
+        self.back_armed: bool | None = None
+        self.guest_sleeps = self.back_sleeps = False
+
+    # The guest.
+
+    def offer(
+        self, lengths: Sequence[tuple[int, int | None]], readable: int, form: str
+    ) -> bool:
+        """Offer a chain, cut to what is possible at all. False: no room for it now.
+
+        `lengths`: bytes and the offset in the page, None: right behind the one before.
+        """
+        lane = self.lane
+        wanted = self._fitting(lengths, readable)
+        present = [buffer for buffer in wanted if buffer.length]
+        indirect = form != "direct" and lane.guest_indirect
+        direct = min(2, len(wanted) - 1) if form == "both" else 0
+        if len(wanted) - direct > 1 and not indirect:
+            direct = len(wanted)
+        if (direct + indirect if indirect else len(wanted)) > len(lane.driver.free):
+            return False
+        pages = self.plane.pages.take(
+            1 + max(b.addr + b.length for b in wanted) // PAGE
+        )
+        if pages is None:
+            return False
+        self.plane.pages.chance.shuffle(lane.driver.free)
+        moved = [b._replace(addr=b.addr + pages.start * PAGE) for b in wanted]
+        present = [buffer for buffer in moved if buffer.length]
+        given = b""
+        for buffer in present:
+            if not buffer.writable:
+                data = self.plane.pages.noise(buffer.length)
+                self.world.ram.write(buffer.addr, data)
+                given += data
+        head = lane.offer(*moved, indirect=indirect, direct=direct)
+        self.pending.append(Request(head, present, pages, given))
+        kicked = lane.driver.kick_needed()
+        if self.guest_armed is not None:
+            assert not (kicked and not self.guest_armed), "a kick that nobody wants"
+            assert kicked or not (self.asleep and self.guest_armed), "a kick is missing"
+            self.asleep = self.asleep and not kicked
+        return True
+
+    def _fitting(
+        self, lengths: Sequence[tuple[int, int | None]], readable: int
+    ) -> list[Buffer]:
+        """Buffers from address 0 on, as many as could ever find room."""
+        buffers: list[Buffer] = []
+        end = 0
+        for i, (length, offset) in enumerate(lengths[:ENTRIES]):
+            start = end if offset is None else up_to(PAGE, end) + offset
+            buffers.append(Buffer(start, length, i >= readable))
+            end = start + length
+        if not self.lane.guest_indirect:
+            del buffers[self.lane.size :]
+        while buffers and not self._possible(buffers):
+            buffers.pop()
+        if not any(buffer.length for buffer in buffers):
+            return [Buffer(0, 16, readable == 0)]
+        return buffers
+
+    def _possible(self, buffers: list[Buffer]) -> bool:
+        present = [buffer for buffer in buffers if buffer.length]
+        indirect = self.lane.back_indirect
+        pages = Request(0, present, range(0), b"").pool_pages(indirect)
+        enough = indirect or len(present) <= self.lane.size
+        return pages <= self.plane.chain_pages and enough
+
+    def reap(self) -> None:
+        """The guest takes back what was completed."""
+        expected = [(request.head, length) for request, length in self.completed]
+        assert self.lane.used() == expected
+        for request, _ in self.completed:
+            self.plane.pages.give(request.pages)
+        self.completed.clear()
+        self.guest_sleeps = False
+
+    def guest_waits(self) -> None:
+        """The guest wants a call for what comes next."""
+        self.guest_sleeps = not self.lane.driver.arm()
+        assert self.guest_sleeps == (not self.completed)
+
+    def guest_looks(self) -> None:
+        """The guest looks by itself."""
+        self.lane.driver.disarm()
+        self.guest_sleeps = False
+
+    # The pump.
+
+    def step(self, budget: int) -> int:
+        """One pass; how many chains moved."""
+        lane = self.lane
+        if not self.running:
+            assert lane.pump.step(budget) == (0, False, False)
+            return 0
+        ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
+        used_idx, avail_idx = lane.ring.used_idx, lane.shadow.avail_idx
+        reaped, skipped = self._reap_shadow(budget)
+        done = [request for request in reaped if request.position >= 0]
+
+        moved, call, kick = lane.pump.step(budget)
+        fresh = self._look_at_fresh()
+        assert lane.pump.fault == 0, lane.fault
+        assert moved == len(reaped) + len(fresh)
+        assert moved - len(reaped) <= budget
+        self._check_guest_memory(ram, done)
+        self._check_isolated_memory(isolated, fresh)
+        self._check_call(call, len(done), used_idx)
+        self._check_kick(kick, len(fresh), avail_idx)
+
+        self.stalled = bool(self.pending) and len(fresh) < budget
+        if self.stalled:
+            self._check_stall()
+        if fresh or self.stalled:
+            self.guest_armed = self.guest_armed and False
+        if reaped or skipped:
+            self.back_armed = self.back_armed and False
+        self.asleep = False
+        self.totals["chains"] += len(fresh)
+        self.totals["completions"] += len(done)
+        assert lane.pump.outstanding == len(self.flight)
+        assert {name: lane.counter(name) for name in self.totals} == self.totals
+        self.plane.check_pool()
+        if fresh:
+            self.plane.check_doubles()
+        return moved
+
+    def _reap_shadow(self, budget: int) -> tuple[list[Request], int]:
+        """What a step will find completed: chains, and how many bad completions."""
+        reaped: list[Request] = []
+        skipped = 0
+        while len(reaped) < budget and self.finished:
+            request = self.finished.popleft()
+            if request is None:
+                skipped += 1
+                continue
+            reaped.append(request)
+            assert request.seen is not None
+            slot = request.seen.head
+            self.pool_pages -= request.pool_pages(self.lane.back_indirect)
+            if self.quarantine.pop(slot, None) is None:
+                del self.flight[slot]
+                length = min(request.said, request.room)
+                self.completed.append((request, length))
+                self.least_fetched = max(self.least_fetched, request.position + 1)
+        self.totals["violations"] += skipped
+        return reaped, skipped
+
+    def _look_at_fresh(self) -> list[Request]:
+        """What a step has put in the shadow ring: the guest's chains, in order."""
+        fresh = []
+        while chain := self.spy.take():
+            assert self.pending, "a chain that the guest did not offer"
+            request = self.pending.popleft()
+            request.seen, request.position = chain, self.offered
+            assert [(b.length, b.writable) for b in chain.buffers] == [
+                (b.length, b.writable) for b in request.buffers
+            ]
+            for double, buffer in zip(chain.buffers, request.buffers, strict=True):
+                grain, offset = (
+                    (64, 0) if buffer.length < SMALL else (PAGE, buffer.addr)
+                )
+                assert double.addr % grain == offset % grain
+            assert self.lane.bytes_of(chain) == request.given
+            for view in self.lane.writable(chain):
+                assert not any(view)
+            desc = self.lane.shadow.read_desc(chain.head)
+            if desc.flags & DESC_F_INDIRECT:
+                request.table = desc.addr, desc.length
+            assert chain.head not in self.flight
+            assert chain.head not in self.quarantine
+            self.flight[chain.head] = request
+            self.visible.append(request)
+            self.pool_pages += request.pool_pages(self.lane.back_indirect)
+            self.offered += 1
+            fresh.append(request)
+        return fresh
+
+    def _check_guest_memory(self, before: Snapshot, done: list[Request]) -> None:
+        layout = self.lane.layout
+        allowed = [(self.lane.ring_at + layout.used, layout.used_size)]
+        for request in done:
+            buffers = [buffer for buffer in request.buffers if buffer.writable]
+            old = b"".join(before.read(self.world.ram, buffer) for buffer in buffers)
+            new = b"".join(self.world.ram.read(b.addr, b.length) for b in buffers)
+            assert new == request.expected(self.policy, old)
+            allowed += [(buffer.addr, buffer.length) for buffer in buffers]
+        assert before.changed_outside(allowed) == []
+
+    def _check_isolated_memory(self, before: Snapshot, fresh: list[Request]) -> None:
+        allowed = [self.shadow_span()]
+        for request in fresh:
+            allowed += request.doubles()
+        assert before.changed_outside(allowed) == []
+
+    def shadow_span(self) -> Span:
+        """The shadow ring itself, without its slots' small areas."""
+        size = self.world.isolated.pieces[self.lane.area_at].size
+        return self.lane.area_at, size - SMALL * self.lane.size
+
+    def _check_call(self, call: bool, done: int, old: int) -> None:
+        ring = self.lane.ring
+        assert ring.used_idx == (old + done) & 0xFFFF
+        if self.lane.guest_event_idx:
+            wanted = need_event(ring.used_event, ring.used_idx, old)
+            wanted = wanted or not self.called
+        else:
+            wanted = not ring.avail_flags & 1
+        assert call == (done > 0 and wanted)
+        self.called = self.called or done > 0
+        assert call or not (self.guest_sleeps and done), "a call is missing"
+        self.guest_sleeps = self.guest_sleeps and not call
+
+    def _check_kick(self, kick: bool, fresh: int, old: int) -> None:
+        ring = self.lane.shadow
+        assert ring.avail_idx == (old + fresh) & 0xFFFF
+        if self.lane.back_event_idx:
+            wanted = need_event(ring.avail_event, ring.avail_idx, old)
+        else:
+            wanted = not ring.used_flags & 1
+        assert kick == (fresh > 0 and wanted)
+        assert kick or not (self.back_sleeps and fresh), "a kick to the back is missing"
+        self.back_sleeps = self.back_sleeps and not kick
+
+    def _check_stall(self) -> None:
+        """A chain that waits has a reason."""
+        indirect = self.lane.back_indirect
+        needed = 1 if indirect else len(self.pending[0].buffers)
+        taken = sum(1 if indirect else len(r.buffers) for r in self.flight.values())
+        slots = self.lane.size - taken - len(self.quarantine)
+        assert needed > slots or self.world.pool.used, "a chain waits without need"
+
+    def rest(self) -> None:
+        """The pump asks for notifications, or finds that there is something."""
+        waits = self.running and bool(self.pending) and not self.stalled
+        more = self.running and bool(self.finished)
+        assert self.lane.pump.rest() == (waits or more)
+        if not self.running:
+            return
+        self.asleep = not (waits or more)
+        self.back_armed = True
+        if not self.stalled:
+            self.guest_armed = True
+
+    # The back.
+
+    def take(self, count: int) -> None:
+        """The back fetches chains, at most so many."""
+        while self.visible and count:
+            request = self.visible.popleft()
+            assert self.lane.device.take() == request.seen
+            self.taken.append(request)
+            self.back_sleeps = False
+            count -= 1
+        if not self.visible and self.running:
+            assert self.lane.device.take() is None
+
+    def can_finish(self, request: Request) -> bool:
+        """Has the used ring room, and is this not there already?"""
+        room = len(self.finished) < self.lane.size
+        return self.running and room and request not in self.finished
+
+    def finish(self, request: Request, length: int, said: int) -> None:
+        """The back writes so many bytes, as far as there is room, and completes."""
+        lane = self.lane
+        assert request.seen is not None
+        request.wrote = self.plane.pages.noise(min(length, request.room))
+        request.said = said
+        if request in self.taken:
+            self.taken.remove(request)
+        self.finished.append(request)
+        lane.complete(request.seen, request.wrote, length=said)
+        self._completed()
+
+    def finish_bad(self, slot: int) -> None:
+        """The back completes what can't be in flight."""
+        self.lane.device.complete(slot, 1)
+        self.lane.device.publish()
+        self.finished.append(None)
+        self.bad += 1
+        self._completed()
+
+    def _completed(self) -> None:
+        called = self.lane.device.call_needed()
+        if self.back_armed is not None:
+            assert not (called and not self.back_armed), "a call that nobody wants"
+            assert called or not self.asleep, "a call is missing"
+            self.asleep = self.asleep and not called
+
+    def back_waits(self) -> None:
+        self.back_sleeps = not self.lane.device.arm()
+        assert self.back_sleeps == (not self.visible)
+
+    def back_looks(self) -> None:
+        self.lane.device.disarm()
+        self.back_sleeps = False
+
+    # Stop and start.
+
+    def stop(self, said: int | None) -> tuple[int, bool]:
+        """The ring stops, and the back says so. (Unfinished chains, are they last?)"""
+        end = self.least_fetched
+        if said is not None:
+            claimed = end + ((said - end) & 0xFFFF)
+            end = claimed if claimed <= self.offered else end
+        by_position = sorted(self.flight.values(), key=lambda r: r.position)
+        back = [request for request in by_position if request.position >= end]
+        left = [request for request in by_position if request.position < end]
+        last = [r.position for r in left] == [*range(end - len(left), end)]
+        self.end, self.last = end, last
+
+        ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
+        self.base = self.lane.base
+        outcome = self.lane.stop(said)
+        assert outcome == ((self.base + end) & 0xFFFF, len(left), last)
+        layout = self.lane.layout
+        used = self.lane.ring_at + layout.used, layout.used_size
+        assert ram.changed_outside([used]) == []
+        assert isolated.changed_outside([]) == []
+        assert ram.pieces[self.lane.ring_at][layout.used + 4 :][
+            : 8 * self.lane.size
+        ] == (
+            self.world.ram.read(self.lane.ring_at + layout.used + 4, 8 * self.lane.size)
+        )
+
+        for request in back:
+            self.pool_pages -= request.pool_pages(self.lane.back_indirect)
+        self.pending.extendleft(
+            replace(request, position=-1, seen=None, table=None)
+            for request in reversed(back)
+        )
+        for request in left:
+            assert request.seen is not None
+            request.position = -1
+            self.quarantine[request.seen.head] = request
+        self.left = left
+        self.flight.clear()
+        self.visible.clear()
+        self.taken.clear()
+        self.finished.clear()
+        self.running = False
+        self.asleep = False
+        self.guest_armed = self.back_armed = None
+        assert self.lane.pump.quarantined == len(self.quarantine)
+        self.plane.check_pool()
+        return len(left), last
+
+    def start(self, *, again: bool) -> None:
+        """The ring goes on; with `again` from the first unfinished chain on."""
+        base = self.lane.base + self.end
+        if again:
+            base -= len(self.left)
+            self.pending.extendleft(
+                replace(request, seen=None, table=None)
+                for request in reversed(self.left)
+            )
+        else:
+            self.lost += self.left
+        self._start(base & 0xFFFF)
+
+    def start_anew(self, base: int) -> None:
+        """The guest resets its driver: whatever it had offered is forgotten."""
+        lost = [*self.lost, *self.left, *self.pending]
+        for request in (*lost, *(request for request, _ in self.completed)):
+            self.plane.pages.give(request.pages)
+        self.lost.clear()
+        self.pending.clear()
+        self.completed.clear()
+        driver = self.lane.driver
+        self.lane.driver = DriverRing(
+            driver.ring, base=base, event_idx=driver.event_idx, tables=driver.tables
+        )
+        self._start(base)
+
+    def _start(self, base: int) -> None:
+        ram = Snapshot(self.world.ram)
+        self.lane.start(base)
+        assert ram.changed_outside([]) == []
+        self.running = True
+        self.left = []
+        self._started()

@@ -150,16 +150,15 @@ class Device:
         return self.rings[index]
 
     def set_ring_address(self, addr: VringAddr) -> None:
-        ring = self.ring(addr.index)
-        ring.vring.set_addr(addr)
-        if ring.attached:
-            with ring.worker.pause():
-                ring.relocate(self.memory)
+        self.ring(addr.index).set_address(addr, self.memory)
         self.start_rings()
 
     def kick_ring(self, index: int, fd: Fd) -> None:
         """Start a ring: the guest kicks it here."""
         ring = self.ring(index)
+        if not self.features:
+            fd.close()
+            raise RequestRefused(f"SET_VRING_KICK: ring {index} before SET_FEATURES")
         ring.replace_kick(fd)
         ring.vring.happen(Event.START)
         if not self.features & Feature.PROTOCOL_FEATURES:

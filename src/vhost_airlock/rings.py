@@ -7,6 +7,7 @@ is the guest's again. Between, the worker runs it and this module is not involve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import select
 import time
@@ -19,7 +20,7 @@ from .errors import RequestRefused, SessionError
 from .memory import FrontMemory
 from .state import Vring
 from .vhost.fds import Fd, HasFileno, drain, eventfd, notify
-from .vhost.wire import Feature
+from .vhost.wire import Feature, VringAddr
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,6 @@ class Ring:
         back.start_ring(
             self.index, size, area[1], kick=self.kick, call=self.call, err=self.err
         )
-        if self.front.kick is not None:
-            self.worker.watch(self.front.kick.fileno())
         self.worker.watch(self.call.fileno())
         self.connect_fds()
         self.enable(back, self.vring.phase.enabled)
@@ -148,11 +147,11 @@ class Ring:
 
     def replace_kick(self, fd: Fd) -> None:
         """The guest kicks here from now on. RequestRefused if one can't wait for it."""
-        if self.attached:
-            try:
-                self.worker.watch(fd.fileno())
-            except ValueError as error:
-                raise RequestRefused(f"SET_VRING_KICK: {error}") from None
+        try:
+            self.worker.watch(fd.fileno())
+        except ValueError as error:
+            fd.close()
+            raise RequestRefused(f"SET_VRING_KICK: {error}") from None
         self._drop_kick()
         self.front.kick = fd
         self.connect_fds()
@@ -168,7 +167,7 @@ class Ring:
         if old is not None:
             old.close()
         if fd is not None and self.attached:
-            notify(fd)
+            _tell(fd)
 
     def replace_err(self, fd: Fd | None) -> None:
         """The front is told here when the ring breaks."""
@@ -176,10 +175,35 @@ class Ring:
             self.front.err.close()
         self.front.err = fd
 
+    def set_address(self, addr: VringAddr, memory: FrontMemory) -> None:
+        """The ring is there. If it is started it goes on there, or is left as it is."""
+        old = self.vring.addr
+        self.vring.set_addr(addr)
+        if self.pump is None or not self.pump.attached:
+            return
+        try:
+            parts = self.locate(memory)
+            if parts is None:
+                raise RequestRefused(
+                    f"SET_VRING_ADDR: ring {self.index} is not in the guest's memory"
+                )
+        except RequestRefused:
+            self.vring.addr = old
+            raise
+        with self.worker.pause():
+            self.pump.move(parts)
+
     def relocate(self, memory: FrontMemory) -> None:
-        """The guest's memory has changed; the worker must stand still."""
+        """The guest's memory has changed; the worker must stand still.
+
+        A ring that isn't there any more, or can't be used as it is there, is broken.
+        """
         if self.pump is not None and self.pump.attached:
-            self.pump.move(self.locate(memory))
+            try:
+                parts = self.locate(memory)
+            except RequestRefused:
+                parts = None
+            self.pump.move(parts)
 
     def stop(self, back: Back, timeout: float) -> int:
         """Stop the ring; return the base at which it can go on.
@@ -220,7 +244,7 @@ class Ring:
             return None
         self._told_fault = pump.fault
         if self.front.err is not None:
-            notify(self.front.err)
+            _tell(self.front.err)
         return FAULTS[pump.fault]
 
     def close(self) -> None:
@@ -286,6 +310,12 @@ class Ring:
             self.worker.unwatch(self.front.kick.fileno())
             self.front.kick.close()
             self.front.kick = None
+
+
+def _tell(fd: Fd) -> None:
+    """Signal a descriptor of the front's, if it is of a kind that can be signalled."""
+    with contextlib.suppress(OSError):
+        notify(fd)
 
 
 def _number(fd: Fd | None) -> int:

@@ -1,17 +1,42 @@
-"""Makes the initramfs of a test guest out of a Debian's programs and kernel modules."""
+"""Makes the initramfs of a test guest out of a Debian's programs and kernel modules.
 
+Besides busybox it has Python, with just the modules that the agent and the functions
+beside it (inside/) import.
+"""
+
+import functools
 import lzma
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.real.programs import Programs
+from tests.real.programs import PROJECT, Programs
 
-INIT = Path(__file__).with_name("init")
-MODULES = ("virtio_pci", "virtio_blk", "ext4")
-"""What the guest needs; a module that is not there is built into the kernel."""
-TOOLS = ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk")
+HERE = Path(__file__).parent
+INSIDE = {str(path.relative_to(PROJECT)): path for path in HERE.glob("inside/*.py")}
+LIST_PYTHON = """
+import importlib.util, os, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+print(os.path.realpath(sys.executable))
+for module in list(sys.modules.values()):
+    path = getattr(module, "__file__", None) or ""
+    if path.startswith("/usr/"):
+        print(path, importlib.util.cache_from_source(path), sep="\\n")
+"""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file for the archive. Python compares a module's time with its cache's."""
+
+    data: bytes
+    time: int = 0
 
 
 def kernel(programs: Programs) -> Path:
@@ -21,38 +46,79 @@ def kernel(programs: Programs) -> Path:
     return Path("/kernel") / max(found).relative_to(folder)
 
 
-def initramfs(programs: Programs, files: dict[str, bytes]) -> bytes:
-    """An archive of our init, busybox, the tools, the modules, and these files."""
-    content = {"/init": INIT.read_bytes(), **files}
-    content["/bin/busybox"] = programs.path("/bin/busybox").read_bytes()
-    for path in [*TOOLS, *_libraries(programs)]:
-        name = f"/tools/{Path(path).name}" if path in TOOLS else path
-        content[name] = programs.path(path).read_bytes()
-    modules = dict(_modules(programs.path("/kernel")))
-    content |= {f"/modules/{name}": code for name, code in modules.items()}
-    content["/modules/order"] = "\n".join(modules).encode()
+def initramfs(
+    programs: Programs, modules: Iterable[str], tools: Iterable[str]
+) -> bytes:
+    """An archive of our init, these kernel modules, and these programs in /tools."""
+    content = dict(_base(programs))
+    content |= {f"/{name}": File(path.read_bytes()) for name, path in INSIDE.items()}
+    content["/init"] = File((HERE / "init").read_bytes())
+    for tool in tools:
+        content[f"/tools/{Path(tool).name}"] = _file(programs, tool)
+    content |= {path: _file(programs, path) for path in _libraries(programs, *tools)}
+    loaded: dict[str, bytes] = {}
+    for module in modules:
+        loaded |= _modules(programs, module)
+    content |= {f"/modules/{name}": File(code) for name, code in loaded.items()}
+    content["/modules/order"] = File("\n".join(loaded).encode())
     return _archive(content)
 
 
-def _libraries(programs: Programs) -> set[str]:
+def _file(programs: Programs, name: str) -> File:
+    path = programs.path(name)
+    return File(path.read_bytes(), int(path.stat().st_mtime))
+
+
+@functools.cache
+def _base(programs: Programs) -> dict[str, File]:
+    """Busybox and Python."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for name, path in INSIDE.items():
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        names = [name.removesuffix(".py").replace("/", ".") for name in INSIDE]
+        said = subprocess.run(
+            programs("python3", "-S", "-c", LIST_PYTHON, folder, *names),
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    python, *found = said.stdout.splitlines()
+    files = [name for name in found if programs.path(name).exists()]
+    binaries = [python, *(name for name in files if ".so" in Path(name).suffixes)]
+    files += _libraries(programs, *binaries)
+    content = {name: _file(programs, name) for name in files}
+    content["/bin/busybox"] = _file(programs, "/bin/busybox")
+    content["/usr/bin/python3"] = _file(programs, python)
+    return content
+
+
+@functools.cache
+def _libraries(programs: Programs, *binaries: str) -> list[str]:
+    """The shared libraries that these need, and what loads them."""
+    if not binaries:
+        return []
     said = subprocess.run(
-        programs("ldd", *TOOLS), check=True, capture_output=True, text=True
+        programs("ldd", *binaries), check=True, stdout=subprocess.PIPE, text=True
     )
-    return set(re.findall(r"(/\S+) \(0x", said.stdout))
+    return sorted(set(re.findall(r"(/\S+) \(0x", said.stdout)))
 
 
-def _modules(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The modules and all that they depend on, which comes first."""
+@functools.cache
+def _modules(programs: Programs, wanted: str) -> dict[str, bytes]:
+    """The module and all that it depends on, which comes first.
+
+    A module that is not there is built into the kernel.
+    """
     files = {
         path.name.split(".")[0].replace("-", "_"): path
-        for path in folder.rglob("*.ko*")
+        for path in programs.path("/kernel").rglob("*.ko*")
     }
-    done = set()
 
     def visit(name: str) -> Iterator[tuple[str, bytes]]:
-        if name in done or name not in files:
+        if name not in files:
             return
-        done.add(name)
         code = files[name].read_bytes()
         if files[name].suffix == ".xz":
             code = lzma.decompress(code)
@@ -61,22 +127,22 @@ def _modules(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield from visit(other)
         yield f"{name}.ko", code
 
-    for name in MODULES:
-        yield from visit(name)
+    return dict(visit(wanted))
 
 
-def _archive(content: dict[str, bytes]) -> bytes:
+def _archive(content: dict[str, File]) -> bytes:
     """A cpio archive in the format that Linux unpacks ("newc")."""
     paths = [Path(path) for path in content]
     folders = {str(up) for path in paths for up in path.parents} - {"/"}
     folders |= {"/dev", "/proc", "/sys", "/tmp", "/mnt"}
-    entries = [(path, 0o040755, b"") for path in sorted(folders)]
-    entries += [(path, 0o100755, data) for path, data in content.items()]
-    entries.append(("/TRAILER!!!", 0, b""))
+    entries = [(path, 0o040755, File(b"")) for path in sorted(folders)]
+    entries += [(path, 0o100755, file) for path, file in content.items()]
+    entries.append(("/TRAILER!!!", 0, File(b"")))
     parts = []
-    for number, (path, mode, data) in enumerate(entries):
+    for number, (path, mode, file) in enumerate(entries):
         name = path[1:].encode() + b"\0"
-        numbers = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name), 0)
+        size = len(file.data)
+        numbers = (number, mode, 0, 0, 1, file.time, size, 0, 0, 0, 0, len(name), 0)
         head = b"070701" + b"".join(b"%08X" % value for value in numbers) + name
-        parts += [head, bytes(-len(head) % 4), data, bytes(-len(data) % 4)]
+        parts += [head, bytes(-len(head) % 4), file.data, bytes(-size % 4)]
     return b"".join(parts)

@@ -1,58 +1,110 @@
-"""A virtual machine under QEMU's own emulation, with one vhost-user-blk disk."""
+"""A virtual machine under QEMU's own emulation, with vhost-user devices."""
 
+import socket
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
+from tests.guest.devices import Device
 from tests.guest.initramfs import initramfs, kernel
+from tests.guest.inside.agent import sh
+from tests.guest.lines import Lines
 from tests.real.processes import Process
 from tests.real.programs import Programs
+from tests.real.qmp import Qmp
 
-MEMORY = "256M"
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Call(Generic[T]):
+    """A function that runs in the guest meanwhile."""
+
+    def __init__(self, guest: "Guest", name: str) -> None:
+        self.guest = guest
+        self.name = name
+
+    def result(self, timeout: float = 60) -> T:
+        """What it returns, having come through JSON; what it raises fails the test."""
+        answer = self.guest.hear(timeout)
+        if "error" in answer:
+            raise AssertionError(f"in the guest, {self.name}: {answer['error']}")
+        value: T = answer["result"]
+        return value
 
 
 class Guest(Process):
-    """It runs tests/guest/init; its console is the process's input and output."""
+    """A machine, running and ready for calls. Its console is the process's output."""
 
     def __init__(
         self,
         programs: Programs,
         folder: Path,
-        front: Path,
-        *,
-        payload: bytes,
-        cpus: int,
-        queue_size: int,
+        *devices: Device,
+        cpus: int = 1,
+        memory: str = "256M",
         boot_words: str = "",
     ) -> None:
         archive = folder / "initramfs"
-        archive.write_bytes(initramfs(programs, {"/payload": payload}))
-        words = f"console=ttyS0 quiet panic=0 tsc=unstable {boot_words}"
+        modules = [name for device in devices for name in device.modules]
+        tools = [name for device in devices for name in device.tools]
+        archive.write_bytes(initramfs(programs, ["virtio_pci", *modules], tools))
+        self.agent = Lines()
+        monitor, theirs = socket.socketpair()
         argv = programs(
             "qemu-system-x86_64",
             *("-M", "q35,accel=tcg,memory-backend=ram", "-cpu", "max"),
-            *("-smp", str(cpus), "-m", MEMORY),
-            *("-object", f"memory-backend-memfd,id=ram,size={MEMORY},share=on"),
+            *("-smp", str(cpus), "-m", memory),
+            *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
             *("-nodefaults", "-display", "none", "-serial", "stdio"),
+            *("-chardev", f"socket,id=agent,fd={self.agent.theirs.fileno()}"),
+            *("-serial", "chardev:agent"),
+            *Qmp.options(theirs.fileno()),
             *("-kernel", str(kernel(programs)), "-initrd", str(archive)),
-            *("-append", words),
-            *("-chardev", f"socket,id=front,path={front}"),
-            *("-device", f"vhost-user-blk-pci,chardev=front,queue-size={queue_size}"),
+            *("-append", f"console=ttyS0 quiet panic=0 tsc=unstable {boot_words}"),
+            *(word for device in devices for word in device.arguments),
         )
-        super().__init__(argv, folder / "guest.log", stdin=PIPE)
+        fds = [self.agent.theirs.fileno(), theirs.fileno()]
+        super().__init__(argv, folder / "guest.log", pass_fds=fds)
+        self.agent.theirs.close()
+        theirs.close()
+        try:
+            self.qmp = Qmp(monitor)
+            Call[str](self, "boot").result(timeout=90)
+        except BaseException:
+            self.kill()
+            raise
 
-    def said(self) -> list[str]:
-        """What its init has told us so far."""
-        lines = self.output().replace("\r", "").splitlines()
-        assert not any("Kernel panic" in line for line in lines), self.describe()
-        said = [line.removeprefix("GUEST ") for line in lines if line[:6] == "GUEST "]
-        assert not any(line.startswith("failed") for line in said), self.describe()
-        return said
+    def kill(self) -> None:
+        super().kill()
+        self.agent.close()
+        self.qmp.close()
 
-    def wait_for(self, line: str, timeout: float) -> None:
-        self.wait_until(lambda: line in self.said(), timeout)
+    def hear(self, timeout: float) -> Any:
+        """The next answer of the agent."""
+        try:
+            return self.agent.receive(timeout)
+        except (EOFError, TimeoutError) as error:
+            raise AssertionError(f"guest: {error}\n{self.describe()}") from None
 
-    def answer(self) -> None:
-        """Let it go on after 'ready'."""
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(b"\n")
-        self.popen.stdin.close()
+    def begin(self, function: Callable[[*Ts], T], *args: *Ts) -> Call[T]:
+        """Call a function of a module in tests/guest/inside, in the guest."""
+        name = function.__name__
+        self.agent.send([function.__module__, name, args])
+        return Call(self, name)
+
+    def call(self, function: Callable[[*Ts], T], *args: *Ts, timeout: float = 60) -> T:
+        """The same, and wait for the result."""
+        return self.begin(function, *args).result(timeout)
+
+    def sh(self, command: str) -> str:
+        """Run a shell command in the guest: its output."""
+        return self.call(sh, command)
+
+    def reboot(self) -> None:
+        self.qmp("system_reset")
+        Call[str](self, "reboot").result(timeout=90)
+
+    def power_off(self) -> None:
+        self.begin(sh, "poweroff -f")
+        assert self.wait(timeout=30) == 0, self.describe()

@@ -1,0 +1,50 @@
+"""The vhost-user devices of test guests, as QEMU's arguments and the guest's needs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device, the modules that drive it, and the tools to use it."""
+
+    arguments: tuple[str, ...]
+    modules: tuple[str, ...]
+    tools: tuple[str, ...] = ()
+
+
+def disk(front: Path, **properties: Any) -> Device:
+    device = _device("vhost-user-blk-pci", "chardev=disk", properties)
+    return Device(
+        (*_chardev("disk", front), *device),
+        ("virtio_blk", "ext4"),
+        ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk"),
+    )
+
+
+def file_system(front: Path, tag: str, **properties: Any) -> Device:
+    device = _device("vhost-user-fs-pci", f"chardev={tag},tag={tag}", properties)
+    return Device((*_chardev(tag, front), *device), ("virtiofs",))
+
+
+def net(front: Path, **properties: Any) -> Device:
+    netdev = ("-netdev", "vhost-user,id=net,chardev=front-net")
+    device = _device("virtio-net-pci", "netdev=net,romfile=", properties)
+    return Device((*_chardev("front-net", front), *netdev, *device), ("virtio_net",))
+
+
+def vsock(front: Path, **properties: Any) -> Device:
+    device = _device("vhost-user-vsock-pci", "chardev=vsock", properties)
+    modules = ("vmw_vsock_virtio_transport",)
+    return Device((*_chardev("vsock", front), *device), modules)
+
+
+def _chardev(name: str, front: Path) -> tuple[str, str]:
+    return "-chardev", f"socket,id={name},path={front}"
+
+
+def _device(name: str, wiring: str, properties: dict[str, Any]) -> tuple[str, str]:
+    """Properties have '_' for '-'."""
+    words = [f"{key.replace('_', '-')}={value}" for key, value in properties.items()]
+    return "-device", ",".join([name, wiring, *words])

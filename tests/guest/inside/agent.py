@@ -1,0 +1,51 @@
+"""Does in a test guest what the test asks for, on the standard input and output.
+
+A request is a line of JSON, [module, function, arguments]; so is its answer, which has
+either a "result" or an "error". The functions are those of the modules beside this one.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+from typing import Any
+
+
+def sh(command: str) -> str:
+    """Run a shell command that must succeed: its output."""
+    done = subprocess.run(
+        ["/bin/sh", "-euc", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{command}: status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def answer(request: str) -> dict[str, Any]:
+    """Call the function that a request names."""
+    try:
+        module, name, arguments = json.loads(request)
+        function = getattr(importlib.import_module(module), name)
+        return {"result": function(*arguments)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main() -> None:
+    """Answer until the input ends. What functions print goes to the console."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        print(json.dumps({"result": "ready"}), file=answers)
+        for request in sys.stdin:
+            print(json.dumps(answer(request)), file=answers)
+
+
+if __name__ == "__main__":
+    main()

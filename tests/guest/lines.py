@@ -1,0 +1,36 @@
+"""Talk to what runs in a machine: lines of JSON through a serial port."""
+
+import json
+import select
+import socket
+import time
+from typing import Any
+
+
+class Lines:
+    """One end of a pair of sockets; the other is for a character device of QEMU's."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        self._received = b""
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+    def send(self, message: object) -> None:
+        self.ours.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, timeout: float) -> Any:
+        """The next message. Raises EOFError or TimeoutError when there is none."""
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._received:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self.ours], [], [], left)[0]:
+                raise TimeoutError(f"no answer in {timeout} s")
+            data = self.ours.recv(1 << 16)
+            if not data:
+                raise EOFError("the other end is gone")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)

@@ -1,0 +1,362 @@
+"""The documents against the code: commands, examples, tables, links and names."""
+
+import argparse
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real.processes import Process, listening
+from vhost_airlock import cli
+from vhost_airlock.back import Back
+from vhost_airlock.dataplane.pool import Pool
+from vhost_airlock.dataplane.pump import FAULTS, POLICIES, Pump
+from vhost_airlock.dataplane.regions import GuestMemory
+from vhost_airlock.dataplane.worker import Worker
+from vhost_airlock.device import Device
+from vhost_airlock.devices import TYPES
+from vhost_airlock.handlers import HANDLED, PASSED
+from vhost_airlock.state import (
+    TRANSITIONS,
+    back_features,
+    back_protocol,
+    front_offer,
+    front_protocol_offer,
+)
+from vhost_airlock.vhost.fds import eventfd
+from vhost_airlock.vhost.wire import (
+    BackendRequest,
+    Feature,
+    ProtocolFeature,
+    Request,
+)
+
+PROJECT = Path(__file__).parents[2]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "CHANGELOG.md"]
+DOCUMENTS += sorted(PROJECT.glob("docs/*.md"))
+README = (PROJECT / "README.md").read_text()
+TESTS = "".join(path.read_text() for path in PROJECT.glob("tests/*/test_*.py"))
+PATIENCE = 30.0
+
+
+def doc(name: str) -> str:
+    return (PROJECT / "docs" / name).read_text()
+
+
+PROTOCOL, ARCHITECTURE = doc("protocol.md"), doc("architecture.md")
+TUNING = doc("tuning.md")
+
+
+def section(text: str, title: str) -> str:
+    """What stands below a heading, up to the next one of its level."""
+    match = re.search(
+        rf"^(#+) {re.escape(title)}$\n(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S
+    )
+    assert match, f"no heading {title!r}"
+    return match[2]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the tables in a text, without their heads."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.M):
+        for line in table.splitlines()[2:]:
+            cells = re.split(r"(?<!\\)\|", line.strip()[1:-1])
+            found.append([cell.strip() for cell in cells])
+    return found
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+# Commands and options.
+
+COMMANDS = [
+    re.sub(r"^exec ", "", line)
+    for block in blocks("sh")
+    for line in block.replace("\\\n", "").splitlines()
+    if re.match(r"(exec )?vhost-airlock ", line)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_in_the_readme_is_one(command):
+    program, *argv = shlex.split(command.replace('"$fd"', "3"))
+    assert program == "vhost-airlock"
+    options = cli.parse(argv)
+    config = cli.config_of(options)
+    assert any((config.backend, config.backend_listen, config.command))
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 6
+
+
+def test_readme_has_every_option_of_run():
+    parser = argparse.ArgumentParser()
+    cli._add_run(parser)
+    options = {text for action in parser._actions for text in action.option_strings}
+    table = section(README, "Options of `vhost-airlock run`")
+    described = {names(row[0])[0].split()[0] for row in rows(table)}
+    assert described - {"--"} == options - {"-h", "--help"}
+    mentioned = set(re.findall(r"(--[a-z][a-z-]+)", "".join(COMMANDS)))
+    for text in [TUNING, ARCHITECTURE]:
+        mentioned |= set(re.findall(r"`(--[a-z][a-z-]+)", text))
+    foreign = {"--reuid", "--regid", "--clear-groups", "--no-new-privs", "--shared-dir"}
+    assert mentioned - foreign - {"--foreground", "--vhost-user"} <= options
+
+
+# Examples of the library.
+
+BACK_END, FRONT_END, GUEST = blocks("python")
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    """Its path is short enough for sockets."""
+    return tmp_path_factory.mktemp("docs")
+
+
+def python(folder: Path, log: str, *argv: str) -> Process:
+    """Python with these arguments, in a folder."""
+    interpreter = str(Path(sys.executable).absolute())
+    command = ["env", f"--chdir={folder}", interpreter, *argv]
+    return Process(command, folder / log)
+
+
+def said(folder: Path, code: str) -> str:
+    """What a program prints that has to end well."""
+    with python(folder, "log", "-c", code) as process:
+        assert process.wait(PATIENCE) == 0, process.describe()
+        return process.output()
+
+
+def test_examples_of_both_roles_talk_to_each_other(folder):
+    with python(folder, "back.log", "-c", BACK_END) as back:
+        back.wait_until(lambda: listening(Path("hello.sock")))
+        assert said(folder, FRONT_END) == "features 0x140000000: hello\n"
+        assert back.wait(PATIENCE) == 0, back.describe()
+
+
+def test_examples_of_both_roles_talk_through_an_airlock(folder):
+    front = folder / "front"
+    front.mkdir()
+    options = [f"--socket-path={front}/hello.sock", "--backend=hello.sock"]
+    command = ["-m", "vhost_airlock", "run", *options]
+    with python(folder, "back.log", "-c", BACK_END) as back:
+        back.wait_until(lambda: listening(Path("hello.sock")))
+        with python(folder, "airlock.log", *command) as airlock:
+            airlock.wait_until(lambda: listening(front / "hello.sock"))
+            assert said(front, FRONT_END) == "features 0x160000000: hello\n"
+            assert back.wait(PATIENCE) == 0, back.describe()
+            assert airlock.stop() == 0, airlock.describe()
+
+
+def test_example_of_a_guest_writes_to_the_disk(folder):
+    command = "-m vhost_airlock.peers.blk --socket-path=blk.sock --blk-file=disk.img"
+    assert f"python {command}\n" in README
+    disk = folder / "disk.img"
+    disk.write_bytes(bytes(4096))
+    with python(folder, "back.log", *command.split()) as back:
+        back.wait_until(lambda: listening(Path("blk.sock")))
+        assert said(folder, GUEST) == "8 sectors, one written\n"
+        assert back.stop() == 0, back.describe()
+    assert disk.read_bytes() == b"hello".ljust(4096, b"\0")
+
+
+# Tables.
+
+YES = (1 << 64) - 1
+
+
+def test_every_request_is_in_the_protocols_table():
+    table = rows(section(PROTOCOL, "Requests of the front"))
+    told = {(int(row[0]), names(row[1])[0]): row[2] for row in table}
+    assert len(told) == len(table)
+    assert told == {
+        (int(request), request.name): "handled"
+        if request in HANDLED
+        else "passed on"
+        if request in PASSED
+        else "refused"
+        for request in Request
+    }
+
+
+def test_every_request_of_the_back_is_in_the_protocols_table():
+    table = rows(section(PROTOCOL, "Requests of the back"))
+    told = {(int(row[0]), names(row[1])[0]): row[2] for row in table}
+    source = inspect.getsource(Back._open_requests)
+    served = re.findall(r"BackendRequest\.(\w+):", source)
+    assert served
+    assert told == {
+        (int(request), request.name): "handled" if request.name in served else "refused"
+        for request in BackendRequest
+    }
+
+
+def bits(text: str) -> list[int]:
+    """The numbers in '7', '0 to 23', '25, 31'."""
+    found: list[int] = []
+    for part in text.split(", "):
+        first, _, last = part.partition(" to ")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def told_of_bits(title: str) -> dict[int, list[str]]:
+    found = {}
+    for row in rows(section(PROTOCOL, title)):
+        for bit in bits(row[0]):
+            assert bit not in found, f"bit {bit} is there twice"
+            found[bit] = [*names(row[1]), *row[2:4]]
+    return found
+
+
+def fate_of_protocol_feature(bit: int) -> list[str]:
+    mask = 1 << bit
+    if front_protocol_offer(0) & mask:
+        offered = "always"
+    elif front_protocol_offer(mask) & mask:
+        offered = "if the back has it"
+    elif front_protocol_offer(mask | ProtocolFeature.CONFIG) & mask:
+        offered = "if the back has it, and CONFIG"
+    else:
+        offered = "no"
+    if back_protocol(ProtocolFeature(0), YES) & mask:
+        used = "always"
+    elif back_protocol(ProtocolFeature(mask), YES) & mask:
+        used = "if the front does"
+    else:
+        used = "no"
+    return [offered, used]
+
+
+def fate_of_feature(bit: int) -> list[str]:
+    mask = 1 << bit
+    if front_offer(Feature.VERSION_1) & mask & ~Feature.VERSION_1:
+        offered = "always"
+    elif front_offer(Feature.VERSION_1 | mask) & mask:
+        offered = "if the back has it"
+    else:
+        offered = "no"
+    if back_features(0, YES) & mask:
+        used = "always"
+    elif back_features(mask, YES) & mask:
+        used = "if the front does"
+    else:
+        used = "no"
+    return [offered, used]
+
+
+def test_every_protocol_feature_is_in_the_protocols_table():
+    told = told_of_bits("Protocol features")
+    named = {flag.bit_length() - 1: flag.name for flag in ProtocolFeature}
+    assert set(told) == set(range(64))
+    for bit, (*name, offered, used) in told.items():
+        assert [offered, used] == fate_of_protocol_feature(bit), f"bit {bit}"
+        assert name == [named[bit]] if bit in named else not name
+
+
+def test_every_feature_is_in_the_protocols_table():
+    told = told_of_bits("Features")
+    named = {flag.bit_length() - 1: flag.name for flag in Feature}
+    assert set(told) == set(range(64))
+    for bit, (*name, offered, used) in told.items():
+        assert [offered, used] == fate_of_feature(bit), f"bit {bit}"
+        assert name == [named[bit]] if bit in named else not name
+
+
+def test_every_change_of_a_rings_phase_is_in_the_architectures_table():
+    table = rows(section(ARCHITECTURE, "The phases of a ring"))
+    told = {}
+    for phase, *after in table:
+        for event, cell in zip(
+            ("START", "STOP", "ENABLE", "DISABLE"), after, strict=True
+        ):
+            told[phase, event] = cell or phase
+    assert told == {
+        (phase.name.lower(), event.name): after.name.lower()
+        for (phase, event), after in TRANSITIONS.items()
+    }
+
+
+def test_every_fault_is_in_the_architectures_table():
+    whose = {"the guest's", "the back's", "nobody's"}
+    table = rows(section(ARCHITECTURE, "What an error ends"))
+    told = {text for text, blamed in table if blamed in whose}
+    assert told == set(FAULTS.values())
+
+
+def test_every_device_type_that_is_refused_is_in_the_threat_model():
+    table = rows(section(doc("threat-model.md"), "Devices that can't be isolated"))
+    told = dict(table)
+    assert told == {kind.name: kind.refused for kind in TYPES if kind.refused}
+    assert f"({', '.join(told)})" in README
+
+
+def test_every_copy_policy_is_described():
+    table = rows(section(TUNING, "What is copied back"))
+    assert {names(row[0])[0] for row in table} == set(POLICIES)
+
+
+def test_every_counter_is_described():
+    table = rows(section(TUNING, "Counters"))
+    told = {(row[0], names(row[1])[0]) for row in table}
+    pool = Pool(4096, largest=4096)
+    with eventfd() as events:
+        worker = Worker(events.fileno())
+    counted = {("ring", name) for name in Pump(0, GuestMemory(), pool).counters()}
+    counted |= {("worker", name) for name in worker.counters()}
+    source = inspect.getsource(Device.counters)
+    counted |= {("pool", name) for name in re.findall(r'^ {16}"(\w+)":', source, re.M)}
+    assert told == counted
+
+
+# Names and links.
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        name, _, heading = target.partition("#")
+        if name.startswith("https:"):
+            continue
+        linked = (path.parent / name).resolve() if name else path
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)", linked.read_text(), re.M)
+            slugs = {
+                re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles
+            }
+            assert heading in slugs, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_names_of_files_are_right(path):
+    for name in re.findall(r"`([\w./]+/[\w.]+\.\w+)`", path.read_text()):
+        places = (PROJECT, PROJECT / "src" / "vhost_airlock")
+        assert any((place / name).exists() for place in places), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_that_are_named_exist(path):
+    for name in re.findall(
+        r"`(?:[\w/]+\.py::)?(?:\w+::)?(test_\w+)`", path.read_text()
+    ):
+        assert f"def {name}(" in TESTS, name
+
+
+def test_modules_of_the_architecture_exist():
+    package = PROJECT / "src" / "vhost_airlock"
+    cells = [row[0] for row in rows(section(ARCHITECTURE, "Where to find what"))]
+    for name in names(" ".join(cells)):
+        assert list(package.glob(f"{name}.py*")) or (package / name).is_dir(), name

@@ -31,7 +31,7 @@ demo: develop                           ## see the isolation work; needs nothing
 	vhost-airlock demo
 
 bench: develop                          ## the airlock against a direct connection
-	tools/real-root --or-say-why
+	tools/real-root
 	python -m bench.bench $(BENCH)
 
 clean:                                  ## all that was made here, .real too

@@ -23,6 +23,11 @@ settings.register_profile(
     stateful_step_count=200,
 )
 settings.register_profile(
+    "ci-hunt",
+    parent=settings.get_profile("ci"),
+    phases=[Phase.explicit, Phase.generate],
+)
+settings.register_profile(
     # Finds no smaller example, but shows at once what it has found.
     "hunt",
     parent=settings.get_profile("stress"),

@@ -279,8 +279,10 @@ class Ring:
         """
         while True:
             with self.worker.pause():
-                pump.step()
+                _, call, _ = pump.step()
                 owed = pump.owes(fetched)
+            if call and self.front.call is not None:
+                _tell(self.front.call)
             done = owed == 0 or owed > pump.outstanding  # which can't be true
             if done or time.monotonic() >= deadline:
                 return

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from .back import Back
 from .config import Config
-from .errors import RequestRefused, SessionError
+from .errors import DeadlineExceeded, RequestRefused, SessionError
 from .isolated import Region
 from .memory import FrontMemory
 from .rings import Ring
@@ -171,15 +171,26 @@ class Device:
         if ring.attached:
             ring.enable(self.back, enable)
 
-    def stop_ring(self, index: int) -> int:
+    def stop_ring(self, index: int, deadline: float | None = None) -> int:
         """Stop a ring, and return the base at which it can go on."""
+        if deadline is None:
+            deadline = time.monotonic() + self.config.drain_timeout
         ring = self.ring(index)
         base = ring.vring.base
         if ring.attached:
-            base = ring.stop(self.back, self.config.drain_timeout)
+            base = ring.stop(self.back, deadline)
         ring.vring.happen(Event.STOP)
         ring.vring.base = base
         return base
+
+    def stop(self) -> None:
+        """Stop all rings as the front would; they have the time of one to drain."""
+        deadline = time.monotonic() + self.config.drain_timeout
+        attached = [ring for ring in self.rings.values() if ring.attached]
+        for ring in attached:
+            ring.quiesce()
+        for ring in attached:
+            self.stop_ring(ring.index, deadline)
 
     def start_rings(self) -> None:
         """Start every ring for which the front has said all that it takes.
@@ -198,8 +209,9 @@ class Device:
 
     def reset(self) -> None:
         """The device is as new. Requests in flight end first, or are let go."""
-        for index, ring in self.rings.items():
-            self.stop_ring(index)
+        self.stop()
+        for ring in self.rings.values():
+            ring.vring.happen(Event.STOP)
             ring.vring.happen(Event.DISABLE)
         if self.back.offered_protocol & ProtocolFeature.RESET_DEVICE:
             self.frontend.reset_device()
@@ -267,16 +279,10 @@ class Device:
         channel = Channel(sock, peer="front", timeout=self.config.timeout)
         self._front_requests = Requester(channel, BACKEND_RULES, self.protocol_features)
 
-    def stop(self) -> None:
-        """Stop all rings as the front would; what is in flight ends."""
-        for index, ring in self.rings.items():
-            if ring.attached:
-                self.stop_ring(index)
-
     def counters(self) -> dict[str, dict[str, int]]:
         """What each ring has done, by its number, and the worker and the pool."""
         found = {
-            f"ring {index}": ring.pump.counters()
+            f"ring {index}": ring.counters()
             for index, ring in sorted(self.rings.items())
             if ring.pump is not None
         }
@@ -308,17 +314,17 @@ class Device:
         return kept
 
     def _quarantined(self) -> int:
-        return sum(ring.pump.quarantined for ring in self.rings.values() if ring.pump)
+        return sum(ring.quarantined for ring in self.rings.values())
 
     def _share_pool(self) -> None:
         """Half of the pool is split among the rings, the other half is for all."""
-        pumps = [ring.pump for ring in self.rings.values() if ring.pump is not None]
+        rings = [ring for ring in self.rings.values() if ring.pump is not None]
         memory = self.back.memory
-        each = memory.limit // 2 // len(pumps)
+        each = memory.limit // 2 // len(rings)
         with self.workers.pause():
-            for pump in pumps:
-                pump.set_guaranteed(each)
-            memory.pool.set_common(memory.limit - each * len(pumps))
+            for ring in rings:
+                ring.set_guaranteed(each)
+            memory.pool.set_common(memory.limit - each * len(rings))
 
     def _grow_pool(self, back: Back) -> None:
         wanted = back.memory.pool.take_wanted()
@@ -358,8 +364,10 @@ class Device:
             return
         try:
             self._front_requests.exchange(
-                BackendRequest.CONFIG_CHANGE_MSG, need_reply=False
+                BackendRequest.CONFIG_CHANGE_MSG, need_reply=False, timeout=0
             )
+        except DeadlineExceeded:
+            pass  # its socket is full: of the same message, which says it as well
         except SessionError as error:
             log.warning("front: its socket for requests is of no use: %s", error)
             self._close_front_requests()

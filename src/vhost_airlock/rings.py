@@ -11,6 +11,7 @@ import contextlib
 import logging
 import select
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from .back import Back
@@ -55,6 +56,8 @@ class Ring:
         self.worker = worker
         self.events = events
         self.pump: Pump | None = None
+        self._lost: list[Pump] = []
+        """Former ones, with buffers that the back may still write to."""
         self.kick = eventfd()
         self.call = eventfd()
         self.err = eventfd()
@@ -74,6 +77,28 @@ class Ring:
         """Is it in use, and not broken?"""
         return self.pump is not None and self.pump.attached and not self.pump.fault
 
+    @property
+    def pumps(self) -> list[Pump]:
+        """All that there ever were, the one in use last."""
+        return self._lost if self.pump is None else [*self._lost, self.pump]
+
+    @property
+    def quarantined(self) -> int:
+        """How many requests a stop left behind: the back may still write to them."""
+        return sum(pump.quarantined for pump in self.pumps)
+
+    def counters(self) -> dict[str, int]:
+        """What was done since the ring was made, by name."""
+        total: Counter[str] = Counter()
+        for pump in self.pumps:
+            total.update(pump.counters())
+        return dict(total)
+
+    def set_guaranteed(self, size: int) -> None:
+        """So much of the pool, in bytes, is this ring's; while no worker runs."""
+        for pump in self.pumps:
+            pump.set_guaranteed(size if pump is self.pump else 0)
+
     def locate(self, memory: FrontMemory) -> tuple[int, int, int] | None:
         """Return our addresses of descriptors, avail ring and used ring, if mapped."""
         found = [memory.find(address, size) for address, size in self.vring.parts()]
@@ -91,12 +116,13 @@ class Ring:
         parts = self.locate(memory)
         if parts is None:
             raise RequestRefused(f"ring {self.index} is not in the guest's memory")
-        if self.pump is None:
-            self.pump = Pump(self.index, memory.guest, back.memory.pool, policy)
         size = self.vring.num
-        area = back.memory.ring_area(
-            self.index, area_bytes(size), fresh=self.pump.quarantined > 0
-        )
+        fresh = self.pump is not None and self.pump.quarantined > 0
+        area = back.memory.ring_area(self.index, area_bytes(size), fresh=fresh)
+        if self.pump is not None and fresh:
+            self._lost.append(self.pump)
+        if self.pump is None or fresh:
+            self.pump = Pump(self.index, memory.guest, back.memory.pool, policy)
         with self.worker.pause():
             self.pump.attach(
                 size=size,
@@ -117,8 +143,10 @@ class Ring:
         self.worker.watch(self.call.fileno())
         self.connect_fds()
         self.enable(back, self.vring.phase.enabled)
-        # The specification wants a kick with the start, and rust-vmm needs it.
-        notify(self.kick)
+        # The specification wants a kick with the start, and rust-vmm needs it. It can
+        # wait, if the back has seen to that; let it be the worker who does.
+        with self.worker.pause():
+            self.pump.kick()
 
     def enable(self, back: Back, enable: bool) -> None:
         """Take new chains from the guest, or only end what is in flight."""
@@ -205,16 +233,21 @@ class Ring:
                 parts = None
             self.pump.move(parts)
 
-    def stop(self, back: Back, timeout: float) -> int:
+    def quiesce(self) -> None:
+        """Take nothing new from the guest; what is in flight goes on to end."""
+        if self.pump is not None:
+            with self.worker.pause():
+                self.pump.set_taking(False)
+
+    def stop(self, back: Back, deadline: float) -> int:
         """Stop the ring; return the base at which it can go on.
 
-        `timeout` in seconds is what requests in flight have to end. After this, the
-        memory of the guest's ring and of its requests is not touched.
+        Requests in flight have until `deadline`, of time.monotonic(), to end. After
+        this, the memory of the guest's ring and of its requests is not touched.
         """
         pump = self.pump
         if pump is None or not pump.attached:
             return self.vring.base
-        deadline = time.monotonic() + timeout
         with self.worker.pause():
             pump.set_taking(False)
             pump.set_draining(True)

@@ -18,6 +18,7 @@ from libc.string cimport memcpy, memset
 from vhost_airlock.dataplane.guest cimport Chain
 from vhost_airlock.dataplane.layout cimport (
     DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, OUT_OF_MEMORY, PAGE,
+    store_int,
 )
 from vhost_airlock.dataplane.pool cimport (
     MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, join_free, lock_pool, order_of,
@@ -88,9 +89,13 @@ cdef int place(
         placed = take_blocks(slot, small, pages, pool)
         if not placed:
             pool.wanted = max(pool.wanted, largest)
+    if not placed:
+        give_blocks(slot, pool)
+        unreserve(pool, share, slot.pages)
+        pool.waited_for = pool.shared
     unlock_pool(pool)
     if not placed:
-        release(slot, pool, share)
+        forget_buffers(slot)
         return 0
     lay_out(slot, table, small)
     return 1
@@ -251,7 +256,15 @@ cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
     lock_pool(pool)
     give_blocks(slot, pool)
     unreserve(pool, share, slot.pages)
+    if pool.waited_for:
+        pool.waited_for = False
+        store_int(&pool.room_due, 1)
     unlock_pool(pool)
+    forget_buffers(slot)
+
+
+cdef void forget_buffers(Slot *slot) noexcept nogil:
+    """The slot is free: it has no buffers, and is charged with nothing."""
     if slot.buffer != slot.few:
         free(slot.buffer)
         slot.buffer = slot.few

@@ -2,8 +2,9 @@
 
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhost_airlock.dataplane.layout cimport load_int, store_int
 from vhost_airlock.dataplane.sys cimport (
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, signal_fd,
 )
 
 cdef enum:
@@ -48,6 +49,12 @@ cdef struct PoolState:
     pthread_mutex_t mutex
     # Pumps of several workers use it: they take the mutex.
     bint shared
+    # If so, an eventfd that wakes them all.
+    int room
+    # A pump found no room since something was given back the last time.
+    bint waited_for
+    # Something was given back since, of which the others do not know yet.
+    int room_due
     uint64_t limit
     # Pages that are nobody's guaranteed part.
     uint64_t common
@@ -81,6 +88,12 @@ cdef inline void lock_pool(PoolState *pool) noexcept nogil:
 cdef inline void unlock_pool(PoolState *pool) noexcept nogil:
     if pool.shared:
         pthread_mutex_unlock(&pool.mutex)
+
+cdef inline void tell_room(PoolState *pool) noexcept nogil:
+    """If there is room again that another worker's ring waits for, wake it."""
+    if load_int(&pool.room_due):
+        store_int(&pool.room_due, 0)
+        signal_fd(pool.room)
 
 # To be called with the pool locked.
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil

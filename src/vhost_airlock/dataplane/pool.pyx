@@ -14,11 +14,15 @@ other half is for whoever comes first. So a ring full of posted receive buffers
 can't starve another.
 """
 
+from libc.errno cimport errno
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from vhost_airlock.dataplane.layout cimport PAGE
-from vhost_airlock.dataplane.sys cimport pthread_mutex_destroy, pthread_mutex_init
+from vhost_airlock.dataplane.sys cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, close, eventfd, pthread_mutex_destroy,
+    pthread_mutex_init,
+)
 
 
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
@@ -176,6 +180,11 @@ cdef class Pool:
         """
         pthread_mutex_init(&self.state.mutex, NULL)
         self.state.shared = shared
+        self.state.room = -1
+        if shared:
+            self.state.room = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+            if self.state.room < 0:
+                raise OSError(errno, "cannot make a pool's descriptor")
         self.state.limit = limit // PAGE
         self.state.common = self.state.limit
         self.state.largest = largest // PAGE
@@ -185,6 +194,8 @@ cdef class Pool:
         for i in range(self.state.count):
             free(self.state.region[i].order)
             free(self.state.region[i].next)
+        if self.state.shared and self.state.room >= 0:
+            close(self.state.room)
         pthread_mutex_destroy(&self.state.mutex)
 
     def add_region(self, uintptr_t host, uint64_t back, uint64_t size):

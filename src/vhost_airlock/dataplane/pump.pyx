@@ -38,7 +38,7 @@ from vhost_airlock.dataplane.layout cimport (
     HEAD_IN_USE, LOOP, MAX_SEGMENTS, NESTED_INDIRECT, NEVER_FITS, OUT_OF_MEMORY,
     RING_UNMAPPED, UsedElem, Used, fence,
 )
-from vhost_airlock.dataplane.pool cimport Pool, over
+from vhost_airlock.dataplane.pool cimport Pool, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
 from vhost_airlock.dataplane.shadow cimport (
     FREE, IN_FLIGHT, QUARANTINED, free_chain, give_slot, take_slot,
@@ -279,6 +279,8 @@ cdef class Pump:
         for i in range(self.state.slots):
             if self.state.slot[i].pages or self.state.slot[i].count:
                 release(&self.state.slot[i], self.state.pool, &self.state.share)
+        if self.state.pool != NULL:
+            tell_room(self.state.pool)
         free(self.state.guest.table)
         free(self.state.guest.busy)
         free(self.state.shadow.free)
@@ -390,6 +392,7 @@ cdef class Pump:
                 pump.shadow.next[number] = number
         if pump.fault != RING_UNMAPPED:
             pump.guest.ops.arm(&pump.guest)     # whoever comes next wants kicks
+        tell_room(pump.pool)
         pump.outstanding = 0
         pump.attached = False
         pump.taking = False
@@ -431,6 +434,10 @@ cdef class Pump:
     def set_taking(self, bint taking):
         """Move chains of the guest, or only completions."""
         self.state.taking = taking
+
+    def kick(self):
+        """Let the worker kick the back, with its next round."""
+        self.state.kick_due = True
 
     def set_draining(self, bint draining):
         """While set, the worker signals its events when this pump is drained."""

@@ -56,6 +56,9 @@ cdef extern from "<time.h>" nogil:
         CLOCK_MONOTONIC
 
 cdef extern from "<pthread.h>" nogil:
+    ctypedef unsigned long pthread_t
+    pthread_t pthread_self()
+    int pthread_kill(pthread_t, int)
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:
@@ -73,6 +76,10 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
     int pthread_cond_broadcast(pthread_cond_t *)
+
+cdef extern from "<signal.h>" nogil:
+    enum:
+        SIGURG
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()

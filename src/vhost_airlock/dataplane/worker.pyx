@@ -12,8 +12,13 @@ longer one it is zero again. An idle device is never polled.
 The control plane changes pumps, pool and guest memory only under pause(): the worker
 stands still between two rounds then, and has seen the change when it goes on.
 
-Eventfds are registered edge-triggered and never read: each write is an edge. So the
-back, which shares their open file description with us, cannot make us block.
+A ring of another worker that waits for room in the pool is told by the pool's eventfd,
+which all of the pool's workers watch.
+
+Eventfds are registered edge-triggered and never read: each write is an edge. Writing
+is another matter: the back shares our kick's open file description and can make it
+blocking and full, in which case a kick waits. That stalls this device only; a pause
+interrupts it with a signal whose handler does nothing.
 """
 
 from contextlib import contextmanager
@@ -21,20 +26,24 @@ from contextlib import contextmanager
 from libc.errno cimport EEXIST, ENOENT, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+from posix.signal cimport sigaction, sigaction_t
 from posix.time cimport timespec
 
 from vhost_airlock.dataplane.layout cimport fence, load_int, store_int
+from vhost_airlock.dataplane.pool cimport tell_room
 from vhost_airlock.dataplane.pump cimport (
     Pump, PumpState, is_drained, pending, rest, step,
 )
 from vhost_airlock.dataplane.sys cimport (
     CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, close, epoll_create1, epoll_ctl,
+    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, SIGURG, close, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, eventfd, now_ns, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_timedwait,
     pthread_cond_wait, pthread_condattr_init, pthread_condattr_setclock,
     pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, read, sched_yield, signal_fd,
+    pthread_kill, pthread_mutex_t, pthread_mutex_unlock, pthread_self, pthread_t, read,
+    sched_yield, signal_fd,
 )
 
 from vhost_airlock.errors import DeadlineExceeded
@@ -45,6 +54,10 @@ cdef enum:
     # Nanoseconds of polling to start from.
     FIRST_WINDOW = 20_000
     MAX_EVENTS = 64
+    # Nanoseconds that a worker has to stand still before it is interrupted.
+    PATIENCE = 100_000_000
+
+cdef uint64_t STOP_TIME = 5_000_000_000
 
 cdef struct Route:
     # What the loop needs of a pump, beside its state.
@@ -71,6 +84,7 @@ cdef class Worker:
     """How many pauses are wanted; read by the loop without the mutex."""
     cdef int stopping
     cdef bint running
+    cdef pthread_t thread
     cdef int epoll
     cdef int wake
     cdef int events
@@ -85,6 +99,7 @@ cdef class Worker:
     def __cinit__(self, int events, *, poll_us=0):
         cdef pthread_condattr_t attributes
 
+        self.epoll = self.wake = -1     # for __dealloc__, should this fail
         self.pumps = []
         self.events = events
         self.longest = poll_us * 1000
@@ -110,12 +125,15 @@ cdef class Worker:
     def run(self):
         """Move chains until stop() is called. The target of the worker's thread."""
         pthread_mutex_lock(&self.mutex)
+        self.thread = pthread_self()
         self.running = True
         pthread_mutex_unlock(&self.mutex)
         with nogil:
-            while not load_int(&self.stopping):
+            while True:
                 if load_int(&self.paused):
                     stand_still(self)
+                if load_int(&self.stopping):
+                    break
                 if not go_round(self):
                     idle(self)
             pthread_mutex_lock(&self.mutex)
@@ -125,8 +143,10 @@ cdef class Worker:
 
     def stop(self):
         """Make run() return; join the thread to know that it has."""
+        hold(self, now_ns() + STOP_TIME)
         store_int(&self.stopping, 1)
         signal_fd(self.wake)
+        let_go(self)
 
     @contextmanager
     def pause(self, timeout=5.0):
@@ -157,6 +177,8 @@ cdef class Worker:
             self.routes += 1
         at = self.pumps.index(pump)
         self.route[at] = Route(&pump.state, pump.kick_out, pump.call_out, 0, False)
+        if pump.state.pool.shared:
+            self.watch(pump.state.pool.room)
 
     def remove(self, Pump pump):
         """Run this pump no more, if it was run at all. Only under pause()."""
@@ -214,10 +236,13 @@ cdef int go_round(Worker worker) noexcept nogil:
             pump.kick_due = False
             if route.kick_out >= 0:
                 signal_fd(route.kick_out)
+        tell_room(pump.pool)
         if pump.fault != route.fault:
             route.fault = pump.fault
             tell = True
-        if pump.draining and not route.drained and is_drained(pump):
+        if not pump.draining:
+            route.drained = False
+        elif not route.drained and is_drained(pump):
             route.drained = True
             tell = True
         if pump.stalled and pump.pool.wanted and pump.pool.may_grow:
@@ -297,18 +322,20 @@ cdef void stand_still(Worker worker) noexcept nogil:
 cdef bint hold(Worker worker, uint64_t until) noexcept:
     """Ask the worker to stand still and wait for it. False: it did not in time."""
     cdef timespec deadline
+    cdef uint64_t next_try
     cdef bint running
 
-    deadline.tv_sec = until // 1000000000
-    deadline.tv_nsec = until % 1000000000
     with nogil:
         pthread_mutex_lock(&worker.mutex)
         store_int(&worker.paused, worker.paused + 1)
         if worker.running:
             signal_fd(worker.wake)
-        while worker.running:
+        while worker.running and now_ns() < until:
+            next_try = min(until, now_ns() + <uint64_t> PATIENCE)
+            deadline.tv_sec = next_try // 1000000000
+            deadline.tv_nsec = next_try % 1000000000
             if pthread_cond_timedwait(&worker.changed, &worker.mutex, &deadline) != 0:
-                break
+                pthread_kill(worker.thread, SIGURG)
         running = worker.running
         pthread_mutex_unlock(&worker.mutex)
     return not running
@@ -319,6 +346,22 @@ cdef void let_go(Worker worker) noexcept nogil:
     store_int(&worker.paused, worker.paused - 1)
     pthread_cond_broadcast(&worker.changed)
     pthread_mutex_unlock(&worker.mutex)
+
+
+cdef void ignore(int number) noexcept nogil:
+    pass
+
+
+cdef interrupt_by_signal():
+    """Let SIGURG, which otherwise does nothing, end a system call that waits."""
+    cdef sigaction_t action
+
+    memset(&action, 0, sizeof(action))
+    action.sa_handler = ignore
+    sigaction(SIGURG, &action, NULL)
+
+
+interrupt_by_signal()
 
 
 cdef void *resized(void *route, size_t count) except NULL:

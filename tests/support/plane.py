@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from typing import Any
 
 from vhost_airlock.dataplane.mapping import Mapping
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import FAULTS, Pump, area_bytes, shadow_parts
 from vhost_airlock.dataplane.regions import GuestMemory
+from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import (
     Buffer,
     Chain,
@@ -120,8 +123,11 @@ class World:
         limit: int | None = None,
         largest: int | None = None,
         regions: Iterable[tuple[int, int]] = REGIONS,
+        shared: bool = False,
     ) -> None:
-        """`pool`: the sizes of its regions, in bytes; `limit`: its own, if another."""
+        """`pool`: the sizes of its regions, in bytes; `limit`: its own, if another;
+        `shared`: by several workers.
+        """
         sizes = [pool] if isinstance(pool, int) else list(pool)
         self.ram = AddressSpace()
         self.isolated = AddressSpace()
@@ -134,7 +140,7 @@ class World:
         total = sum(sizes) if limit is None else limit
         if largest is None:
             largest = 1 << (total.bit_length() - 1)
-        self.pool = Pool(total, largest=largest)
+        self.pool = Pool(total, largest=largest, shared=shared)
         self.pool_regions = [self.grow(size) for size in sizes]
         self.set_regions()
 
@@ -324,3 +330,77 @@ class Lane:
         assert not data, "more data than the chain has room for"
         self.device.complete(chain.head, said)
         self.device.publish()
+
+
+class Wired(Lane):
+    """A lane with eventfds, run by a worker.
+
+    Both ends wait as real ones do: they arm, look again, and then only a notification
+    wakes them. One that does not come within `PATIENCE` seconds is a lost one.
+    """
+
+    PATIENCE = 10.0
+
+    def __init__(self, world: World, worker: Worker, **options: Any) -> None:
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        self.worker = worker
+        self.kick_in, self.call_out, self.kick_out, self.call_in = (
+            os.eventfd(0, flags) for _ in range(4)
+        )
+        super().__init__(world, **options)
+        self.pump.set_fds(
+            kick_in=self.kick_in,
+            call_out=self.call_out,
+            kick_out=self.kick_out,
+            call_in=self.call_in,
+        )
+        worker.watch(self.kick_in)
+        worker.watch(self.call_in)
+        with worker.pause():
+            worker.add(self.pump)
+
+    def close(self) -> None:
+        """Take the ring from its worker."""
+        with self.worker.pause():
+            self.worker.remove(self.pump)
+        self.worker.unwatch(self.kick_in)
+        self.worker.unwatch(self.call_in)
+        for fd in (self.kick_in, self.call_out, self.kick_out, self.call_in):
+            os.close(fd)
+
+    def kick(self) -> None:
+        """The guest kicks, if the pump wants it."""
+        if self.driver.kick_needed():
+            os.eventfd_write(self.kick_in, 1)
+
+    def call(self) -> None:
+        """The back calls, if the pump wants it."""
+        if self.device.call_needed():
+            os.eventfd_write(self.call_in, 1)
+
+    def await_used(self, count: int = 1) -> list[tuple[int, int]]:
+        """The guest waits for so many completions."""
+        ends = self.used()
+        while len(ends) < count:
+            if not self.driver.arm():
+                await_event(self.call_out, self.PATIENCE)
+            self.driver.disarm()
+            ends += self.used()
+        return ends
+
+    def await_chain(self) -> Chain:
+        """The back waits for a chain."""
+        while not (chain := self.device.take()):
+            if not self.device.arm():
+                await_event(self.kick_out, self.PATIENCE)
+            self.device.disarm()
+        return chain
+
+
+def await_event(fd: int, timeout: float) -> None:
+    """Wait for an eventfd, and clear it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if not poll.poll(timeout * 1000):
+        raise TimeoutError("a notification did not come")
+    os.eventfd_read(fd)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from .config import Config
 from .dataplane.pump import shadow_parts
-from .errors import ProtocolError, SessionError
+from .errors import Disconnected, ProtocolError, SessionError
 from .isolated import IsolatedMemory, Region
 from .state import back_features, back_protocol
 from .vhost.backend import Responder
@@ -184,10 +184,15 @@ class Back:
         if self.requests is None:
             return
         self._served = time.monotonic()
-        for _ in range(REQUESTS_AT_ONCE):
-            self.requests.handle_one()
-            if not self.requests.channel.pending():
-                break
+        try:
+            for _ in range(REQUESTS_AT_ONCE):
+                self.requests.handle_one()
+                if not self.requests.channel.pending():
+                    break
+        except Disconnected:
+            log.info("back: it will have no requests any more")
+            self.requests.channel.close()
+            self.requests = None
         if self._changed:
             self._changed = False
             self.config_changed()

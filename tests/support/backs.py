@@ -23,7 +23,7 @@ from vhost_airlock.peers.memory import Memory
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES, DeviceServer
 from vhost_airlock.peers.vring import Vring
-from vhost_airlock.vhost.backend import Backend, Handler
+from vhost_airlock.vhost.backend import Backend, Handler, Result
 from vhost_airlock.vhost.channel import Channel, Limit, Message, any_payload
 from vhost_airlock.vhost.fds import Fd, HasFileno, close_all, notify
 from vhost_airlock.vhost.frontend import Requester
@@ -198,7 +198,7 @@ class ScriptedBack(RecordedBack):
     def serve(self, channel: Channel) -> None:
         self.channel = channel
         try:
-            Backend(channel, self._handlers() | self.instead).serve()
+            Backend(channel, dict(map(self._handler, Request))).serve()
         finally:
             self.forget()
 
@@ -218,12 +218,16 @@ class ScriptedBack(RecordedBack):
 
     # Messages.
 
-    def _handlers(self) -> dict[Request, Handler]:
-        def nothing(_: Payload, fds: list[Fd]) -> None:
-            pass
+    def _handler(self, request: Request) -> tuple[Request, Handler]:
+        usual = self._usual().get(request, lambda payload, fds: None)
 
+        def handler(payload: Payload, fds: list[Fd]) -> Result:
+            return self.instead.get(request, usual)(payload, fds)
+
+        return request, handler
+
+    def _usual(self) -> dict[Request, Handler]:
         return {
-            **dict.fromkeys(Request, nothing),
             Request.GET_FEATURES: lambda _, fds: U64(self.offered),
             Request.SET_FEATURES: self._on_features,
             Request.GET_PROTOCOL_FEATURES: lambda _, fds: U64(self.protocol_offered),

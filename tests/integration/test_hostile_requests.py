@@ -1,0 +1,207 @@
+"""I5: what the back says on the socket for requests of its own."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.airlock import Airlock, hung_up
+from tests.support.backs import ScriptedBack, readable
+from tests.support.sessions import (
+    SLACK,
+    TIMEOUT,
+    errors,
+    serve,
+    small_guest,
+)
+from vhost_airlock.back import REQUESTS_INTERVAL
+from vhost_airlock.errors import AirlockError, Disconnected
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.server import PROTOCOL_FEATURES
+from vhost_airlock.vhost.channel import Channel
+from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.rules import BACKEND_RULES
+from vhost_airlock.vhost.wire import (
+    U64,
+    BackendRequest,
+    Header,
+    HeaderFlag,
+    ProtocolFeature,
+)
+
+
+@pytest.fixture
+def guest() -> Iterator[BlkGuest]:
+    with small_guest() as guest:
+        yield guest
+
+
+@pytest.fixture
+def talker() -> ScriptedBack:
+    return ScriptedBack(
+        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.BACKEND_REQ
+    )
+
+
+class Talked:
+    """A session with a back that makes requests, and what the front hears of it."""
+
+    def __init__(self, airlock: Airlock, back: ScriptedBack, guest: BlkGuest) -> None:
+        guest._wanted_protocol |= ProtocolFeature.BACKEND_REQ
+        guest.connect(airlock.channel())
+        ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # a few messages
+        with theirs:
+            guest.front.set_backend_req_fd(theirs)
+        self.heard = Channel(ours, peer="airlock")
+        guest.start()
+        assert back.asking is not None
+        self.asking = back.asking
+
+    def __enter__(self) -> Talked:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.heard.close()
+
+
+@pytest.fixture
+def talk(talker: ScriptedBack, guest: BlkGuest) -> Iterator[Talked]:
+    with (
+        Airlock(talker, timeout=TIMEOUT, drain_timeout=TIMEOUT) as airlock,
+        Talked(airlock, talker, guest) as talked,
+    ):
+        yield talked
+        guest.disconnect()
+
+
+def test_change_of_the_configuration_is_passed_on(talk: Talked) -> None:
+    for _ in range(3):
+        talk.asking.exchange(BackendRequest.CONFIG_CHANGE_MSG)
+        with talk.heard.recv() as message:
+            assert message.request == BackendRequest.CONFIG_CHANGE_MSG
+            assert message.flags == HeaderFlag.VERSION, "no ack: it may be asking us"
+            assert message.payload == b""
+
+
+def test_i5_flood_of_changes_reaches_the_front_as_a_trickle(
+    talk: Talked, talker: ScriptedBack, guest: BlkGuest
+) -> None:
+    """Nobody reads what the front-end hears; it is served all the same, and quickly."""
+    ended = threading.Event()
+
+    def flood() -> None:
+        with contextlib.suppress(AirlockError):
+            while not ended.is_set():
+                talk.asking.exchange(BackendRequest.CONFIG_CHANGE_MSG, need_reply=False)
+
+    thread = threading.Thread(target=flood, name="flood")
+    thread.start()
+    try:
+        began = time.monotonic()
+        slowest = 0.0
+        while time.monotonic() - began < 1:
+            before = time.monotonic()
+            guest.front.barrier()
+            serve(talker, guest)
+            slowest = max(slowest, time.monotonic() - before)
+    finally:
+        ended.set()
+        guest.disconnect()
+        thread.join()
+    assert slowest < TIMEOUT + SLACK
+    heard = 0
+    with contextlib.suppress(Disconnected):
+        while True:
+            talk.heard.recv().close()
+            heard += 1
+    assert 1 <= heard <= 100
+
+
+def test_front_that_hears_nothing_is_not_waited_for(
+    talk: Talked, talker: ScriptedBack, guest: BlkGuest
+) -> None:
+    """Its socket is full: there are changes enough in it that it has yet to hear of."""
+    began = time.monotonic()
+    for _ in range(30):
+        talk.asking.exchange(BackendRequest.CONFIG_CHANGE_MSG)
+        guest.front.barrier()
+    serve(talker, guest)
+    assert time.monotonic() - began < 30 * REQUESTS_INTERVAL + SLACK
+    heard = 0
+    while readable(talk.heard, 0):
+        talk.heard.recv().close()
+        heard += 1
+    assert 0 < heard < 30
+    talk.asking.exchange(BackendRequest.CONFIG_CHANGE_MSG)
+    talk.heard.recv().close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    sorted(set(BackendRequest) - {BackendRequest.CONFIG_CHANGE_MSG}),
+    ids=lambda request: request.name,
+)
+def test_i5_other_requests_of_the_back_are_refused(
+    talk: Talked, talker: ScriptedBack, guest: BlkGuest, request_: BackendRequest
+) -> None:
+    rule = BACKEND_RULES[request_]
+    with Fd(os.memfd_create("hostile", os.MFD_CLOEXEC)) as fd:
+        count = rule.fds[-1] if rule.fds else 0
+        channel = talk.asking.channel
+        flags = HeaderFlag.VERSION | HeaderFlag.NEED_REPLY
+        channel.send(request_, bytes(rule.payload.MIN_SIZE), [fd] * count, flags=flags)
+        with channel.recv() as answer:
+            assert answer.request == request_
+            assert U64.unpack(answer.payload).value != 0
+            assert not answer.fds
+    serve(talker, guest)
+
+
+@pytest.mark.parametrize(
+    ("data", "fds"),
+    [
+        (b"\xff" * 64, 0),
+        (Header(BackendRequest.CONFIG_CHANGE_MSG, 1, 4).pack() + b"1234", 0),
+        (Header(BackendRequest.CONFIG_CHANGE_MSG, 1, 0xFFFFFFFF).pack(), 0),
+        (Header(BackendRequest.CONFIG_CHANGE_MSG, 1, 0).pack(), 1),
+        (Header(BackendRequest.CONFIG_CHANGE_MSG, 1, 0).pack(), 253),
+        (Header(BackendRequest.CONFIG_CHANGE_MSG, 1, 0).pack()[:5], 0),
+        (Header(99, 1, 0).pack(), 0),
+        (Header(99, 5, 0).pack(), 0),
+    ],
+    ids=str,
+)
+def test_i5_nonsense_on_the_backs_own_socket_ends_the_session(
+    talk: Talked,
+    guest: BlkGuest,
+    caplog: pytest.LogCaptureFixture,
+    data: bytes,
+    fds: int,
+) -> None:
+    with (
+        socket.socket(fileno=os.dup(talk.asking.fileno())) as sock,
+        Fd(os.memfd_create("hostile", os.MFD_CLOEXEC)) as fd,
+    ):
+        rights = array.array("i", [fd.fileno()] * fds)
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    assert hung_up(guest.front.channel)
+    assert errors(caplog)[0].startswith("back: ")
+
+
+def test_i5_back_that_closes_its_own_socket(
+    talk: Talked, talker: ScriptedBack, guest: BlkGuest
+) -> None:
+    """It has no requests any more, that is all."""
+    talker.forget_seen()  # which has a copy
+    talk.asking.close()
+    for _ in range(5):
+        guest.front.barrier()
+        serve(talker, guest)

@@ -13,7 +13,9 @@ from tests.real.airlock import airlock
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
 from tests.real.programs import Programs, find
+from tests.real.serving import serving
 from tests.real.storage import Disk, storage_daemon
+from tests.support.backs import RecordedBack
 
 
 def pytest_collection_modifyitems(items):
@@ -76,6 +78,23 @@ def serve(
             return Served(front, daemon, proxy)
 
         yield serve_one
+
+
+@pytest.fixture
+def connect(via: str, folder: Path) -> Iterator[Callable[..., Path]]:
+    """connect(back, *options): the socket at which a test's back-end can be reached."""
+    with ExitStack() as stack:
+
+        def connect_one(back: RecordedBack, *options: str) -> Path:
+            path = folder / "back.sock"
+            stack.enter_context(serving(back, path))
+            if via == "direct":
+                return path
+            front = folder / "front.sock"
+            stack.enter_context(airlock(path, front, *options))
+            return front
+
+        yield connect_one
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """vhost-airlock as its users run it: a process between two sockets."""
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,17 +10,39 @@ from tests.real.processes import Process, listening
 
 
 @contextmanager
-def airlock(back: Path, front: Path, *options: str) -> Iterator[Process]:
+def airlock(
+    back: Path | None,
+    front: Path,
+    *options: str,
+    command: Sequence[str] = (),
+    dials: bool = False,
+) -> Iterator[Process]:
     """An airlock that listens at `front` for front-ends of the back-end at `back`.
 
-    It ends by SIGTERM, with status 0, its socket gone and no traceback in its log.
+    Without `back` it starts the back-end by `command`; with `dials` the front-end
+    listens. It ends by SIGTERM, with status 0, its socket gone and no traceback in its
+    log; but the test may kill it.
     """
-    command = (sys.executable, "-m", "vhost_airlock", "run")
-    paths = (f"--socket-path={front}", f"--backend={back}")
+    side = "--front-connect" if dials else "--socket-path"
+    run = (sys.executable, "-m", "vhost_airlock", "run", f"{side}={front}")
+    to = (f"--backend={back}",) if back else ("--", *command)
     log = front.with_suffix(".airlock.log")
-    with Process([*command, *paths, *options], log) as process:
-        process.wait_until(lambda: listening(front))
+    with Process([*run, *options, *to], log) as process:
+        if not dials:
+            process.wait_until(lambda: listening(front))
         yield process
-        assert process.stop() == 0, process.describe()
-        assert not front.exists(), process.describe()
+        if process.popen.returncode != -signal.SIGKILL:
+            assert process.stop() == 0, process.describe()
+            assert dials or not front.exists(), process.describe()
         assert "Traceback" not in process.output(), process.describe()
+
+
+@contextmanager
+def reach(via: str, back: Path, *options: str) -> Iterator[Path]:
+    """The front-end's way to a back-end: its own socket, or that of an airlock."""
+    if via == "direct":
+        yield back
+        return
+    front = back.with_suffix(".front")
+    with airlock(back, front, *options):
+        yield front

@@ -55,6 +55,8 @@ class Process:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            error.add_note(self.describe())
         self.kill()
 
     def output(self) -> str:
@@ -107,10 +109,13 @@ def run(argv: Sequence[str], log: Path, timeout: float = 60) -> str:
         return process.output()
 
 
-def listening(path: Path) -> bool:
-    """Does somebody listen there? Asks the kernel: a connection would have effects."""
+def listening(path: Path, pid: int | str = "self") -> bool:
+    """Does somebody listen there? Asks the kernel: a connection would have effects.
+
+    `pid` is a process in the network namespace where that is.
+    """
     accepts = 1 << 16
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+    for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
         fields = line.split(maxsplit=7)
         if len(fields) == 8 and fields[7] == str(path) and int(fields[3], 16) & accepts:
             return True

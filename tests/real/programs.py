@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).parents[2]
 ROOT = PROJECT / ".real" / "root"
 
@@ -26,6 +28,13 @@ class Programs:
     def path(self, name: str) -> Path:
         """A file of theirs, as seen from here."""
         return self.root / name.lstrip("/")
+
+    def find(self, name: str) -> str:
+        """Where a program is for them. Where there is none, the test is skipped."""
+        for folder in ("/usr/bin", "/usr/sbin", "/usr/libexec"):
+            if self.path(f"{folder}/{name}").exists():
+                return f"{folder}/{name}"
+        pytest.skip(f"there is no {name} in {self.root}")
 
     def compile(self, source: Path, package: str) -> str:
         """Build a C program with their compiler and library: where it is for them.

@@ -1,0 +1,33 @@
+"""Back-end programs for other devices than disks. Each is ready when it is yielded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.real.processes import Process, listening
+from tests.real.programs import Programs
+
+
+@contextmanager
+def backend(argv: list[str], path: Path) -> Iterator[Process]:
+    """A program that listens at `path`."""
+    with Process(argv, path.with_suffix(".backend.log")) as process:
+        process.wait_until(lambda: listening(path, process.pid))
+        yield process
+
+
+def virtiofsd_command(programs: Programs, share: Path, *options: str) -> list[str]:
+    """It lacks the socket. The sandbox is that of tools/in-real-root."""
+    program = programs.find("virtiofsd")
+    return programs(program, f"--shared-dir={share}", "--sandbox=none", *options)
+
+
+@contextmanager
+def virtiofsd(
+    programs: Programs, share: Path, path: Path, *options: str
+) -> Iterator[Process]:
+    """It ends by itself when its connection ends."""
+    command = virtiofsd_command(programs, share, f"--socket-path={path}", *options)
+    with backend(command, path) as process:
+        yield process
+        assert process.wait(timeout=10) == 0, process.describe()

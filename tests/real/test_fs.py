@@ -1,0 +1,122 @@
+"""A guest's shared file system: virtiofsd, direct and through the airlock."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.guest import devices
+from tests.guest.inside import files
+from tests.guest.machine import Guest
+from tests.real.airlock import airlock, reach
+from tests.real.backends import virtiofsd, virtiofsd_command
+from tests.real.processes import listening
+
+MIB = 1 << 20
+BIG = 1024 * MIB
+
+
+@pytest.fixture
+def reference(folder) -> dict[str, list[str | int]]:
+    """What there is when the same is done in a folder without any device."""
+    plain = folder / "plain"
+    plain.mkdir()
+    files.build(str(plain))
+    return files.survey(str(plain))
+
+
+def new_share(folder: Path, name: str) -> Path:
+    """A folder to share, with a tree in it that the host has made."""
+    share = folder / name
+    for part in ("host", "guest", "crowd"):
+        share.joinpath(part).mkdir(parents=True)
+    files.build(str(share / "host"))
+    return share
+
+
+def check_crowd(share: Path, threads: int) -> None:
+    names = {path.name for path in share.joinpath("crowd").iterdir()}
+    assert len(names) == threads
+    for name in names:
+        number = int(name.partition(".")[0])
+        found = share.joinpath("crowd", name).read_bytes()
+        assert found == files.crowd_content(number)
+
+
+def test_guest_and_host_see_the_same(programs, folder, via, reference):
+    """A tree in both directions, a large file, and 200 threads at once."""
+    share = new_share(folder, "share")
+    with (
+        virtiofsd(programs, share, folder / "fs.sock", "--thread-pool-size=16"),
+        reach(via, folder / "fs.sock") as front,
+        Guest(programs, folder, devices.file_system(front, "share")) as guest,
+    ):
+        guest.sh("mount -t virtiofs share /mnt")
+        assert guest.call(files.survey, "/mnt/host") == reference
+        guest.call(files.build, "/mnt/guest")
+        assert guest.call(files.survey, "/mnt/guest") == reference
+        assert files.survey(str(share / "guest")) == reference
+
+        guest.call(files.crowd, "/mnt/crowd", 200, 2)
+        check_crowd(share, 200)
+        guest.sh("rm -r /mnt/host /mnt/guest /mnt/crowd")
+        assert list(share.iterdir()) == []
+
+        guest.call(files.write_big, "/mnt/big", 1, BIG)
+        files.check_big(str(share / "big"), 1, BIG)
+        guest.call(files.check_big, "/mnt/big", 1, BIG)
+        guest.sh("umount /mnt")
+        guest.power_off()
+
+
+MODES = {
+    "auto": ("--writeback",),
+    "always": (),
+    "metadata": ("--allow-mmap",),
+    "never": ("--allow-mmap", "--allow-direct-io"),
+}
+
+
+def test_cache_modes(programs, folder, via, reference):
+    """One guest with a file system for each mode; one passes O_DIRECT on."""
+    with ExitStack() as stack:
+        fronts = []
+        for mode, options in MODES.items():
+            share = new_share(folder, mode)
+            path = folder / f"{mode}.sock"
+            caching = (f"--cache={mode}", *options)
+            stack.enter_context(virtiofsd(programs, share, path, *caching))
+            front = stack.enter_context(reach(via, path))
+            fronts.append(devices.file_system(front, mode))
+        guest = stack.enter_context(Guest(programs, folder, *fronts))
+        for mode in MODES:
+            guest.sh(f"mount -t virtiofs {mode} /mnt")
+            assert guest.call(files.survey, "/mnt/host") == reference
+            guest.call(files.build, "/mnt/guest")
+            guest.call(files.map_file, "/mnt/mapped", 1, 4 * MIB)
+            guest.call(files.direct, "/mnt/direct", 2, MIB)
+            guest.call(files.crowd, "/mnt/crowd", 50, 1)
+            guest.sh("umount /mnt")
+            share = folder / mode
+            assert files.survey(str(share / "guest")) == reference
+            assert share.joinpath("mapped").read_bytes() == files.mapped(1, 4 * MIB)
+            files.check_big(str(share / "direct"), 2, MIB)
+            check_crowd(share, 50)
+        guest.power_off()
+
+
+def test_next_session_gets_its_own_back_end(programs, folder):
+    """The airlock starts virtiofsd, which ends with each VMM: killed, then stopped."""
+    share = new_share(folder, "share")
+    front = folder / "fs.front"
+    command = virtiofsd_command(programs, share, "--fd={listen-fd}")
+    with airlock(None, front, "--device-type=fs", command=command) as proxy:
+        for number in range(2):
+            assert listening(front)
+            with Guest(programs, folder, devices.file_system(front, "share")) as guest:
+                guest.sh("mount -t virtiofs share /mnt")
+                guest.sh(f"echo {number} >> /mnt/log && sync")
+                if number:
+                    guest.power_off()
+        assert not proxy.ended()
+    assert share.joinpath("log").read_text() == "0\n1\n"

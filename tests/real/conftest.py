@@ -14,7 +14,7 @@ from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
 from tests.real.programs import Programs, find
 from tests.real.serving import serving
-from tests.real.storage import Disk, storage_daemon
+from tests.real.storage import Disk, StorageDaemon, storage_daemon
 from tests.support.backs import RecordedBack
 
 
@@ -54,7 +54,9 @@ def via(request: pytest.FixtureRequest) -> str:
 class Served:
     """A disk that is being served: its front socket, and the back-end's process."""
 
-    def __init__(self, front: Path, backend: Process, proxy: Process | None) -> None:
+    def __init__(
+        self, front: Path, backend: StorageDaemon, proxy: Process | None
+    ) -> None:
         self.front = front
         self.backend = backend
         self.proxy = proxy

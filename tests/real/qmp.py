@@ -34,11 +34,12 @@ class Qmp:
         self("qmp_capabilities")
 
     @staticmethod
-    def options(fd: int, flag: str = "-mon") -> tuple[str, ...]:
+    def options(fd: int, monitor: str = "-mon") -> tuple[str, ...]:
         """What gives a QEMU its end of the connection."""
+        chardev = "--chardev" if monitor.startswith("--") else "-chardev"
         return (
-            *(flag.replace("mon", "chardev"), f"socket,id=qmp,fd={fd}"),
-            *(flag, "chardev=qmp,mode=control"),
+            *(chardev, f"socket,id=qmp,fd={fd}"),
+            *(monitor, "chardev=qmp,mode=control"),
         )
 
     def __call__(self, command: str, **arguments: Any) -> Any:

@@ -1,5 +1,6 @@
 """qemu-storage-daemon as a vhost-user-blk back-end."""
 
+import functools
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from tests.real.processes import Process
 from tests.real.programs import Programs
+from tests.real.qmp import Qmp
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,38 @@ class Disk:
         )
 
 
+class StorageDaemon(Process):
+    """A running daemon that serves a disk at a listening socket."""
+
+    def __init__(
+        self, programs: Programs, disk: Disk, listener: int, log: Path
+    ) -> None:
+        self._monitor, theirs = socket.socketpair()
+        with theirs:
+            argv = programs(
+                "qemu-storage-daemon",
+                *Qmp.options(theirs.fileno(), "--monitor"),
+                *("--object", "iothread,id=io"),
+                *("--blockdev", disk.blockdev()),
+                "--export",
+                "type=vhost-user-blk,id=export,node-name=disk,writable=on,iothread=io,"
+                f"num-queues={disk.queues},addr.type=fd,addr.str={listener}",
+            )
+            super().__init__(argv, log, pass_fds=[listener, theirs.fileno()])
+
+    @functools.cached_property
+    def qmp(self) -> Qmp:
+        return Qmp(self._monitor)
+
+    def kill(self) -> None:
+        super().kill()
+        self._monitor.close()
+
+
 @contextmanager
 def storage_daemon(
     programs: Programs, disk: Disk, path: Path
-) -> Iterator[tuple[Process, Path]]:
+) -> Iterator[tuple[StorageDaemon, Path]]:
     """A running daemon and the socket that it serves.
 
     It gets the listening socket from us, so there is nothing to wait for. At the end it
@@ -42,16 +72,8 @@ def storage_daemon(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        fd = listener.fileno()
-        argv = programs(
-            "qemu-storage-daemon",
-            *("--object", "iothread,id=io"),
-            *("--blockdev", disk.blockdev()),
-            "--export",
-            "type=vhost-user-blk,id=export,node-name=disk,writable=on,iothread=io,"
-            f"num-queues={disk.queues},addr.type=fd,addr.str={fd}",
-        )
-        daemon = Process(argv, path.with_suffix(".storage.log"), pass_fds=[fd])
+        log = path.with_suffix(".storage.log")
+        daemon = StorageDaemon(programs, disk, listener.fileno(), log)
     with daemon:
         yield daemon, path
         assert not daemon.ended(), daemon.describe()

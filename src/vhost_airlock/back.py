@@ -163,6 +163,7 @@ class Back:
         self.frontend.close()
         if self.requests is not None:
             self.requests.channel.close()
+            self.requests = None
         if self._memory is not None:
             self._memory.close()
 

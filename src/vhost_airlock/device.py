@@ -298,7 +298,7 @@ class Device:
 
     def close(self, *, keep_back: bool = False) -> Back | None:
         """Let go of everything; return the back, if it is to be kept and can be."""
-        kept = self._back if keep_back and not self._quarantined() else None
+        keep = keep_back and not self._quarantined()
         for ring in self.rings.values():
             ring.abandon()
         self.workers.close()
@@ -309,9 +309,13 @@ class Device:
         self._close_front_requests()
         self._end_transfer()
         self.events.close()
-        if self._back is not None and kept is None:
-            self._back.close()
-        return kept
+        # Sessions are parts of cycles: the pool has a descriptor, and shall not wait
+        # for the garbage collector.
+        back, self._back = self._back, None
+        if back is None or keep:
+            return back
+        back.close()
+        return None
 
     def _quarantined(self) -> int:
         return sum(ring.quarantined for ring in self.rings.values())

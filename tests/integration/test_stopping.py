@@ -1,0 +1,387 @@
+"""I3, I8: how rings stop, with requests in flight that end, end late, or never end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.airlock import Airlock, hung_up
+from tests.support.backs import ScriptedBack, readable, wait_until
+from tests.support.sessions import (
+    SLACK,
+    await_reaped,
+    errors,
+    serve,
+    small_guest,
+)
+from vhost_airlock.peers.disk import BlkStatus, BlkType
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.guest_queue import Io
+from vhost_airlock.peers.ring import Chain
+from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.vhost.fds import Fd, drain
+from vhost_airlock.vhost.frontend import Frontend
+from vhost_airlock.vhost.wire import (
+    Feature,
+    ProtocolFeature,
+    Request,
+    VringState,
+)
+
+DRAIN = 0.3
+R = Request
+
+
+@pytest.fixture(params=[True, False], ids=["event-idx", "flags"])
+def back(request: pytest.FixtureRequest) -> ScriptedBack:
+    """With EVENT_IDX it tells how far it has fetched, otherwise not."""
+    features = RING_FEATURES if request.param else RING_FEATURES & ~Feature.EVENT_IDX
+    return ScriptedBack(features=features)
+
+
+@pytest.fixture
+def airlock(back: ScriptedBack) -> Iterator[Airlock]:
+    with Airlock(back, drain_timeout=DRAIN) as airlock:
+        yield airlock
+
+
+@pytest.fixture
+def guest(airlock: Airlock) -> Iterator[BlkGuest]:
+    """Its rings run."""
+    with small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        yield guest
+        guest.disconnect()
+
+
+def submit(guest: BlkGuest, count: int = 1, size: int = 4096) -> list[Io]:
+    """Reads, each to memory of its own that is full of 'g'."""
+    ios = []
+    for _ in range(count):
+        buffer = guest.ram.alloc(size)
+        guest.ram.view(buffer, size)[:] = b"g" * size
+        ios.append(guest.queues[0].submit(BlkType.IN, 0, [(buffer, size)]))
+    guest.queues[0].kick()
+    return ios
+
+
+def take(back: ScriptedBack, count: int) -> list[Chain]:
+    """So many chains, and tell that they were taken."""
+    chains = [back.take() for _ in range(count)]
+    back.ring().arm()
+    return chains
+
+
+def arrived(back: ScriptedBack, count: int) -> None:
+    """Wait until so many chains are there which the back has not taken."""
+    ring = back.ring()
+    wait_until(lambda: ring.ring.avail_idx == ring.next_avail + count, "chains come")
+
+
+def complete(back: ScriptedBack, *chains: Chain) -> None:
+    for chain in chains:
+        back.complete(chain, b"d" * 4096)
+
+
+def everything(guest: BlkGuest) -> list[bytes]:
+    """What is in those parts of guest memory that anybody has used."""
+    free = guest.ram._free
+    return [
+        bytes(mapped.view[: free[mapped.region.guest_addr] - mapped.region.guest_addr])
+        for mapped in guest.ram.regions
+    ]
+
+
+def statuses(ios: list[Io]) -> list[int | None]:
+    return [io.status for io in ios]
+
+
+def later(act: Callable[[], None], seconds: float = 0.05) -> threading.Timer:
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    return timer
+
+
+def test_i3_stop_waits_for_what_the_back_has_taken(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    ios = submit(guest, 3)
+    chains = take(back, 3)
+    timer = later(lambda: complete(back, *reversed(chains)))
+    guest.stop()
+    timer.join()
+    assert guest.queues[0].base == 3
+    guest.queues[0].reap()
+    assert statuses(ios) == [BlkStatus.OK] * 3
+    assert guest.ram.view(*ios[0].segments[0]) == b"d" * 4096
+
+
+def test_i3_what_the_back_has_not_taken_is_handed_back(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """In its order, and untouched."""
+    ios = submit(guest, 5)
+    first, second = take(back, 2)
+    arrived(back, 3)
+    timer = later(lambda: complete(back, second, first))
+    began = time.monotonic()
+    guest.stop()
+    assert time.monotonic() - began < DRAIN + SLACK
+    timer.join()
+    queue = guest.queues[0]
+    assert queue.base == 2
+    queue.reap()
+    assert statuses(ios) == [BlkStatus.OK] * 2 + [None] * 3
+    for io in ios[2:]:
+        assert guest.ram.view(*io.segments[0]) == b"g" * 4096
+    guest.start()
+    for _ in ios[2:]:
+        back.complete(back.take())
+    while queue.pending:
+        await_reaped(queue)
+    assert statuses(ios) == [BlkStatus.OK] * 5
+
+
+def test_i3_completion_while_the_ring_stops_is_called_for(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The back answers GET_VRING_BASE before it is done, and calls nobody then."""
+    (io,) = submit(guest)
+    (chain,) = take(back, 1)
+    queue = guest.queues[0]
+    usual = back.stop_ring
+
+    def stop_ring(state: VringState, fds: list[Fd]) -> VringState:
+        if state.index == 0:
+            timers.append(later(lambda: back.complete(chain)))
+        return usual(state, fds)
+
+    timers: list[threading.Timer] = []
+    back.instead[R.GET_VRING_BASE] = stop_ring
+    if back.features & Feature.EVENT_IDX:
+        # It seems to be done with all that it has taken.
+        back.ring().ring.avail_event = 0
+    drain(queue.call_fd)
+    queue.driver.arm()
+    guest.stop()
+    timers[0].join()
+    assert queue.base == 1
+    assert readable(queue.call_fd, 0)
+    queue.reap()
+    assert io.status == BlkStatus.OK
+
+
+def test_i8_ring_whose_requests_never_end_stops_in_time(
+    airlock: Airlock,
+    back: ScriptedBack,
+    guest: BlkGuest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From then on guest memory is not written, whatever the back completes."""
+    ios = submit(guest, 4)
+    chains = take(back, 4)
+    began = time.monotonic()
+    guest.stop()
+    assert DRAIN / 4 < time.monotonic() - began < DRAIN + SLACK
+    assert guest.queues[0].base == 0, "they are the last ones: the guest's again"
+    assert "ring 0: stopped with 4 requests unfinished" in errors(caplog)
+    before = everything(guest)
+    for chain in chains:
+        back.complete(chain, b"late" * 1024)
+    guest.front.barrier()
+    assert everything(guest) == before
+    # Not even when the worker is at work again.
+    guest.start()
+    serve_all(back, guest, b"new!" * 1024, 4)
+    assert statuses(ios) == [BlkStatus.OK] * 4
+    for io in ios:
+        assert guest.ram.view(*io.segments[0]) == b"new!" * 1024
+
+
+def serve_all(back: ScriptedBack, guest: BlkGuest, data: bytes, count: int) -> None:
+    for _ in range(count):
+        back.complete(back.take(), data)
+    while guest.queues[0].pending:
+        await_reaped(guest.queues[0])
+
+
+def test_i8_buffers_of_unfinished_requests_are_not_used_again(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The back may still write to them: what it writes must not be another's data."""
+    submit(guest, 4)
+    chains = take(back, 4)
+    old = {buffer.addr // 4096 for chain in chains for buffer in chain.buffers}
+    guest.stop()
+    late = [room for chain in chains for room in back.room(chain)]
+    guest.start()
+    for turn in range(3):
+        again = take(back, 4)
+        new = {buffer.addr // 4096 for chain in again for buffer in chain.buffers}
+        assert not new & old
+        for room in late:
+            room[:] = b"x" * len(room)
+        for chain in again:
+            back.complete(chain, b"%d" % turn * 4096)
+        while guest.queues[0].pending:
+            for io in await_reaped(guest.queues[0]):
+                assert guest.ram.view(*io.segments[0]) == b"%d" % turn * 4096
+        if turn < 2:
+            submit(guest, 4)
+    for room in late:
+        room.release()
+
+
+def test_i8_rings_stop_together_when_the_front_leaves() -> None:
+    """Each of them has a request that never ends; they have one time-out, not 24."""
+    back = ScriptedBack(num_queues=24)
+    with (
+        Airlock(back, drain_timeout=DRAIN) as airlock,
+        BlkGuest(num_queues=24, queue_size=4, seg_max=2) as guest,
+    ):
+        guest.connect(airlock.channel())
+        guest.start()
+        for queue in guest.queues:
+            queue.submit(BlkType.FLUSH)
+            queue.kick()
+            back.take(queue.index)
+            back.ring(queue.index).arm()
+        began = time.monotonic()
+        guest.disconnect()
+        airlock.join()
+        assert time.monotonic() - began < DRAIN + SLACK
+
+
+def test_i8_order_that_no_base_can_tell_ends_the_session(
+    airlock: Airlock,
+    back: ScriptedBack,
+    guest: BlkGuest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first request never ends, later ones did: no answer, better than a wrong one."""
+    submit(guest, 3)
+    first, second, third = take(back, 3)
+    back.complete(second)
+    back.complete(third)
+    await_reaped(guest.queues[0])
+    state = VringState(0, 0)
+    guest.front.channel.send(R.GET_VRING_BASE, state.pack())
+    assert hung_up(guest.front.channel)
+    airlock.join()
+    assert (
+        "ring 0: 1 requests did not end in time, and later ones did: no base says that"
+        in errors(caplog)
+    )
+    before = everything(guest)
+    assert first.head not in (second.head, third.head)
+    assert everything(guest) == before
+
+
+@pytest.mark.parametrize("how", ["front leaves", "signal"])
+def test_i8_end_of_the_session_drains_the_rings(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest, how: str
+) -> None:
+    """The front learns of the end when its memory is not used any more."""
+    ios = submit(guest, 3)
+    chains = take(back, 3)
+    timer = later(lambda: complete(back, *chains))
+    if how == "signal":
+        ended = threading.Thread(target=airlock.end, name="end")
+        ended.start()
+        assert hung_up(guest.front.channel)
+        assert airlock.session.stopped
+    else:
+        guest.disconnect()
+        airlock.join()
+    guest.queues[0].reap()
+    assert statuses(ios) == [BlkStatus.OK] * 3
+    before = everything(guest)
+    timer.join()
+    if how == "signal":
+        ended.join()
+    assert everything(guest) == before
+    assert airlock.session.device.memory.find(0x7E57_0000_0000, 1) is None
+    assert not airlock.session.back_lost
+
+
+def test_i8_front_that_is_gone_is_not_waited_for_by_its_memory(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """Its mappings end with the session, in time, though a request never ends."""
+    submit(guest, 1)
+    take(back, 1)
+    began = time.monotonic()
+    guest.disconnect()
+    airlock.join()
+    assert time.monotonic() - began < DRAIN + SLACK
+    assert len(airlock.session.device.memory) == 0
+
+
+def test_reset_drains_and_disables(airlock: Airlock) -> None:
+    """RESET_DEVICE is as a stop of all rings, and then it is passed on."""
+    back = ScriptedBack(
+        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.RESET_DEVICE
+    )
+    airlock.back.close()
+    airlock.back = back
+    with small_guest() as guest:
+        guest._wanted_protocol |= ProtocolFeature.RESET_DEVICE
+        guest.connect(airlock.channel())
+        guest.front.reset_device()
+        guest.start()
+        ios = submit(guest, 2)
+        chains = take(back, 2)
+        timer = later(lambda: complete(back, *chains))
+        guest.front.reset_device()
+        timer.join()
+        guest.queues[0].reap()
+        assert statuses(ios) == [BlkStatus.OK] * 2
+        assert back.requests().count(R.RESET_DEVICE) == 2
+        assert back.requests()[-1] == R.RESET_DEVICE
+        for queue in guest.queues:
+            queue.reset()
+        guest.start()
+        serve(back, guest)
+        guest.disconnect()
+        airlock.join()
+
+
+def test_disabled_ring_ends_what_is_in_flight(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """And takes nothing new, until it is enabled again."""
+    ios = submit(guest, 2)
+    chains = take(back, 2)
+    front: Frontend = guest.front
+    front.set_vring_enable(0, False)
+    ios += submit(guest, 1)
+    for chain in chains:
+        back.complete(chain)
+    while len([io for io in ios if io.status is not None]) < 2:
+        await_reaped(guest.queues[0])
+    serve(back, guest, 1)
+    front.barrier()
+    assert back.ring().take() is None
+    front.set_vring_enable(0, True)
+    serve_all(back, guest, b"", 1)
+    assert statuses(ios) == [BlkStatus.OK] * 3
+
+
+def test_ring_may_stop_and_start_without_end(
+    back: ScriptedBack, guest: BlkGuest, airlock: Airlock
+) -> None:
+    """With something in flight each time that is not taken yet."""
+    queue = guest.queues[0]
+    (io,) = submit(guest)
+    for _ in range(50 if back.features & Feature.EVENT_IDX else 5):
+        arrived(back, 1)
+        guest.stop()
+        assert queue.base == 0
+        guest.start()
+    serve_all(back, guest, b"", 1)
+    assert io.status == BlkStatus.OK
+    assert airlock.counters()["completions"] == 1

@@ -262,7 +262,7 @@ def test_i8_order_that_no_base_can_tell_ends_the_session(
     guest: BlkGuest,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The first request never ends, later ones did: no answer, better than a wrong one."""
+    """The first request never ends, later ones did: a wrong answer would be worse."""
     submit(guest, 3)
     first, second, third = take(back, 3)
     back.complete(second)

@@ -21,6 +21,7 @@ PLACES = 24
 PLACE = 64
 """Sectors of each place on the disk."""
 SECTORS = PLACES * PLACE
+NOWHERE = 1 << 40
 ROOM = 2 * PLACE * SECTOR
 """Bytes of guest memory for each place: the data, and gaps between its pieces."""
 UNKNOWN = 99
@@ -73,7 +74,7 @@ def _op(chance: random.Random, place: int, queues: int) -> Op:
     elif kind == BlkType.GET_ID:
         size = ID_SIZE
     elif chance.random() < 0.05:
-        size, sector = chance.choice([(size, SECTORS), (size - 1, sector)])
+        size, sector = chance.choice([(size, NOWHERE), (size - 1, sector)])
     return Op(
         chance.randrange(queues),
         kind,

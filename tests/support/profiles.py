@@ -34,4 +34,7 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 
-PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+_NAME = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+PROFILE = settings.get_profile(_NAME)
+STRESS = not _NAME.startswith("ci")
+"""Have tests that take time all the time they want?"""

@@ -1,9 +1,10 @@
 """Back-end programs for other devices than disks. Each is ready when it is yielded."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.real.network import Network
 from tests.real.processes import Process, listening
 from tests.real.programs import Programs
 
@@ -31,3 +32,16 @@ def virtiofsd(
     with backend(command, path) as process:
         yield process
         assert process.wait(timeout=10) == 0, process.describe()
+
+
+@contextmanager
+def passt(
+    programs: Programs, network: Network, path: Path, *options: str
+) -> Iterator[Process]:
+    """The guest's way into a network: passt is its DHCP server, router, and all."""
+    argv = programs(programs.find("passt"), "--vhost-user", "--foreground")
+    with ExitStack() as stack:
+        with network.entered():
+            command = [*argv, f"--socket={path}", *options]
+            process = stack.enter_context(backend(command, path))
+        yield process

@@ -1,7 +1,5 @@
 """Tests with real programs: each runs direct and through the airlock."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 from tests.real.airlock import airlock
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
-from tests.real.programs import Programs, find
+from tests.real.programs import Programs, find, new_folder
 from tests.real.serving import serving
 from tests.real.storage import Disk, StorageDaemon, storage_daemon
 from tests.support.backs import RecordedBack
@@ -34,10 +32,8 @@ def programs() -> Programs:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder which the programs see too; its short name leaves room for sockets."""
-    path = Path(tempfile.mkdtemp(prefix="airlock-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
+    with new_folder() as path:
+        yield path
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 import hashlib
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +57,13 @@ class Programs:
             )
             assert done.returncode == 0, done.stderr.decode()
         return f"{self.cache}/{name}"
+
+
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    """A folder which the programs see too; its short name leaves room for sockets."""
+    with tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name:
+        yield Path(name)
 
 
 def find() -> Programs | str:

@@ -17,24 +17,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
-from bench.machine import (
-    be_prompt,
-    cpu_clock,
-    describe,
-    io_uring_works,
-    take_sample,
-    tmpfs,
-)
+from bench.machine import be_prompt, cpu_clock, describe, take_sample
 from bench.runs import (
     KIB,
     MIB,
@@ -47,21 +39,15 @@ from bench.runs import (
     summarize,
 )
 from bench.table import heading, report
-from tests.real.airlock import airlock
+from bench.targets import AIRLOCKS, DIRECT, Target, targets
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
 from tests.real.programs import PROJECT, Programs, find
-from tests.real.storage import Disk, storage_daemon
 
 MODES = ("randread", "randwrite")
 QUICK = {4 * KIB: (1, 8, 32, 128), 64 * KIB: (1, 8, 32), MIB: (8, 32)}
 LONG = {4 * KIB: (1, 8, 32, 128), 64 * KIB: (1, 8, 32, 128), MIB: (1, 8, 32)}
 
-AIRLOCKS = {"airlock": (), "blocking": ("--poll-us=0",)}
-"""Options of the airlocks that are measured, by the name that tables give them."""
-DIRECT = "direct"
-
-DISK_SIZE = 1 << 30
 QUEUE_SIZE = 512
 """libblkio has no indirect descriptors: 128 requests take 384 of them."""
 TICK = 0.01
@@ -72,24 +58,6 @@ ATTEMPTS = 3
 """Times that runs are made if they are disturbed each time."""
 QUIET = 0.2
 """Seconds in which nothing else ran: so the machine is quiet again."""
-
-
-@dataclass(frozen=True)
-class FileInMemory(Disk):
-    """The file with the fastest way to it that there is."""
-
-    def blockdev(self) -> str:
-        aio = "io_uring" if io_uring_works() else "threads"
-        return f"{super().blockdev()},aio={aio}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the load program connects, and whose CPU time is looked at."""
-
-    name: str
-    front: Path
-    clocks: dict[str, int]
 
 
 class Bench:
@@ -161,44 +129,6 @@ def watch(load: Process, clocks: dict[str, int]) -> list[Sample]:
     return samples
 
 
-@contextmanager
-def targets(programs: Programs, folder: Path) -> Iterator[list[Target]]:
-    """Start the back-end and the airlocks.
-
-    All connect to the same socket: an airlock does so when a front-end comes.
-    """
-    with ExitStack() as stack:
-        disk = FileInMemory(stack.enter_context(image(folder)))
-        daemon, back = stack.enter_context(
-            storage_daemon(programs, disk, folder / "back.sock")
-        )
-        clocks = {"back": cpu_clock(daemon.pid)}
-        found = [Target(DIRECT, back, clocks)]
-        for name, options in AIRLOCKS.items():
-            front = folder / f"{name}.sock"
-            proxy = stack.enter_context(airlock(back, front, *options))
-            both = {"airlock": cpu_clock(proxy.pid), **clocks}
-            found.append(Target(name, front, both))
-        yield found
-
-
-@contextmanager
-def image(folder: Path) -> Iterator[Path]:
-    """A file in memory, in huge pages where we may have them."""
-    where = folder / "memory"
-    where.mkdir()
-    with ExitStack() as stack:
-        if not stack.enter_context(tmpfs(where, DISK_SIZE + 16 * MIB)):
-            in_shm = tempfile.TemporaryDirectory(prefix="airlock-", dir="/dev/shm")
-            where = Path(stack.enter_context(in_shm))
-        path = where / "disk.img"
-        with path.open("wb") as file:
-            block = bytes(range(256)) * (MIB // 256)
-            for _ in range(DISK_SIZE // MIB):
-                file.write(block)
-        yield path
-
-
 def main() -> int:
     options = parse()
     programs = find()
@@ -211,11 +141,14 @@ def main() -> int:
         return 2
     machine = describe(programs)
     print(heading(machine), flush=True)
-    be_prompt()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         runs = measure_all(programs, cases, options)
     except (AssertionError, BenchError) as error:
         print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
         return 1
 
     rows = summarize(runs, DIRECT)
@@ -256,6 +189,7 @@ def measure_all(
         targets(programs, Path(name)) as found,
     ):
         drive = BlkDrive(programs, Path(name))
+        be_prompt()
         bench = Bench(drive, found, options.ms, options.patience)
         for done, (number, (at, case)) in enumerate(todo):
             progress(f"{done}/{len(todo)} {case}")

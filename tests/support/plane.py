@@ -222,11 +222,17 @@ class Lane:
                 world.ram.view(self.tables_at, tables_size), self.tables_at, entries
             ),
         )
-        self.pump = Pump(len(world.lanes), world.memory, world.pool, policy)
+        self.policy = policy
+        self.index = len(world.lanes)
+        self.renew()
         self.area_at = world.add_isolated(area_bytes(size))
         world.lanes.append(self)
         if start:
             self.start(base)
+
+    def renew(self) -> None:
+        """A new pump in the place of the old one, which is not attached any more."""
+        self.pump = Pump(self.index, self.world.memory, self.world.pool, self.policy)
 
     @property
     def guest_parts(self) -> tuple[int, int, int]:
@@ -348,16 +354,19 @@ class Wired(Lane):
             os.eventfd(0, flags) for _ in range(4)
         )
         super().__init__(world, **options)
+        worker.watch(self.kick_in)
+        worker.watch(self.call_in)
+        with worker.pause():
+            worker.add(self.pump)
+
+    def renew(self) -> None:
+        super().renew()
         self.pump.set_fds(
             kick_in=self.kick_in,
             call_out=self.call_out,
             kick_out=self.kick_out,
             call_in=self.call_in,
         )
-        worker.watch(self.kick_in)
-        worker.watch(self.call_in)
-        with worker.pause():
-            worker.add(self.pump)
 
     def close(self) -> None:
         """Take the ring from its worker."""

@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.plane import BACK_BASE, MIB, PAGE, Wired, World
 from tests.support.profiles import STRESS
-from vhost_airlock.dataplane.pump import FAULTS, Pump
+from vhost_airlock.dataplane.pump import FAULTS
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import Buffer, DriverRing, SplitRing
 from vhost_airlock.peers.ring import DESC
@@ -86,13 +86,7 @@ def replace_pump(lane: Wired, base: int | None = None) -> int:
         lane.worker.remove(lane.pump)
         if lane.pump.attached:
             lane.pump.detach()
-        lane.pump = Pump(lane.pump.index, lane.world.memory, lane.world.pool)
-        lane.pump.set_fds(
-            kick_in=lane.kick_in,
-            call_out=lane.call_out,
-            kick_out=lane.kick_out,
-            call_in=lane.call_in,
-        )
+        lane.renew()
         if base is None:
             tables = lane.driver.tables
             lane.driver = DriverRing(lane.ring, event_idx=True, tables=tables)

@@ -7,6 +7,7 @@ was given is touched, and a healthy ring of the same worker never notices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
@@ -388,3 +389,54 @@ class TestControl:
         assert stops > 0
         lane.close()
         world.check()
+
+
+@pytest.mark.parametrize("poll_us", [0, 50])
+def test_workers_that_share_a_pool(poll_us):
+    """It holds two of the four rings' requests, so there is always one that waits."""
+    world = World(pool=[16 * PAGE, 4 * PAGE], shared=True)
+    events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    workers = [Worker(events, poll_us=poll_us) for _ in range(2)]
+    threads = [threading.Thread(target=worker.run) for worker in workers]
+    for thread in threads:
+        thread.start()
+    lanes = [Wired(world, workers[i % 2], size=8) for i in range(4)]
+    done = [0] * 4
+
+    def traffic(i: int) -> None:
+        lane, number, at = lanes[i], done[i], i * 32 * PAGE
+        for j in range(3):
+            data = bytes([i, number % 256, j]) * 1500
+            world.ram.write(at + j * 8 * PAGE, data)
+            lane.offer((at + j * 8 * PAGE, 4500), (at + j * 8 * PAGE, 4500, True))
+        lane.kick()
+        for j in range(3):
+            chain = lane.await_chain()
+            assert lane.bytes_of(chain) == bytes([i, number % 256, j]) * 1500
+            lane.complete(chain, bytes([j, i, number % 256]) * 1500)
+            lane.call()
+        lane.await_used(3)
+        for j in range(3):
+            answer = bytes([j, i, number % 256]) * 1500
+            assert world.ram.read(at + j * 8 * PAGE, 4500) == answer
+        done[i] += 1
+
+    end = time.monotonic() + SECONDS / 2
+    with meanwhile(*[functools.partial(traffic, i) for i in range(4)]):
+        while time.monotonic() < end:
+            with contextlib.ExitStack() as paused:
+                for worker in workers:
+                    paused.enter_context(worker.pause())
+                assert world.pool.used <= 20 * PAGE
+            time.sleep(0.001)
+    assert all(done), done
+    assert sum(lane.counter("stalls") for lane in lanes) > 0
+    assert world.pool.used == 0
+    for lane in lanes:
+        lane.close()
+    for worker, thread in zip(workers, threads, strict=True):
+        worker.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+    os.close(events)
+    world.check()

@@ -75,7 +75,7 @@ class Talked:
 @pytest.fixture
 def talk(talker: ScriptedBack, guest: BlkGuest) -> Iterator[Talked]:
     with (
-        Airlock(talker, timeout=TIMEOUT, drain_timeout=TIMEOUT) as airlock,
+        Airlock(talker, drain_timeout=TIMEOUT) as airlock,
         Talked(airlock, talker, guest) as talked,
     ):
         yield talked

@@ -34,7 +34,7 @@ def back() -> ScriptedBack:
 
 @pytest.fixture
 def airlock(back: ScriptedBack) -> Iterator[Airlock]:
-    with Airlock(back, timeout=TIMEOUT, drain_timeout=TIMEOUT) as airlock:
+    with Airlock(back, drain_timeout=TIMEOUT) as airlock:
         yield airlock
 
 

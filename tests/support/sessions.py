@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import ScriptedBack, readable, wait_until
+from tests.support.backs import PATIENCE, ScriptedBack, readable, wait_until
 from vhost_airlock.errors import Disconnected
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -66,9 +67,11 @@ def live(airlock: Airlock, back: ScriptedBack, guest: BlkGuest) -> None:
 
 
 def assert_serves_the_next(airlock: Airlock, back: ScriptedBack) -> None:
+    """With no haste: the deadlines were for the one before."""
     airlock.join()
     back.join()
     back.instead.clear()
+    airlock.config = replace(airlock.config, timeout=PATIENCE, drain_timeout=PATIENCE)
     with small_guest() as guest:
         live(airlock, back, guest)
 

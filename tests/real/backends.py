@@ -45,3 +45,15 @@ def passt(
             command = [*argv, f"--socket={path}", *options]
             process = stack.enter_context(backend(command, path))
         yield process
+
+
+@contextmanager
+def vhost_device_vsock(
+    programs: Programs, path: Path, host: Path, *options: str
+) -> Iterator[Process]:
+    """Port N of the host is the Unix socket `host`_N; guests are called at `host`."""
+    program = programs.find("vhost-device-vsock")
+    command = programs(program, f"--socket={path}", f"--uds-path={host}", *options)
+    with backend(command, path) as process:
+        yield process
+        assert not process.ended(), process.describe()

@@ -3,7 +3,7 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/dataplane/*.pyi)))
 
-.PHONY: develop lint types test test-asan demo bench clean
+.PHONY: develop lint types test test-asan stress demo bench clean
 
 develop: .venv/ready                    ## .venv with the tools and the compiled package
 	python setup.py --quiet build_ext --inplace
@@ -26,6 +26,9 @@ test: lint types                        ## everything, with real programs where 
 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan
+
+stress: develop                         ## the property tests, at length
+	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

@@ -70,7 +70,7 @@ class Bench:
         self.targets = targets
         self.ms = ms
         self.patience = patience
-        """Seconds left to wait for a machine with nothing else to do."""
+        """Seconds left to lose to other programs: for disturbed runs and waiting."""
 
     def measure(self, case: Case, number: int, turn: int) -> list[Run]:
         """Run a load on all targets, beginning with another one at each `turn`.
@@ -80,12 +80,14 @@ class Bench:
         """
         first = turn % len(self.targets)
         order = [*self.targets[first:], *self.targets[:first]]
-        tries = []
-        for _ in range(ATTEMPTS):
+        tries: list[list[Run]] = []
+        while len(tries) < ATTEMPTS:
+            start = time.monotonic()
             tries.append([self.run(case, target, number) for target in order])
-            if not any(run.disturbed for run in tries[-1]):
+            if not any(run.disturbed for run in tries[-1]) or self.patience <= 0:
                 break
-            self.patience -= wait_for_quiet(self.patience)
+            wait_for_quiet(self.patience)
+            self.patience -= time.monotonic() - start
         return min(tries, key=lambda runs: max(run.foreign for run in runs))
 
     def run(self, case: Case, target: Target, number: int) -> Run:
@@ -108,17 +110,15 @@ class Bench:
         return make_run(case, target.name, number, said, first, last, FOREIGN)
 
 
-def wait_for_quiet(limit: float) -> float:
-    """Wait until nothing keeps the machine busy: how many seconds that took."""
-    start = now = time.monotonic()
-    while now - start < limit:
+def wait_for_quiet(limit: float) -> None:
+    """Wait until nothing keeps the machine busy, or no longer than that."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
         before = take_sample({})
-        time.sleep(min(QUIET, limit))
+        time.sleep(QUIET)
         after = take_sample({})
-        now = time.monotonic()
         if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
             break
-    return now - start
 
 
 def watch(load: Process, clocks: dict[str, int]) -> list[Sample]:
@@ -209,7 +209,7 @@ def parse() -> argparse.Namespace:
         "--patience",
         type=float,
         metavar="S",
-        help="seconds to wait, all in all, for other programs to be done",
+        help="seconds to lose, all in all, to what else keeps the machine busy",
     )
     parser.add_argument(
         "--only",

@@ -21,8 +21,10 @@ from .sockets import Listener, require_socket
 from .vhost.channel import Channel
 from .vhost.fds import HasFileno
 
+GRACE = 0.5
+"""Seconds that a back-end which we started has to end with its connection."""
 PATIENCE = 3.0
-"""Seconds that a back-end which we started has to end by itself."""
+"""Seconds that it has when it is told to end, before it is made to."""
 
 
 class Connector(ABC):
@@ -125,13 +127,17 @@ class Starter(Connector):
         return self._channel(ours)
 
     def disconnected(self) -> None:
-        """Most back-ends end with their connection; the others are told to."""
+        """Most back-ends end with their connection; the others are told to.
+
+        At once, if we are about to end ourselves.
+        """
         process, self.process = self.process, None
         if process is None:
             return
-        for end in (process.terminate, process.kill):
+        grace = 0.0 if _signalled(self.stop) else GRACE
+        for seconds, end in ((grace, process.terminate), (PATIENCE, process.kill)):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(PATIENCE)
+                process.wait(seconds)
                 return
             end()
         process.wait()
@@ -163,6 +169,12 @@ def _listening_pair() -> tuple[socket.socket, socket.socket]:
     finally:
         shutil.rmtree(folder)
     return ours, theirs
+
+
+def _signalled(stop: HasFileno) -> bool:
+    poll = select.poll()
+    poll.register(stop.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _wait(listener: HasFileno, stop: HasFileno, timeout: float) -> bool:

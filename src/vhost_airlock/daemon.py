@@ -38,6 +38,10 @@ class Daemon:
         self._open = contextlib.ExitStack()
         self.stop = self._open.enter_context(eventfd())
         self._kept: Back | None = None
+        # From here on there may be something to clean away.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            old = signal.signal(number, self._on_signal)
+            self._open.callback(signal.signal, number, old)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self.connector = make_connector(config, self.stop)
@@ -47,8 +51,6 @@ class Daemon:
 
     def run(self) -> int:
         """Serve until told to stop, or to end; returns the exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         with contextlib.closing(self):
             for sock in self._fronts:
                 session = self._serve(sock)
@@ -69,11 +71,14 @@ class Daemon:
         log.info("front: connected")
         front = Channel(sock, stop=self.stop, peer="front", timeout=self.config.timeout)
         session = Session(front, self.config, self._connect, self.stop)
-        self._kept = session.run()
-        if self._kept is None:
+        kept = session.run()
+        if self._kept is not None:
+            return session  # it left before it needed the back, which is ours still
+        if kept is None:
             self.connector.disconnected()
         else:
-            self._refresh(self._kept)
+            self._kept = kept
+            self._refresh(kept)
         return session
 
     def _connect(self, config_changed: Callable[[], None]) -> Back:

@@ -19,7 +19,7 @@ from typing import Self
 from tests.support.backs import PATIENCE, RecordedBack
 from vhost_airlock.sockets import Listener
 from vhost_airlock.vhost.channel import Channel
-from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.fds import Fd, eventfd, notify
 
 COMMAND = (sys.executable, "-m", "vhost_airlock", "run")
 
@@ -140,25 +140,22 @@ def connect(path: Path, program: Program) -> socket.socket:
 @contextmanager
 def listening(back: RecordedBack, path: Path) -> Iterator[Path]:
     """Let a back-end of this process be connected to, one front-end after the other."""
-    listener = Listener(str(path))
+    listener, end = Listener(str(path)), eventfd()
 
     def accept() -> None:
-        while True:
-            sock = listener.accept()
-            if ended.is_set():
-                sock.close()
-                return
-            back.start(sock)
+        poll = select.poll()
+        poll.register(listener.fileno(), select.POLLIN)
+        poll.register(end.fileno(), select.POLLIN)
+        while end.fileno() not in {fd for fd, _ in poll.poll()}:
+            back.start(listener.accept())
 
-    ended = threading.Event()
     thread = threading.Thread(target=accept, name="listen")
     thread.start()
     try:
         yield path
     finally:
-        ended.set()
-        with socket.socket(socket.AF_UNIX) as last:
-            last.connect(str(path))
+        notify(end)
         thread.join()
+        end.close()
         listener.close()
         back.close()

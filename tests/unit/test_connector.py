@@ -32,7 +32,7 @@ from vhost_airlock.errors import (
     UsageError,
 )
 from vhost_airlock.vhost.channel import Channel
-from vhost_airlock.vhost.fds import Fd, eventfd, notify
+from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Request
 
 PYTHON = (sys.executable, "-S", "-E", "-c")
@@ -96,7 +96,8 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
+def stack(stop: Fd) -> Iterator[ExitStack]:
+    """Undone while `stop` is there still."""
     with ExitStack() as stack:
         yield stack
 
@@ -298,6 +299,7 @@ def test_starter_ends_a_back_that_does_not(
     handler: str,
     status: int,
 ) -> None:
+    monkeypatch.setattr(connector, "GRACE", 0.05)
     monkeypatch.setattr(connector, "PATIENCE", 0.05)
     program = DEAF.format(handler=handler)
     starter = make(stack, stop, command=(*PYTHON, program, "{fd}"))
@@ -308,6 +310,23 @@ def test_starter_ends_a_back_that_does_not(
     assert process is not None
     starter.disconnected()
     assert process.returncode == status
+
+
+def test_starter_leaves_no_time_when_we_are_told_to_stop(
+    stack: ExitStack, stop: Fd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector, "GRACE", 3600)
+    program = DEAF.format(handler="signal.SIG_DFL")
+    starter = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    assert isinstance(starter, Starter)
+    with starter.connect() as channel:
+        assert received(channel)
+    process = starter.process
+    assert process is not None
+    notify(stop)
+    starter.disconnected()
+    assert process.returncode == -signal.SIGTERM
+    assert drain(stop), "it is for others as well"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,704 @@
+"""`vhost-airlock run` as its users have it: a process, its sockets, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.airlock import hung_up
+from tests.support.backs import DiskBack, ScriptedBack, readable, wait_until
+from tests.support.program import COMMAND, Program, listening
+from tests.support.sessions import serve, small_guest
+from vhost_airlock.errors import AirlockError
+from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.vhost.channel import Channel
+from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.wire import Feature, ProtocolFeature, Request
+
+BLK = (sys.executable, "-m", "vhost_airlock.peers.blk")
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Path:
+    return tmp_path / "front.sock"
+
+
+@pytest.fixture
+def back() -> ScriptedBack:
+    return ScriptedBack()
+
+
+@pytest.fixture
+def where(back: ScriptedBack, tmp_path: Path) -> Iterator[Path]:
+    """Where the back listens."""
+    with listening(back, tmp_path / "back.sock") as path:
+        yield path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SECTOR * 128))
+    return path
+
+
+@contextlib.contextmanager
+def running(front: Path, where: Path, *options: str) -> Iterator[Program]:
+    """A program that ends as it should, with nothing to say but what was read."""
+    with Program(f"--socket-path={front}", f"--backend={where}", *options) as program:
+        yield program
+        assert program.stop() == 0
+        assert_clean(program, front)
+
+
+def assert_clean(program: Program, front: Path) -> None:
+    assert program.errors() == ""
+    assert not front.exists()
+
+
+def connect(guest: BlkGuest, program: Program, front: Path) -> None:
+    guest.connect(program.connect(front))
+    guest.start()
+
+
+def work(guest: BlkGuest) -> None:
+    """Write and read back."""
+    out, into = guest.ram.alloc(4096), guest.ram.alloc(4096)
+    data = os.urandom(4096)
+    guest.ram.view(out, 4096)[:] = data
+    guest.write(8, [(out, 4096)])
+    guest.read(8, [(into, 4096)])
+    assert guest.ram.view(into, 4096) == data
+
+
+def test_front_ends_are_served_one_after_the_other(front: Path, tmp_path: Path) -> None:
+    disk = DiskBack(num_queues=2)
+    with (
+        listening(disk, tmp_path / "back.sock") as where,
+        running(front, where) as program,
+    ):
+        for turn in range(3):
+            with BlkGuest(num_queues=2) as guest:
+                connect(guest, program, front)
+                work(guest)
+                if turn:
+                    guest.stop()
+        assert disk.connections == 3
+
+
+def test_second_front_end_waits_for_its_turn(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with running(front, where) as program, small_guest() as one, small_guest() as two:
+        connect(one, program, front)
+        waiting = program.connect(front)
+        waiting.send(Request.GET_FEATURES)
+        serve(back, one)
+        assert not readable(waiting, 0)
+        one.disconnect()
+        waiting.recv().close()
+        waiting.close()
+        connect(two, program, front)
+        serve(back, two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_drains_what_is_in_flight(
+    front: Path, where: Path, back: ScriptedBack, number: signal.Signals
+) -> None:
+    with (
+        Program(f"--socket-path={front}", f"--backend={where}") as program,
+        small_guest() as guest,
+    ):
+        connect(guest, program, front)
+        io = guest.queues[0].submit(BlkType.FLUSH)
+        guest.queues[0].kick()
+        chain = back.take()
+        back.ring().arm()
+        program.process.send_signal(number)
+        assert not readable(guest.front.channel, 0.1), "it waits for the request"
+        back.complete(chain)
+        assert hung_up(guest.front.channel)
+        guest.queues[0].reap()
+        assert io.status == BlkStatus.OK
+        assert program.wait() == 0
+        assert Request.GET_VRING_BASE in back.requests()
+        assert_clean(program, front)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_obeyed_though_the_back_is_not_done(
+    front: Path, where: Path, back: ScriptedBack, number: signal.Signals
+) -> None:
+    with (
+        Program(
+            f"--socket-path={front}", f"--backend={where}", "--drain-timeout=0.1"
+        ) as program,
+        small_guest() as guest,
+    ):
+        connect(guest, program, front)
+        guest.queues[0].submit(BlkType.FLUSH)
+        guest.queues[0].kick()
+        back.take()
+        back.ring().arm()
+        assert program.stop(number) == 0
+        assert program.errors() == (
+            "vhost-airlock: ring 0: stopped with 1 requests unfinished\n"
+        )
+        assert not front.exists()
+
+
+def test_signal_while_nobody_is_there(front: Path, where: Path) -> None:
+    with running(front, where) as program:
+        program.connect(front).close()
+
+
+def test_signal_while_the_back_does_not_answer(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    back.instead[Request.GET_FEATURES] = lambda _, fds: hold(back)
+    with running(front, where, "--timeout=3600") as program:
+        channel = program.connect(front)
+        channel.send(Request.GET_FEATURES)
+        wait_until(lambda: back.connections == 1, "the back is asked")
+        assert program.stop() == 0
+        channel.close()
+
+
+def hold(back: ScriptedBack) -> None:
+    assert back.channel is not None
+    readable(back.channel, 60)
+    raise AirlockError("the test is over")
+
+
+def test_signal_at_any_time_of_the_start_leaves_nothing(
+    front: Path, where: Path
+) -> None:
+    """From the moment that the socket is there."""
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        while not front.exists():
+            assert not program.ended()
+        assert program.stop() == 0
+        assert_clean(program, front)
+
+
+# What keeps it from starting.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        ([], 2, "one of --socket-path, --fd, --front-connect is needed, and only one"),
+        (
+            ["--pool-limit=none"],
+            2,
+            "argument --pool-limit: none: no size from 4K to 4G",
+        ),
+        (["--socket-path=F"], 2, "one of --backend, --backend-listen, -- COMMAND is"),
+        (["--socket-path=F", "--backend=B"], 1, "no back-end at B: No such file"),
+        (["--fd=77", "--backend=S"], 1, "descriptor 77: Bad file descriptor"),
+        (["--fd=0", "--backend=S"], 1, "descriptor 0: Socket operation on non-socket"),
+    ],
+)
+def test_trouble_is_told_in_one_line(
+    tmp_path: Path, arguments: list[str], status: int, text: str
+) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "S"))
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            text=True,
+        )
+    assert done.returncode == status
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"vhost-airlock: {text}")
+    assert done.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"S"}
+
+
+def test_socket_of_a_live_airlock_is_left_to_it(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """Before, during and after a session."""
+    with running(front, where) as program, small_guest() as guest:
+        program.connect(front).close()
+        for turn in range(3):
+            if turn:
+                connect(guest, program, front)
+                serve(back, guest)
+            with Program(f"--socket-path={front}", f"--backend={where}") as second:
+                assert second.wait() == 1
+                assert second.errors() == (
+                    f"vhost-airlock: can't listen at {front}: another process does\n"
+                )
+            assert front.is_socket()
+            if turn:
+                serve(back, guest)
+                guest.disconnect()
+                for queue in guest.queues:
+                    queue.reset()
+
+
+def test_socket_of_a_dead_airlock_is_replaced(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        program.connect(front).close()
+        program.process.kill()
+        program.wait()
+    assert front.is_socket()
+    with running(front, where) as program, small_guest() as guest:
+        connect(guest, program, front)
+        serve(back, guest)
+
+
+# Other ways to the front.
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_socket_of_the_front_may_be_inherited(
+    front: Path, where: Path, back: ScriptedBack, listens: bool
+) -> None:
+    if listens:
+        theirs = socket.socket(socket.AF_UNIX)
+        theirs.bind(str(front))
+        theirs.listen()
+    else:
+        ours, theirs = socket.socketpair()
+    with theirs:
+        program = Program(
+            f"--fd={theirs.fileno()}",
+            f"--backend={where}",
+            pass_fds=[theirs.fileno()],
+        )
+    with program:
+        for _ in range(2):
+            with small_guest() as guest:
+                if listens:
+                    connect(guest, program, front)
+                else:
+                    guest.connect(Channel(ours))
+                    guest.start()
+                serve(back, guest)
+            if not listens:
+                break
+        assert (program.stop() if listens else program.wait()) == 0
+        assert program.errors() == ""
+        assert front.exists() == listens, "who made it removes it"
+
+
+def test_front_end_that_listens_is_connected_to(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """Again when it has left, and though it is not there yet."""
+    with Program(f"--front-connect={front}", f"--backend={where}") as program:
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(front))
+                listener.listen()
+                assert readable(listener)
+                with small_guest() as guest:
+                    guest.connect(Channel(listener.accept()[0]))
+                    guest.start()
+                    serve(back, guest)
+            front.unlink()
+        assert program.stop() == 0
+        assert program.errors() == ""
+
+
+# Other ways to the back.
+
+
+@pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
+def test_back_end_is_started_for_each_session(
+    front: Path, image: Path, placeholder: str
+) -> None:
+    command = [*BLK, f"--fd={placeholder}", f"--blk-file={image}"]
+    with Program(f"--socket-path={front}", "--", *command) as program:
+        for _ in range(2):
+            with BlkGuest() as guest:
+                connect(guest, program, front)
+                work(guest)
+                assert program.holdings().children == 1
+        program.connect(front).close()
+        assert program.stop() == 0
+        assert_clean(program, front)
+
+
+@pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
+@pytest.mark.parametrize("kept", [(), ("--keep-backend",)], ids=["", "kept"])
+def test_signal_ends_the_back_end_that_was_started(
+    front: Path, image: Path, placeholder: str, kept: tuple[str, ...]
+) -> None:
+    command = [*BLK, f"--fd={placeholder}", f"--blk-file={image}"]
+    with (
+        Program(f"--socket-path={front}", *kept, "--", *command) as program,
+        BlkGuest() as guest,
+    ):
+        connect(guest, program, front)
+        work(guest)
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+        (child,) = children.read_text().split()
+        if kept:
+            guest.disconnect()
+        assert program.stop() == 0
+        assert not Path(f"/proc/{child}").exists()
+        assert_clean(program, front)
+
+
+def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) -> None:
+    with (
+        Program(f"--socket-path={front}", "--", "false", "{fd}") as program,
+        BlkGuest() as guest,
+    ):
+        for _ in range(2):
+            with pytest.raises(AirlockError):
+                connect(guest, program, front)
+            guest.disconnect()
+        assert program.stop() == 0
+        assert program.errors() == 2 * "vhost-airlock: back: closed the connection\n"
+        assert not front.exists()
+
+
+def test_back_end_may_connect(front: Path, tmp_path: Path, back: ScriptedBack) -> None:
+    path = tmp_path / "back.sock"
+    with Program(f"--socket-path={front}", f"--backend-listen={path}") as program:
+        for _ in range(2):
+            ours = program.connect(path)
+            back.start(socket.socket(fileno=os.dup(ours.fileno())))
+            ours.close()
+            with small_guest() as guest:
+                connect(guest, program, front)
+                serve(back, guest)
+            back.join()
+        assert program.stop() == 0
+        assert_clean(program, front)
+        assert not path.exists()
+    back.close()
+
+
+def test_back_end_that_does_not_come_is_told_of(front: Path, tmp_path: Path) -> None:
+    path = tmp_path / "back.sock"
+    with Program(
+        f"--socket-path={front}", f"--backend-listen={path}", "--timeout=0.1"
+    ) as program:
+        with BlkGuest() as guest, pytest.raises(AirlockError):
+            connect(guest, program, front)
+        assert program.stop() == 0
+        assert program.errors() == (
+            f"vhost-airlock: back: did not connect to {path} in 0.1 s\n"
+        )
+
+
+# When the back goes away.
+
+
+def test_back_end_that_is_not_there_is_waited_for_by_the_next_front(
+    front: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "back.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with (
+        Program(f"--socket-path={front}", f"--backend={path}") as program,
+        small_guest() as guest,
+    ):
+        with pytest.raises(AirlockError):
+            connect(guest, program, front)
+        guest.disconnect()
+        assert program.errors() == (
+            f"vhost-airlock: back: can't connect to {path}: Connection refused\n"
+        )
+        back = ScriptedBack()
+        with listening(back, path):
+            connect(guest, program, front)
+            serve(back, guest)
+            guest.disconnect()
+            assert program.stop() == 0
+
+
+def lose(back: ScriptedBack) -> None:
+    """The back's process ends."""
+    assert back.channel is not None
+    with socket.socket(fileno=os.dup(back.channel.fileno())) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_loss_of_the_back_ends_the_session(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with (
+        Program(f"--socket-path={front}", f"--backend={where}") as program,
+        small_guest() as guest,
+    ):
+        for _ in range(2):
+            connect(guest, program, front)
+            serve(back, guest)
+            lose(back)
+            assert hung_up(guest.front.channel)
+            guest.disconnect()
+            for queue in guest.queues:
+                queue.reset()
+        assert program.stop() == 0
+        assert program.errors() == 2 * "vhost-airlock: back: closed the connection\n"
+        assert not front.exists()
+
+
+@pytest.mark.parametrize("moment", ["session", "connect", "features"])
+def test_loss_of_the_back_ends_the_process_if_it_shall(
+    front: Path, where: Path, back: ScriptedBack, moment: str
+) -> None:
+    with (
+        Program(
+            f"--socket-path={front}", f"--backend={where}", "--exit-with-backend"
+        ) as program,
+        small_guest() as guest,
+    ):
+        first = program.connect(front)
+        if moment == "connect":
+            where.unlink()
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(where))
+            first.send(Request.GET_FEATURES)
+        elif moment == "features":
+            back.offered = 0
+            first.send(Request.GET_FEATURES)
+        else:
+            guest.connect(first)
+            guest.start()
+            serve(back, guest)
+            lose(back)
+        if moment == "features":
+            # It is there, and of no use.
+            assert hung_up(first)
+            assert program.stop() == 0
+            assert program.errors().startswith("vhost-airlock: back: features 0x0 lack")
+        else:
+            assert program.wait() == 1
+            *_, last = program.errors().splitlines()
+            assert last == "vhost-airlock: the back is gone: ending as told"
+        first.close()
+        assert not front.exists()
+
+
+# A back that is kept.
+
+
+def test_kept_back_end_serves_one_front_after_the_other(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with running(front, where, "--keep-backend") as program:
+        for turn in range(4):
+            with BlkGuest(num_queues=1 + turn % 3, queue_size=16, seg_max=6) as guest:
+                connect(guest, program, front)
+                for index in range(len(guest.queues)):
+                    serve(back, guest, index)
+                if turn % 2:
+                    guest.stop()
+            # Somebody looks in, and has no need of the back.
+            program.connect(front).close()
+        assert back.connections == 1
+        assert len(back.got(Request.SET_OWNER)) == 1
+        assert len(back.got(Request.SET_FEATURES)) == 1
+        # Memory was announced once: rings and a first part of the pool.
+        assert len(back.got(Request.ADD_MEM_REG)) == 2
+
+
+def test_kept_back_end_is_reset_between_fronts(front: Path, tmp_path: Path) -> None:
+    back = ScriptedBack(
+        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.RESET_DEVICE
+    )
+    with (
+        listening(back, tmp_path / "back.sock") as where,
+        running(front, where, "--keep-backend") as program,
+    ):
+        for _ in range(2):
+            with small_guest() as guest:
+                guest._wanted_protocol |= ProtocolFeature.RESET_DEVICE
+                connect(guest, program, front)
+                serve(back, guest)
+        # Known when the next front-end has an answer.
+        channel = program.connect(front)
+        channel.send(Request.GET_FEATURES)
+        channel.recv().close()
+        channel.close()
+        assert len(back.got(Request.RESET_DEVICE)) == 2
+        assert back.connections == 1
+
+
+def test_kept_back_end_that_is_lost_is_connected_to_again(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(
+        f"--socket-path={front}", f"--backend={where}", "--keep-backend"
+    ) as program:
+        for turn in range(3):
+            with small_guest() as guest:
+                connect(guest, program, front)
+                serve(back, guest)
+                guest.stop()
+                if turn == 1:
+                    lose(back)
+                    assert hung_up(guest.front.channel)
+            if turn == 0:
+                program.connect(front).close()
+                lose(back)
+        assert back.connections == 3
+        assert program.stop() == 0
+        assert not front.exists()
+
+
+# Bad peers.
+
+
+@pytest.mark.parametrize(
+    ("features", "protocol", "slots", "text"),
+    [
+        (Feature.PROTOCOL_FEATURES, PROTOCOL_FEATURES, 64, "lack VIRTIO_F_VERSION_1"),
+        (RING_FEATURES, PROTOCOL_FEATURES, 1, "GET_MAX_MEM_SLOTS: 1 are too few"),
+    ],
+)
+def test_back_end_without_what_we_need_is_told_of(
+    front: Path, tmp_path: Path, features: int, protocol: int, slots: int, text: str
+) -> None:
+    back = ScriptedBack(features=features, protocol_features=protocol, slots=slots)
+    with (
+        listening(back, tmp_path / "back.sock") as where,
+        Program(f"--socket-path={front}", f"--backend={where}") as program,
+        BlkGuest() as guest,
+    ):
+        with pytest.raises(AirlockError):
+            connect(guest, program, front)
+        guest.disconnect()
+        assert program.stop() == 0
+        (line,) = program.errors().splitlines()
+        assert line.startswith("vhost-airlock: back: ")
+        assert text in line
+
+
+def test_back_end_without_anything_optional_will_do(
+    front: Path, tmp_path: Path
+) -> None:
+    """No protocol features, no tables, no event index."""
+    back = ScriptedBack(features=Feature.VERSION_1, protocol_features=0)
+    with (
+        listening(back, tmp_path / "back.sock") as where,
+        running(front, where) as program,
+        BlkGuest(queue_size=16, seg_max=6) as guest,
+    ):
+        connect(guest, program, front)
+        serve(back, guest)
+        guest.stop()
+        guest.start()
+        serve(back, guest)
+        assert Request.SET_PROTOCOL_FEATURES not in back.requests()
+        assert Request.SET_VRING_ENABLE not in back.requests()
+        assert back.requests().count(Request.SET_MEM_TABLE) == 1
+
+
+def test_front_end_that_breaks_the_protocol_is_told_of(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        with program.connect(front) as channel:
+            channel.send(Request.SET_FEATURES, b"short")
+            assert hung_up(channel)
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+        assert program.stop() == 0
+        assert program.errors() == (
+            "vhost-airlock: front: SET_FEATURES: U64 has 5 bytes, not 8\n"
+        )
+
+
+# Options that show from outside.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--copy=used+tail"],
+        ["--workers=3"],
+        ["--poll-us=0"],
+        ["--poll-us=1000000"],
+        ["--pool-limit=64K"],
+        ["--device-type=block"],
+        ["--pool-limit=64K", "--workers=2", "--poll-us=1000", "--copy=used+tail"],
+    ],
+    ids=" ".join,
+)
+def test_option(front: Path, tmp_path: Path, options: list[str]) -> None:
+    disk = DiskBack(num_queues=3)
+    with (
+        listening(disk, tmp_path / "back.sock") as where,
+        running(front, where, *options) as program,
+        BlkGuest(num_queues=3, queue_size=16, seg_max=6) as guest,
+    ):
+        connect(guest, program, front)
+        for _ in range(3):
+            work(guest)
+        workers = next((o[-1] for o in options if o.startswith("--workers")), "1")
+        assert program.holdings().threads == 1 + int(workers)
+
+
+def test_log_tells_of_sessions_if_it_shall(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(
+        f"--socket-path={front}", f"--backend={where}", "--log-level=info"
+    ) as program:
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+        back.join()
+        assert program.stop() == 0
+        lines = program.errors().splitlines()
+    assert all(line.startswith("vhost-airlock: ") for line in lines)
+    (counters,) = [line for line in lines if "counters: " in line]
+    rings = json.loads(counters.partition("counters: ")[2])
+    assert rings["ring 0"]["completions"] == 1
+    assert "vhost-airlock: SIGTERM: ending" in lines
+
+
+def test_capabilities_are_printed_whatever_else_there_is(tmp_path: Path) -> None:
+    blk = [*BLK, "--fd={fd}", "--blk-file=/nowhere"]
+    done = subprocess.run(
+        [*COMMAND, "--print-capabilities", "--socket-path=/nowhere/s", "--backend=/no"],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {}
+    program = tmp_path / "blk"
+    program.write_text("#!/bin/sh\nexec " + " ".join(BLK) + ' "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        [*COMMAND, "--print-capabilities", "--", str(program), *blk[3:]],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["type"] == "block"
+    assert done.stderr == b""
+
+
+def test_started_program_holds_nothing_of_its_parents(front: Path, where: Path) -> None:
+    with Fd(os.open("/dev/null", os.O_RDONLY)) as mine:
+        os.set_inheritable(mine.fileno(), True)
+        with running(front, where) as program:
+            program.connect(front).close()
+            assert program.holdings().fds < 12

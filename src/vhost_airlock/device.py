@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 IDLE_CHECK = 10.0
 """Seconds between looks for regions of the pool that nobody needs."""
+GROWTH_RETRY = 0.05
+"""Seconds until a pool that could not grow may be asked to again."""
 
 
 class Device:
@@ -70,6 +72,8 @@ class Device:
         self._transfer: Transfer | None = None
         self._idle_regions: set[int] = set()
         self._next_idle_check = time.monotonic() + IDLE_CHECK
+        self._next_growth: float | None = None
+        """When to try once more to grow the pool, after it was not possible."""
 
     @property
     def back(self) -> Back:
@@ -270,6 +274,8 @@ class Device:
                 waits.append(wait)
             if not self._back.memory.small:
                 waits.append(max(0.0, self._next_idle_check - time.monotonic()))
+            if self._next_growth is not None:
+                waits.append(max(0.0, self._next_growth - time.monotonic()))
         return min(waits) * 1000 if waits else None
 
     def set_front_requests(self, fd: Fd) -> None:
@@ -329,8 +335,20 @@ class Device:
             for ring in rings:
                 ring.set_guaranteed(each)
             memory.pool.set_common(memory.limit - each * len(rings))
+            memory.pool.set_may_grow(memory.slots > 0)
 
     def _grow_pool(self, back: Back) -> None:
+        """Do so, if a worker has asked for it; where there is no room, others make way.
+
+        If that is not possible, the worker may ask again in a while and not before.
+        """
+        if self._next_growth is not None:
+            if time.monotonic() < self._next_growth:
+                return
+            self._next_growth = None
+            with self.workers.pause():
+                back.memory.pool.set_may_grow(True)
+            return
         wanted = back.memory.pool.take_wanted()
         if not wanted or not back.memory.slots:
             return
@@ -338,10 +356,12 @@ class Device:
         if region is None:
             self._withdraw(back, back.memory.idle())
             region = back.grow(wanted)
-        if region is not None:
-            with self.workers.pause():
-                back.memory.open(region)
-                back.memory.pool.set_may_grow(True)
+        if region is None:
+            self._next_growth = time.monotonic() + GROWTH_RETRY
+            return
+        with self.workers.pause():
+            back.memory.open(region)
+            back.memory.pool.set_may_grow(True)
 
     def _shrink_pool(self, back: Back) -> None:
         """Take regions back that were idle at the last look too, but for the first."""
@@ -358,7 +378,6 @@ class Device:
         with self.workers.pause():
             for number in set(numbers) & set(back.memory.idle()):
                 gone.append(back.memory.withdraw(number))
-            back.memory.pool.set_may_grow(True)
         for region in gone:
             back.forget(region)
 

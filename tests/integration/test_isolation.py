@@ -208,6 +208,7 @@ HIGH = 0x5_4321_0000_0000
 """Guest memory where no number is by chance."""
 
 
+@pytest.mark.whole_process
 @pytest.mark.parametrize("without", WITHOUT, ids=str)
 def test_i2_back_sees_no_address_but_its_own(
     without: tuple[Feature | ProtocolFeature, ...],

@@ -260,6 +260,7 @@ def test_i5_whatever_the_back_writes_only_given_buffers_change(filling):
     assert faults <= {0, -32, -33}
 
 
+@pytest.mark.whole_process
 def test_i6_whatever_the_guest_writes_costs_no_memory_and_no_other_ring():
     world = World(pool=8 * MIB)
     healthy = Lane(world)
@@ -363,6 +364,7 @@ def test_i8_after_a_stop_the_ring_does_not_write_guest_memory(restart):
     assert guest_bytes(world) == before
 
 
+@pytest.mark.whole_process
 def test_i9_rings_and_pumps_leave_nothing_behind():
     world = World(pool=MIB)
     lane = Lane(world, size=64)

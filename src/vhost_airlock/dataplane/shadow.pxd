@@ -67,6 +67,8 @@ cdef struct ShadowRing:
     uint8_t *state
     # Completions of something that was not in flight.
     uint32_t violations
+    # As many of them came since the last good one.
+    uint32_t strikes
     SplitShadow split
 
 

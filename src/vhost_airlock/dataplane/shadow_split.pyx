@@ -4,7 +4,7 @@ The back is hostile: it can rewrite all of the ring at any time. We write descri
 and the avail ring and never read them back. Of what the back writes, the used index
 is fetched once and bounded, a used element is fetched once, and its id is looked up in
 our own record. A completion of something that is not in flight is counted and
-skipped, since real devices repeat one now and then; more of them than the ring has
+skipped, since real devices repeat some; more of them in a row than the ring has
 entries is a fault.
 """
 
@@ -34,6 +34,7 @@ cdef void start_split(
     ring.split.published = 0
     ring.split.used_seen = 0
     ring.split.used_idx = 0
+    ring.strikes = 0
     ring.armed = False
 
 
@@ -112,10 +113,12 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
         )
         ring.split.used_seen += 1
         if id < ring.size and ring.state[id] not in (FREE, FOLLOWER):
+            ring.strikes = 0
             slot[0] = id
             return 1
         ring.violations += 1
-        if ring.violations > ring.size:
+        ring.strikes += 1
+        if ring.strikes > ring.size:
             return BAD_USED_ID
 
 

@@ -1,4 +1,8 @@
-"""How long the property tests run: HYPOTHESIS_PROFILE is "ci" (default) or "stress"."""
+"""How long the property tests and the races run: HYPOTHESIS_PROFILE says it.
+
+"ci" is the default, "stress" is for hours; the "hunt" ones show at once what they find,
+where the others look for the smallest example first.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,12 @@ settings.register_profile(
     suppress_health_check=SLOW,
 )
 settings.register_profile(
+    # A sanitizer makes everything several times as slow.
+    "asan",
+    parent=settings.get_profile("ci"),
+    max_examples=60,
+)
+settings.register_profile(
     "stress",
     parent=settings.get_profile("ci"),
     max_examples=10_000,
@@ -28,13 +38,14 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 settings.register_profile(
-    # Finds no smaller example, but shows at once what it has found.
     "hunt",
     parent=settings.get_profile("stress"),
     phases=[Phase.explicit, Phase.generate],
 )
 
-_NAME = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+_NAME = os.environ.get(
+    "HYPOTHESIS_PROFILE", "asan" if "ASAN_OPTIONS" in os.environ else "ci"
+)
 PROFILE = settings.get_profile(_NAME)
-STRESS = not _NAME.startswith("ci")
+STRESS = _NAME in ("stress", "hunt")
 """Have tests that take time all the time they want?"""

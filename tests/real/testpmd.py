@@ -1,0 +1,126 @@
+"""DPDK's testpmd, as a front-end (virtio-user) or as a back-end (vhost PMD)."""
+
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from subprocess import PIPE
+
+from tests.real.processes import Process
+from tests.real.programs import Programs
+
+PROMPT = "testpmd> "
+FOR_EVER = 0xFFFFFFFF
+FILE = struct.Struct("=IHHiIII")
+PACKET = struct.Struct("=IIII")
+
+
+class PacketFiles:
+    """A device on files: receives these packets, a list for each queue, and no more.
+
+    What is sent to it is kept in files, which are complete when testpmd has ended.
+    """
+
+    def __init__(self, folder: Path, queues: Sequence[Sequence[bytes]]) -> None:
+        folder.mkdir()
+        self.packets = queues
+        self._kept = [folder / f"sent-{i}.pcap" for i in range(len(queues))]
+        words = ["net_pcap0"]
+        for number, packets in enumerate(queues):
+            source = folder / f"received-{number}.pcap"
+            source.write_bytes(_in_pcap(packets))
+            words.append(f"rx_pcap={source}")
+        words += [f"tx_pcap={path}" for path in self._kept]
+        self.device = ",".join(words)
+
+    def kept(self) -> list[list[bytes]]:
+        return [list(_from_pcap(path.read_bytes())) for path in self._kept]
+
+
+class Testpmd(Process):
+    """It forwards packets between its devices, and never drops one for lack of room."""
+
+    __test__ = False  # pytest, this is no test
+
+    def __init__(
+        self,
+        programs: Programs,
+        log: Path,
+        devices: Iterable[str],
+        *,
+        queues: int = 1,
+        largest: int = 1514,
+    ) -> None:
+        devices = list(devices)
+        # Each stream has a thread: one that waits for room must not keep others up.
+        threads = queues * len(devices)
+        cpus = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
+        argv = programs(
+            *("stdbuf", "-oL", programs.find("dpdk-testpmd")),
+            *("--no-huge", "--in-memory", "-m", "256", "--no-pci", "--no-telemetry"),
+            *("--lcores", f"(0-{threads})@({cpus})"),
+            *(f"--vdev={device}" for device in devices),
+            *("--", "-i", "--no-flush-rx", "--no-lsc-interrupt"),
+            *(f"--rxq={queues}", f"--txq={queues}", f"--nb-cores={threads}"),
+            *("--total-num-mbufs=8192", f"--max-pkt-len={largest + 4}"),
+            *("--port-topology=chained", "--disable-link-check"),
+            "--disable-device-start",
+        )
+        super().__init__(argv, log, stdin=PIPE)
+        self._read = 0
+        self._prompt(timeout=60)
+        if "virtio_user" in str(argv):
+            self("port config 0 rx_offload scatter on")  # packets in several buffers
+        assert "Fail" not in self("port start all"), self.describe()
+        self(f"set burst tx delay 10 retry {FOR_EVER}")
+        self("set fwd io retry")
+
+    def __call__(self, command: str) -> str:
+        """Run a command: what it says."""
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(command.encode() + b"\n")
+        self.popen.stdin.flush()
+        return self._prompt(timeout=20)
+
+    def counted(self) -> list[tuple[int, int]]:
+        """The packets that each device has received, and those that it has sent."""
+        said = self("show port stats all")
+        found = re.findall(r"RX-packets: (\d+).*?TX-packets: (\d+)", said, re.DOTALL)
+        return [(int(received), int(sent)) for received, sent in found]
+
+    def has_counted(self, *counts: tuple[int, int]) -> bool:
+        return self.counted() == list(counts)
+
+    def has_sent(self, count: int) -> bool:
+        """Has its first device sent so many?"""
+        return self.counted()[0][1] >= count
+
+    def quit(self) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(b"stop\nquit\n")
+        self.popen.stdin.close()
+        assert self.wait(timeout=20) == 0, self.describe()
+
+    def _prompt(self, timeout: float) -> str:
+        """Wait for the next prompt: what was said before it."""
+        self.wait_until(lambda: PROMPT in self.output()[self._read :], timeout)
+        said, _, _ = self.output()[self._read :].partition(PROMPT)
+        self._read += len(said) + len(PROMPT)
+        return said
+
+
+def _in_pcap(packets: Iterable[bytes]) -> bytes:
+    parts = [FILE.pack(0xA1B2C3D4, 2, 4, 0, 0, 65535, 1)]
+    for packet in packets:
+        parts += [PACKET.pack(0, 0, len(packet), len(packet)), packet]
+    return b"".join(parts)
+
+
+def _from_pcap(content: bytes) -> Iterator[bytes]:
+    at = FILE.size
+    while at < len(content):
+        _, _, kept, length = PACKET.unpack_from(content, at)
+        assert kept == length
+        at += PACKET.size + length
+        yield content[at - length : at]

@@ -68,9 +68,13 @@ class Guest(Process):
         super().__init__(argv, folder / "guest.log", pass_fds=fds)
         self.agent.theirs.close()
         theirs.close()
+        self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
             Call[str](self, "boot").result(timeout=90)
+        except OSError as error:
+            self.kill()
+            raise AssertionError(f"{error}\n{self.describe()}") from None
         except BaseException:
             self.kill()
             raise
@@ -78,7 +82,7 @@ class Guest(Process):
     def kill(self) -> None:
         super().kill()
         self.agent.close()
-        self.qmp.close()
+        self._monitor.close()
 
     def hear(self, timeout: float) -> Any:
         """The next answer of the agent."""

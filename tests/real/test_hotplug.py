@@ -136,6 +136,7 @@ def counters(proxy: Process) -> dict[str, dict[str, int]]:
 def pause(guest: Guest) -> None:
     """Stop the machine and let it go on, a few times."""
     for _ in range(3):
+        guest.call(load.busy)
         guest.qmp("stop")
         guest.qmp.wait_for("STOP")
         guest.qmp("cont")

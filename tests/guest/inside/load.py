@@ -4,20 +4,26 @@ fio writes in rounds: blocks of mixed sizes at random, many at a time, from one 
 for each queue, and reads back what it wrote, partly while it goes on writing.
 """
 
+import os
+import random
 import subprocess
 import threading
-import time
 
 from tests.guest.inside.agent import sh
+from tests.guest.inside.waiting import wait
 
 DEVICE = "/dev/vda"
 MIB = 1 << 20
-SIZE = 8 * MIB
+SIZE = 4 * MIB
 """Of each thread's part of the disk. They lie one after the other."""
+
+KEPT = 60 * MIB
+"""Where something lies that fio leaves alone."""
 
 JOB = f"""
 [global]
 filename={DEVICE}
+allow_file_create=0
 direct=1
 ioengine=io_uring
 iodepth=32
@@ -91,6 +97,17 @@ def go_on(rounds: int = 1, timeout: float = 100) -> None:
     load.wait_for_rounds(load.rounds + rounds, timeout)
 
 
+def busy() -> None:
+    """Wait until many requests are in flight."""
+    wait(lambda: requests() >= 8, lambda: f"{requests()} requests in flight")
+
+
+def requests() -> int:
+    """How many requests the disk's driver has, now."""
+    with open("/sys/block/vda/inflight") as file:
+        return sum(map(int, file.read().split()))
+
+
 def stop() -> int:
     """Wait for the end of the round: how many there were, all good."""
     load = _load.pop()
@@ -118,12 +135,45 @@ def zero(start: int, size: int) -> None:
     sh(f"/tools/blkdiscard -z -o {start} -l {size} {DEVICE}")
 
 
-def wait_for_size(size: int, timeout: float = 60) -> None:
+def wait_for_size(size: int) -> None:
     """Wait until the disk has this size in bytes."""
-    deadline = time.monotonic() + timeout
-    with open("/sys/block/vda/size") as file:
-        while int(file.read()) * 512 != size:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the size is not {size}")
-            time.sleep(0.02)
-            file.seek(0)
+
+    def found() -> int:
+        with open("/sys/block/vda/size") as file:
+            return int(file.read()) * 512
+
+    wait(lambda: found() == size, lambda: f"{found()} bytes, not {size}")
+
+
+def keep(seed: int) -> None:
+    """Write something beside what fio does, and make it last."""
+    with open(DEVICE, "r+b", buffering=0) as disk:
+        disk.seek(KEPT)
+        disk.write(random.Random(seed).randbytes(MIB))
+        os.fsync(disk.fileno())
+
+
+def check_kept(seed: int) -> None:
+    with open(DEVICE, "rb", buffering=0) as disk:
+        disk.seek(KEPT)
+        if disk.read(MIB) != random.Random(seed).randbytes(MIB):
+            raise ValueError("what was kept is not there")
+
+
+def unbind() -> str:
+    """Take the disk away from its driver: which one it was."""
+    name = os.path.basename(os.readlink("/sys/block/vda/device"))
+    sh(f"echo {name} > /sys/bus/virtio/drivers/virtio_blk/unbind")
+    return name
+
+
+def bind(name: str) -> None:
+    sh(f"echo {name} > /sys/bus/virtio/drivers/virtio_blk/bind")
+
+
+def wait_for_disk(there: bool = True) -> None:
+    """Wait until it is there, or gone."""
+    wait(
+        lambda: os.path.exists(DEVICE) == there,
+        lambda: f"{DEVICE} is {'not ' * there}there",
+    )

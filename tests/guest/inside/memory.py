@@ -2,8 +2,8 @@
 
 import mmap
 import re
-import time
-from collections.abc import Callable
+
+from tests.guest.inside.waiting import wait
 
 
 def total() -> int:
@@ -23,17 +23,9 @@ def movable_in_use() -> int:
 
 def wait_for_total(size: int) -> None:
     """Wait until there is just so much."""
-    _wait(lambda: total() == size, lambda: f"{total()} bytes, not {size}")
+    wait(lambda: total() == size, lambda: f"{total()} bytes, not {size}")
 
 
 def wait_for_use(least: int) -> None:
     """Wait until so much is used of the memory that came later."""
-    _wait(lambda: movable_in_use() >= least, lambda: f"{movable_in_use()} bytes in use")
-
-
-def _wait(condition: Callable[[], bool], problem: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 50
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(problem())
-        time.sleep(0.02)
+    wait(lambda: movable_in_use() >= least, lambda: f"{movable_in_use()} bytes in use")

@@ -1,0 +1,130 @@
+"""What guest, VMM and host do to a disk in use, and what is there after that."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.guest.devices import Device
+from tests.guest.inside import load
+from tests.guest.inside.agent import sh
+from tests.guest.machine import Guest
+from tests.real.airlock import airlock
+from tests.real.storage import Disk, storage_daemon
+
+CPUS = 2
+"""And so many queues."""
+TOOLS = Device((), ("virtio_blk",), ("/usr/bin/fio",))
+
+
+def hotplugged(chardev: str) -> Device:
+    """A disk that can be unplugged."""
+    return Device(
+        (
+            *("-device", "pcie-root-port,id=place,chassis=1"),
+            *("-chardev", f"socket,id=front,{chardev}"),
+            *("-device", "vhost-user-blk-pci,id=disk,bus=place,chardev=front"),
+        ),
+        (),
+    )
+
+
+@pytest.fixture
+def disk(folder: Path) -> Disk:
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    return Disk(image, queues=4)
+
+
+@pytest.fixture
+def boot(programs, folder):
+    """boot(chardev): a guest with a disk there."""
+
+    def boot_one(chardev: str) -> Guest:
+        device = hotplugged(chardev)
+        return Guest(programs, folder, device, TOOLS, cpus=CPUS, memory="384M")
+
+    return boot_one
+
+
+@pytest.mark.timeout(300)
+def test_whole_life_of_a_disk(serve, boot, disk):
+    """Requests are in flight whenever something happens, but nothing kept is lost."""
+    front = serve(disk, "--workers=2").front
+    with boot(f"path={front}") as guest:
+        use(guest, 1)
+        guest.reboot()
+        assert_kept(guest, 1)
+
+        use(guest, 2)
+        name = guest.call(load.unbind)
+        guest.call(load.lose)
+        guest.call(load.bind, name)
+        assert_kept(guest, 2)
+
+        use(guest, 3)
+        unplug(guest)
+        guest.call(load.lose)
+        plug(guest, front)
+        assert_kept(guest, 3)
+
+        use(guest, 4)
+        guest.begin(sh, "reboot -f").result(timeout=90)
+        assert_kept(guest, 4)
+
+        use(guest, 5)
+        guest.kill()
+    with boot(f"path={front}") as guest:
+        assert_kept(guest, 5)
+        guest.call(load.start, CPUS)
+        assert guest.call(load.stop) >= 1
+        guest.power_off()
+
+
+def use(guest: Guest, seed: int) -> None:
+    """Begin to use the disk in earnest, having written what must last."""
+    guest.call(load.keep, seed)
+    guest.call(load.start, CPUS)
+    guest.call(load.busy)
+
+
+def assert_kept(guest: Guest, seed: int) -> None:
+    guest.call(load.wait_for_disk)
+    guest.call(load.check_kept, seed)
+
+
+def unplug(guest: Guest) -> None:
+    guest.qmp("device_del", id="disk")
+    guest.qmp.wait_for("DEVICE_DELETED", device="disk", timeout=60)
+    guest.qmp("chardev-remove", id="front")
+
+
+def plug(guest: Guest, front: Path) -> None:
+    address = {"type": "unix", "data": {"path": str(front)}}
+    socket = {"type": "socket", "data": {"addr": address, "server": False}}
+    guest.qmp("chardev-add", id="front", backend=socket)
+    device = {"driver": "vhost-user-blk-pci", "chardev": "front", "bus": "place"}
+    guest.qmp("device_add", id="disk", **device)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("qemu", ["connects", "listens"])
+def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
+    """The guest notices nothing but the time that it takes."""
+    listens, front = qemu == "listens", folder / "front.sock"
+    chardev = f"path={front}," + ("server=on" if listens else "reconnect-ms=50")
+    with ExitStack() as stack:
+        daemon = storage_daemon(programs, disk, folder / "back.sock")
+        _, back = stack.enter_context(daemon)
+        proxy = stack.enter_context(ExitStack())
+        proxy.enter_context(airlock(back, front, dials=listens))
+        guest = stack.enter_context(boot(chardev))
+        guest.call(load.start, CPUS)
+        for _ in range(3):
+            guest.call(load.busy)
+            proxy.close()
+            proxy.enter_context(airlock(back, front, dials=listens))
+            guest.call(load.go_on)
+        assert guest.call(load.stop) >= 4
+        guest.power_off()

@@ -160,9 +160,8 @@ def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:
     return U64(VringFd.NOFD)  # the front's own descriptor is the one to use
 
 
-def check_device_state(device: Device, _: Empty, fds: Fds) -> Result:
+def check_device_state(device: Device, _: Empty, fds: Fds) -> None:
     device.check_state()
-    return U64(0)
 
 
 HANDLED: dict[Request, DeviceHandler] = {

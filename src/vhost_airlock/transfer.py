@@ -7,6 +7,7 @@ its pipe ends when the state does, and whether all of it came.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -38,7 +39,6 @@ class Transfer:
             if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
                 close_all((source, sink, self._stop))
                 raise ProtocolError("the device's state comes in no pipe and no socket")
-            os.set_blocking(fd.fileno(), False)
         self._thread = threading.Thread(target=self._run, name="airlock-transfer")
         self._thread.start()
 
@@ -75,7 +75,7 @@ class Transfer:
         while True:
             self._wait(self._source, select.POLLIN)
             try:
-                return os.read(self._source.fileno(), CHUNK)
+                return _read_some(self._source)
             except BlockingIOError:
                 continue
 
@@ -84,7 +84,7 @@ class Transfer:
         while rest:
             self._wait(self._sink, select.POLLOUT)
             try:
-                rest = rest[os.write(self._sink.fileno(), rest) :]
+                rest = rest[_write_some(self._sink, rest) :]
             except BlockingIOError:
                 continue
 
@@ -94,3 +94,29 @@ class Transfer:
         poll.register(self._stop.fileno(), select.POLLIN)
         if any(number == self._stop.fileno() for number, _ in poll.poll()):
             raise OSError("it was cut off")
+
+
+# O_NONBLOCK is no help: it belongs to everybody who has the descriptor, the back too.
+
+
+def _read_some(fd: Fd) -> bytes:
+    """Read what there is, without waiting; nothing at the end."""
+    data = bytearray(CHUNK)
+    try:
+        count = os.preadv(fd.fileno(), [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return os.read(fd.fileno(), CHUNK)
+    return bytes(data[:count])
+
+
+def _write_some(fd: Fd, data: memoryview) -> int:
+    """Write what there is room for, without waiting."""
+    try:
+        return os.pwritev(fd.fileno(), [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    # Linux before 6.4 can't do that with a pipe. So much fits into one that is ready.
+    return os.write(fd.fileno(), data[: select.PIPE_BUF])

@@ -1,0 +1,259 @@
+"""The device's internal state, saved and loaded through the airlock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.airlock import Airlock
+from tests.support.backs import ScriptedBack
+from tests.support.sessions import SLACK, TIMEOUT, errors, serve, small_guest
+from vhost_airlock.errors import AirlockError, PeerRefused
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.server import PROTOCOL_FEATURES
+from vhost_airlock.vhost.channel import Answer
+from vhost_airlock.vhost.fds import Fd, close_all
+from vhost_airlock.vhost.wire import (
+    U64,
+    DeviceState,
+    ProtocolFeature,
+    Request,
+    StateDirection,
+    VringFd,
+)
+
+STATE = os.urandom(300_000)
+
+
+class StatefulBack(ScriptedBack):
+    """Its state goes through the pipe that it gets, or through one of its own."""
+
+    def __init__(self, *, own: bool = False) -> None:
+        super().__init__(
+            protocol_features=PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE
+        )
+        self.own = own
+        self.loaded = b""
+        self.threads: list[threading.Thread] = []
+        self.instead[Request.SET_DEVICE_STATE_FD] = self.transfer
+
+    def transfer(self, state: DeviceState, fds: list[Fd]) -> Answer:
+        saves = state.direction == StateDirection.SAVE
+        if not self.own:
+            self.begin(fds.pop(), saves)
+            return Answer(U64(VringFd.NOFD))
+        out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+        self.begin(into if saves else out, saves)
+        return Answer(U64(0), [out if saves else into])
+
+    def begin(self, fd: Fd, saves: bool) -> None:
+        thread = threading.Thread(
+            target=self.save if saves else self.load, args=[fd], name="state"
+        )
+        self.threads.append(thread)
+        thread.start()
+
+    def save(self, fd: Fd) -> None:
+        self.forget_copies()
+        with fd, contextlib.suppress(BrokenPipeError):
+            rest = memoryview(STATE)
+            while rest:
+                rest = rest[os.write(fd.fileno(), rest) :]
+
+    def load(self, fd: Fd) -> None:
+        self.forget_copies()
+        with fd:
+            while part := os.read(fd.fileno(), 1 << 16):
+                self.loaded += part
+
+    def forget_copies(self) -> None:
+        """The record's copy of a pipe would keep it open."""
+        for seen in self.got(Request.SET_DEVICE_STATE_FD):
+            close_all(seen.fds)
+            seen.fds.clear()
+
+    def close(self) -> None:
+        for thread in self.threads:
+            thread.join()
+        super().close()
+
+
+@pytest.fixture
+def guest() -> Iterator[BlkGuest]:
+    with small_guest() as guest:
+        guest._wanted_protocol |= ProtocolFeature.DEVICE_STATE
+        yield guest
+
+
+def save(guest: BlkGuest) -> bytes:
+    out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+    with out:
+        with into:
+            assert guest.front.set_device_state_fd(StateDirection.SAVE, into) is None
+        parts = []
+        while part := os.read(out.fileno(), 1 << 16):
+            parts.append(part)
+    guest.front.check_device_state()
+    return b"".join(parts)
+
+
+def load(guest: BlkGuest, state: bytes) -> None:
+    out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+    with into:
+        with out:
+            assert guest.front.set_device_state_fd(StateDirection.LOAD, out) is None
+        rest = memoryview(state)
+        while rest:
+            rest = rest[os.write(into.fileno(), rest) :]
+    guest.front.check_device_state()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "its own"])
+def test_state_is_saved_and_loaded(guest: BlkGuest, own: bool) -> None:
+    back = StatefulBack(own=own)
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        for _ in range(2):
+            assert save(guest) == STATE
+            load(guest, STATE)
+            back.threads[-1].join()
+            assert back.loaded == STATE
+            back.loaded = b""
+        guest.start()
+        serve(back, guest)
+        guest.stop()
+        assert save(guest) == STATE
+        guest.disconnect()
+
+
+def test_back_does_not_get_the_fronts_descriptor(guest: BlkGuest) -> None:
+    back = StatefulBack()
+    inodes: list[int] = []
+    usual = back.transfer
+
+    def transfer(state: DeviceState, fds: list[Fd]) -> Answer:
+        inodes.append(os.fstat(fds[0].fileno()).st_ino)
+        return usual(state, fds)
+
+    back.instead[Request.SET_DEVICE_STATE_FD] = transfer
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+        with out:
+            mine = os.fstat(into.fileno()).st_ino
+            with into:
+                guest.front.set_device_state_fd(StateDirection.SAVE, into)
+            assert inodes != [mine]
+            while os.read(out.fileno(), 1 << 16):
+                pass
+        guest.disconnect()
+
+
+def test_state_is_for_stopped_rings(
+    guest: BlkGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Airlock(StatefulBack()) as airlock:
+        guest.connect(airlock.channel())
+        guest.start()
+        with pytest.raises(PeerRefused):
+            save(guest)
+        assert errors(caplog) == [
+            "front: refused: SET_DEVICE_STATE_FD: rings are started"
+        ]
+        guest.disconnect()
+
+
+def test_nothing_to_check(guest: BlkGuest, caplog: pytest.LogCaptureFixture) -> None:
+    with Airlock(StatefulBack()) as airlock:
+        guest.connect(airlock.channel())
+        with pytest.raises(PeerRefused):
+            guest.front.check_device_state()
+        assert errors(caplog) == [
+            "front: refused: CHECK_DEVICE_STATE: nothing was transferred"
+        ]
+        assert save(guest) == STATE
+        guest.disconnect()
+
+
+def test_back_that_never_ends_is_cut_off(guest: BlkGuest) -> None:
+    """And what it said of its state is no matter then."""
+    back = StatefulBack()
+    held: list[Fd] = []
+
+    def transfer(state: DeviceState, fds: list[Fd]) -> Answer:
+        held.append(fds.pop())
+        os.write(held[-1].fileno(), b"begin")
+        return Answer(U64(VringFd.NOFD))
+
+    back.instead[Request.SET_DEVICE_STATE_FD] = transfer
+    with Airlock(back, timeout=TIMEOUT) as airlock:
+        guest.connect(airlock.channel())
+        out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+        with out:
+            with into:
+                guest.front.set_device_state_fd(StateDirection.SAVE, into)
+            assert os.read(out.fileno(), 100) == b"begin"
+            began = time.monotonic()
+            with pytest.raises(PeerRefused):
+                guest.front.check_device_state()
+            assert time.monotonic() - began < TIMEOUT + SLACK
+            assert os.read(out.fileno(), 100) == b""
+        assert Request.CHECK_DEVICE_STATE not in back.requests()
+        guest.disconnect()
+    close_all(held)
+
+
+@pytest.mark.parametrize("kind", ["memfd", "zero", "eventfd"])
+def test_i5_descriptor_of_the_back_that_is_no_pipe(guest: BlkGuest, kind: str) -> None:
+    back = StatefulBack()
+
+    def transfer(state: DeviceState, fds: list[Fd]) -> Answer:
+        make = {
+            "memfd": lambda: os.memfd_create("state", os.MFD_CLOEXEC),
+            "zero": lambda: os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC),
+            "eventfd": lambda: os.eventfd(1, os.EFD_CLOEXEC),
+        }
+        return Answer(U64(0), [Fd(make[kind]())])
+
+    back.instead[Request.SET_DEVICE_STATE_FD] = transfer
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        with pytest.raises(AirlockError):
+            save(guest)
+        guest.disconnect()
+        airlock.join()
+        back.instead.pop(Request.SET_DEVICE_STATE_FD)
+        with small_guest() as other:
+            other.connect(airlock.channel())
+            other.start()
+            serve(back, other)
+            other.disconnect()
+
+
+@pytest.mark.parametrize("value", [1, 0xFF, 0x101, 1 << 40 | 1])
+def test_back_that_refuses(guest: BlkGuest, value: int) -> None:
+    back = StatefulBack()
+    back.instead[Request.SET_DEVICE_STATE_FD] = lambda _, fds: U64(value)
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        with pytest.raises(AirlockError):
+            save(guest)
+        guest.disconnect()
+
+
+def test_session_may_end_in_the_middle_of_it(guest: BlkGuest) -> None:
+    back = StatefulBack()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+        with out:
+            with into:
+                guest.front.set_device_state_fd(StateDirection.SAVE, into)
+            assert os.read(out.fileno(), 10) == STATE[:10]
+            guest.disconnect()
+            airlock.join()

@@ -32,7 +32,7 @@ enum op { READ, WRITE, ZERO, FLUSH, OPS };
 static struct {
     uint64_t bs, segment, qd, queues, queue_size, poll;             /* how to ask */
     uint64_t ms, warmup;                                            /* load */
-    uint64_t size, max, passes, seed, null;                         /* verify */
+    uint64_t size, max, passes, seed, null, remap;                  /* verify */
     uint64_t marker, hang;
 } opt = { .bs = 4096, .qd = 1, .queues = 1, .queue_size = 256, .ms = 1000, .warmup = 200,
           .max = 1 << 20, .passes = 2, .seed = 1, .hang = 60 };
@@ -51,6 +51,7 @@ static const struct { const char *name; uint64_t *value; int base; } options[] =
     { "passes", &opt.passes, 0 },           /* verify: times `size` in the random part */
     { "seed", &opt.seed, 0 },
     { "null", &opt.null, 0 },               /* verify: writes are lost, reads are zeroes */
+    { "remap", &opt.remap, 0 },             /* verify: requests before their memory is new */
     { "marker", &opt.marker, 16 },
     { "hang", &opt.hang, 0 },
 };
@@ -60,6 +61,8 @@ struct request {
     uint64_t first, count;                  /* sectors */
     uint64_t generation, started;
     char *arena;                            /* its part of the shared memory */
+    struct blkio_mem_region own;            /* or, with `remap`, memory of its own */
+    uint64_t uses;                          /* of that memory */
     struct iovec iov[SEGMENTS];
     int segments;
     bool busy;
@@ -81,7 +84,8 @@ struct queue {
 
 static struct blkio *device;
 static struct blkio_mem_region region;
-static uint64_t arena_size, next_generation = 1;
+static uint64_t arena_size, next_generation = 1, remaps;
+static pthread_mutex_t remapping = PTHREAD_MUTEX_INITIALIZER;
 static int max_segments;
 static pthread_barrier_t start_line;
 
@@ -299,6 +303,22 @@ static void finish_verify(struct queue *q, struct request *r)
             known[i] = r->generation;
 }
 
+/* Give a request other memory: the device gets to know the new, and forgets the old. */
+static void renew(struct request *r)
+{
+    pthread_mutex_lock(&remapping);
+    if (r->own.addr) {
+        blkio_unmap_mem_region(device, &r->own);
+        blkio_free_mem_region(device, &r->own);
+        remaps++;
+    }
+    check(blkio_alloc_mem_region(device, &r->own, arena_size), "alloc_mem_region");
+    check(blkio_map_mem_region(device, &r->own), "map_mem_region");
+    pthread_mutex_unlock(&remapping);
+    r->arena = r->own.addr;
+    r->uses = 0;
+}
+
 static bool conflicts(const struct queue *q, const struct request *new)
 {
     for (const struct request *r = q->requests; r < q->requests + opt.qd; r++)
@@ -329,6 +349,9 @@ static bool choose(struct queue *q, struct request *r, enum phase phase, uint64_
         r->count = r->segments = 0;
     if (conflicts(q, r))
         return false;
+    if (opt.remap && (!r->own.addr || r->uses == opt.remap))
+        renew(r);
+    r->uses++;
     r->generation = 0;
     if (r->op == READ || r->op == WRITE)
         lay_out(q, r);
@@ -474,12 +497,14 @@ static void report(struct queue *queues)
     double seconds = sum.elapsed / 1e9;
     printf("{\"mode\": \"%s\", \"seconds\": %.3f, \"ios\": %llu, \"iops\": %.0f, "
            "\"mb_per_s\": %.1f, \"cpu_s\": %.3f, \"max_segments\": %d, \"reads\": %llu, "
-           "\"writes\": %llu, \"zeroes\": %llu, \"flushes\": %llu, \"latency_us\": "
+           "\"writes\": %llu, \"zeroes\": %llu, \"flushes\": %llu, "
+           "\"remaps\": %llu, \"latency_us\": "
            "{\"mean\": %.1f, \"p50\": %.1f, \"p99\": %.1f, \"p999\": %.1f, \"max\": %.1f}}\n",
            mode, seconds, (unsigned long long)ios, ios / seconds,
            sum.bytes / seconds / 1e6, sum.cpu / 1e9, max_segments,
            (unsigned long long)sum.done[READ], (unsigned long long)sum.done[WRITE],
            (unsigned long long)sum.done[ZERO], (unsigned long long)sum.done[FLUSH],
+           (unsigned long long)remaps,
            h->count ? h->sum / 1e3 / h->count : 0, percentile_us(h, .5),
            percentile_us(h, .99), percentile_us(h, .999), h->max / 1e3);
 }

@@ -29,6 +29,17 @@ def test_file_keeps_what_is_written(serve, drive, folder, direct, queues, queue_
         assert result["max_segments"] == 126
 
 
+def test_buffers_come_and_go(serve, drive, folder):
+    """Requests get other memory now and then, while the others go on with theirs.
+
+    Often it has the addresses of memory that was just removed.
+    """
+    served = serve(Disk(make_image(folder, 32 * MIB), queues=4), "--workers=2")
+    options = {"queues": 4, "qd": 4, "remap": 3, "passes": 4}
+    result = drive.run(served.front, "verify", max=128 << 10, **options)
+    assert result["remaps"] > 200
+
+
 @pytest.mark.parametrize("queue_size", [128, 1024])
 @pytest.mark.parametrize("queues", [1, 4])
 def test_null_device_reads_zeroes(serve, drive, queues, queue_size):

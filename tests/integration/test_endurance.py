@@ -20,6 +20,8 @@ from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Feature, MemoryRegion, ProtocolFeature
 
+pytestmark = pytest.mark.whole_process
+
 MIB = 1 << 20
 SLACK = 1 * MIB
 """How much the heap may grow between two measurements, as an allocator has its whims. A

@@ -43,9 +43,10 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
 )
 
-_NAME = os.environ.get(
-    "HYPOTHESIS_PROFILE", "asan" if "ASAN_OPTIONS" in os.environ else "ci"
-)
+SANITIZED = "ASAN_OPTIONS" in os.environ
+"""Is this a run of tools/test-asan? What was freed stays in memory for a while then."""
+
+_NAME = os.environ.get("HYPOTHESIS_PROFILE", "asan" if SANITIZED else "ci")
 PROFILE = settings.get_profile(_NAME)
 STRESS = _NAME in ("stress", "hunt")
 """Have tests that take time all the time they want?"""

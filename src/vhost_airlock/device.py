@@ -88,10 +88,17 @@ class Device:
         return self._back
 
     @property
-    def frontend(self) -> Frontend:
-        """The back for messages that are passed on: settled, and ready for them."""
+    def informed(self) -> Back:
+        """The back, which knows all that the front has chosen so far."""
         self.back.settle(self.protocol_features)
-        return self.back.frontend
+        if self.features:
+            self.back.set_features(self.features)
+        return self.back
+
+    @property
+    def frontend(self) -> Frontend:
+        """The back for messages that are passed on: ready for them."""
+        return self.informed.frontend
 
     # Features.
 
@@ -205,10 +212,7 @@ class Device:
             vring = ring.vring
             ready = vring.phase.started and vring.configured and not ring.attached
             if ready and ring.locate(self.memory) is not None:
-                back = self.back
-                back.settle(self.protocol_features)
-                back.set_features(self.features)
-                ring.start(back, self.memory, self.features, self.config.copy)
+                ring.start(self.informed, self.memory, self.features, self.config.copy)
                 self._share_pool()
 
     def reset(self) -> None:

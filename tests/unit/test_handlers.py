@@ -1,11 +1,13 @@
 """Every request is accounted for, and those that are refused say why."""
 
+import inspect
+
 import pytest
 
 from vhost_airlock.device import Device
 from vhost_airlock.errors import RequestRefused
 from vhost_airlock.handlers import HANDLED, PASSED, REFUSED, bind
-from vhost_airlock.vhost.rules import RULES
+from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import Empty, Request
 
 
@@ -49,3 +51,11 @@ def test_refusal_names_the_request_and_the_reason(
 
 def test_every_request_has_a_handler(nothing: Device) -> None:
     assert set(bind(nothing)) == set(Request)
+
+
+@pytest.mark.parametrize("request_", sorted({**HANDLED, **PASSED}))
+def test_handler_returns_what_its_rule_says(request_: Request) -> None:
+    """A payload for a reply; nothing for an ack, which is the library's business."""
+    handler = {**HANDLED, **PASSED}[request_]
+    returned = inspect.signature(handler).return_annotation
+    assert returned == ("Result" if RULES[request_].ack is Ack.REPLY else "None")

@@ -55,6 +55,8 @@ class Session:
             front_left = isinstance(error, Disconnected) and self._front_left()
             log.log(logging.INFO if front_left else logging.ERROR, "%s", error)
             keep = front_left and self.config.keep_backend
+        except OSError as error:
+            log.error("the system has no more of what a session takes: %s", error)
         finally:
             self._stop_rings()
             log.info("counters: %s", json.dumps(self.device.counters()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -625,6 +626,32 @@ def test_front_end_that_breaks_the_protocol_is_told_of(
         assert program.errors() == (
             "vhost-airlock: front: SET_FEATURES: U64 has 5 bytes, not 8\n"
         )
+
+
+def enable_all(guest: BlkGuest) -> None:
+    """Rings that were never set up; each has descriptors from then on."""
+    for index in range(256):
+        guest.front.set_vring_enable(index, True)
+
+
+def test_session_that_takes_more_than_there_is_ends_alone(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+            room = program.holdings().fds + 20
+            _, hard = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (room, hard))
+            with pytest.raises(AirlockError):
+                enable_all(guest)
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+        assert program.stop() == 0
+        (line,) = program.errors().splitlines()
+        assert line.endswith("what a session takes: [Errno 24] Too many open files")
 
 
 # Options that show from outside.

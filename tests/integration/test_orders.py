@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import DiskBack, readable
+from tests.support.backs import DiskBack, readable, wait_until
 from tests.support.order import check_order
 from tests.support.vmm import VMMS, Blkio, CloudHypervisor, Crosvm, Qemu, Vmm
 from vhost_airlock.peers.disk import BlkType
@@ -131,6 +133,33 @@ def test_call_may_change_at_any_time_under_load(serve: Serve) -> None:
             drain(current)
         drain(old)
         io.check()
+
+
+def test_vmm_that_polls_is_not_called(serve: Serve) -> None:
+    """A call without a descriptor: it looks at the ring by itself."""
+    vmm = serve(Qemu)
+    queue = vmm.queues[0]
+    vmm.front.set_vring_call(0, None)
+    drain(queue.call_fd)
+    for _ in range(5):
+        io = queue.submit(BlkType.FLUSH)
+        queue.driver.arm()
+        queue.kick()
+        wait_until(lambda: bool(queue.reap()), "it is done")
+        io.check()
+    assert not drain(queue.call_fd)
+    vmm.set_call(0)
+    vmm.work()
+
+
+def test_session_that_is_idle_costs_nothing(serve: Serve) -> None:
+    """Polling ends soon after the last request."""
+    vmm = serve(Qemu)
+    vmm.work()
+    threading.Event().wait(0.1)
+    before = time.process_time()
+    threading.Event().wait(0.5)
+    assert time.process_time() - before < 0.1
 
 
 def test_kick_may_be_sent_again_while_the_ring_runs(serve: Serve) -> None:

@@ -77,6 +77,13 @@ class TestStep:
             lane.complete(lane.take())
         assert [lane.step() for _ in range(4)] == [4, 4, 4, 0]
 
+    def test_the_back_may_be_kicked_for_nothing(self, world):
+        """As when its ring begins."""
+        lane = Lane(world)
+        lane.pump.kick()
+        assert lane.pump.step() == (0, False, True)
+        assert lane.pump.step() == (0, False, False)
+
     def test_a_detached_pump_does_nothing(self, world):
         lane = Lane(world, start=False)
         assert not lane.pump.attached
@@ -648,6 +655,34 @@ class TestDrain:
         assert not lane.pump.drained
         lane.step()
         assert lane.pump.drained
+
+    def test_a_back_may_tell_how_far_it_has_fetched(self, world):
+        lane = Lane(world)
+        for _ in range(4):
+            lane.offer(READ)
+        lane.step()
+        chain = lane.take()
+        lane.take()
+        lane.device.arm()
+        assert lane.pump.tells
+        assert lane.pump.owes(2) == 2
+        lane.complete(chain)
+        lane.step()
+        assert lane.pump.owes(2) == 1
+        assert lane.pump.tells
+        for lie in (0, 5, 0x8000, 0xFFFF):
+            lane.shadow.avail_event = lie
+            assert not lane.pump.tells
+        lane.stop(2)
+        assert not lane.pump.tells
+
+    def test_without_event_idx_it_does_not_tell(self, world):
+        lane = Lane(world, back_event_idx=False)
+        lane.offer(READ)
+        lane.step()
+        lane.take()
+        assert not lane.pump.tells
+        assert lane.pump.owes(1) == 1
 
     def test_a_detached_pump_is_drained(self, world):
         lane = Lane(world)

@@ -305,6 +305,41 @@ class TestBack:
         os.eventfd_write(lane.kick_in, 1)
 
 
+class TestStorms:
+    """B4: notifications without end, of which nothing comes."""
+
+    @pytest.mark.parametrize("side", ["guest", "back"])
+    def test_a_storm_is_not_passed_on(self, worker, side):
+        world = World()
+        lane, healthy = Wired(world, worker), Wired(world, worker)
+        # Something is in flight, and both ends want to hear of it.
+        lane.offer((0, 16))
+        lane.kick()
+        lane.await_chain()
+        lane.device.arm()
+        lane.driver.arm()
+        before = lane.pump.counters()
+        fd = lane.kick_in if side == "guest" else lane.call_in
+
+        def storm() -> None:
+            for _ in range(100):
+                os.eventfd_write(fd, 1)
+
+        end = time.monotonic() + SECONDS / 4
+        number = 0
+        with meanwhile(storm):
+            while time.monotonic() < end or number < 10:
+                number += 1
+                request(healthy, number)
+        with worker.pause():
+            assert lane.pump.counters() == before
+            for quiet in (lane.kick_out, lane.call_out):
+                with pytest.raises(BlockingIOError):
+                    os.eventfd_read(quiet)
+        lane.close()
+        healthy.close()
+
+
 class TestControl:
     """Regions come and go, and rings stop and start, under traffic."""
 

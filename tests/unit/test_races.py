@@ -318,6 +318,8 @@ class TestStorms:
         lane.await_chain()
         lane.device.arm()
         lane.driver.arm()
+        with worker.pause(), contextlib.suppress(BlockingIOError):
+            os.eventfd_read(lane.kick_out)
         before = lane.pump.counters()
         fd = lane.kick_in if side == "guest" else lane.call_in
 

@@ -88,7 +88,10 @@ def until(what, timeout=5.0):
 
 
 def at_rest(worker: Worker) -> None:
-    """Wait until the worker sleeps."""
+    """Wait until the worker has done all there is, and sleeps."""
+    with worker.pause():
+        before = worker.counters()["sleeps"]
+    until(lambda: worker.counters()["sleeps"] > before)
     seen = None
     while seen != (seen := worker.counters()["rounds"]):
         time.sleep(0.02)

@@ -48,6 +48,7 @@ PROTOCOL_FEATURES = {
     13: ("back", "front"),  # RESET_DEVICE
     15: ("own", "ours"),  # CONFIGURE_MEM_SLOTS
     16: ("back", "front"),  # STATUS
+    19: ("back", "front"),  # DEVICE_STATE
 }
 """Bit 5, BACKEND_REQ, has a rule of its own."""
 

@@ -308,9 +308,9 @@ class Device:
 
     def close(self, *, keep_back: bool = False) -> Back | None:
         """Let go of everything; return the back, if it is to be kept and can be."""
-        keep = keep_back and not self._quarantined()
         for ring in self.rings.values():
             ring.abandon()
+        keep = keep_back and not self._quarantined()
         self.workers.close()
         for ring in self.rings.values():
             ring.close()

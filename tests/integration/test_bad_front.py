@@ -263,6 +263,8 @@ def test_refused_message_is_told_and_changes_nothing(
     assert "\n" not in line
     assert_found(case[3], line)
     vmm.work()
+    vmm.set_table()
+    vmm.work()
     vmm.stop()
     vmm.start()
     vmm.work()

@@ -23,6 +23,7 @@ from vhost_airlock.peers.ring import SplitLayout, SplitRing
 from vhost_airlock.vhost.fds import drain, eventfd
 from vhost_airlock.vhost.wire import (
     Feature,
+    ProtocolFeature,
     Request,
 )
 
@@ -133,6 +134,38 @@ def test_call_may_change_at_any_time_under_load(serve: Serve) -> None:
             drain(current)
         drain(old)
         io.check()
+
+
+def test_new_call_is_signalled_for_what_may_have_been_missed(serve: Serve) -> None:
+    """A completion was signalled on the old one, where nobody listens any more."""
+    vmm = serve(Qemu)
+    queue, other = vmm.queues[0], vmm.spare[0]
+    for _ in range(5):
+        vmm.front.set_vring_call(0, other)
+        drain(other)
+        queue.submit(BlkType.FLUSH)
+        queue.driver.arm()
+        queue.kick()
+        assert readable(other)
+        drain(queue.call_fd)
+        vmm.front.set_vring_call(0, queue.call_fd)
+        assert readable(queue.call_fd, 0)
+        assert queue.reap()
+
+
+def test_enable_without_acks_is_followed_by_a_barrier(
+    airlock: Airlock, back: DiskBack
+) -> None:
+    """Or the front would be told that something is done which is not."""
+    back.without = [ProtocolFeature.REPLY_ACK]
+    with CloudHypervisor() as vmm:
+        vmm.open(airlock.channel())
+        vmm.work()
+        vmm.stop()
+    order = back.requests()
+    enables = [i for i, each in enumerate(order) if each == Request.SET_VRING_ENABLE]
+    assert len(enables) == 6, "each once with its start, by its message, and at the end"
+    assert all(order[i + 1] == Request.GET_FEATURES for i in enables)
 
 
 def test_vmm_that_polls_is_not_called(serve: Serve) -> None:
@@ -265,10 +298,14 @@ def test_base_of_a_ring_that_never_started(serve: Serve, back: DiskBack) -> None
     vmm.work()
 
 
-def test_ring_may_be_stopped_twice(serve: Serve, back: DiskBack) -> None:
+def test_ring_may_be_stopped_twice(
+    serve: Serve, back: DiskBack, airlock: Airlock
+) -> None:
+    """With the first time, the guest's kicks are of no interest any more."""
     vmm = serve(Qemu)
     vmm.work()
     assert vmm.front.get_vring_base(0) == 2
+    assert airlock.session.device.rings[0].front.kick is None
     assert vmm.front.get_vring_base(0) == 2
     assert len(back.got(Request.GET_VRING_BASE)) == 1
 

@@ -111,9 +111,19 @@ def test_i3_stop_waits_for_what_the_back_has_taken(
 ) -> None:
     ios = submit(guest, 3)
     chains = take(back, 3)
+    unfinished = []
+    usual = back.stop_ring
+
+    def stop_ring(state: VringState, fds: list[Fd]) -> VringState:
+        ring = back.ring(state.index)
+        unfinished.append(ring.next_avail - ring.next_used)
+        return usual(state, fds)
+
+    back.instead[R.GET_VRING_BASE] = stop_ring
     timer = later(lambda: complete(back, *reversed(chains)))
     guest.stop()
     timer.join()
+    assert unfinished == [0, 0], "qemu-storage-daemon dies of others"
     assert guest.queues[0].base == 3
     guest.queues[0].reap()
     assert statuses(ios) == [BlkStatus.OK] * 3
@@ -144,6 +154,24 @@ def test_i3_what_the_back_has_not_taken_is_handed_back(
     while queue.pending:
         await_reaped(queue)
     assert statuses(ios) == [BlkStatus.OK] * 5
+
+
+def test_i3_nothing_more_is_taken_from_a_ring_that_stops(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """Though the guest goes on, and nobody has disabled it before."""
+    ios = submit(guest, 1)
+    (chain,) = take(back, 1)
+    channel = guest.front.channel
+    channel.send(R.GET_VRING_BASE, VringState(0, 0).pack())
+    ios += submit(guest, 3)
+    assert not readable(channel, 0.05)
+    assert not list(back.take_all())
+    back.complete(chain, b"d" * 4096)
+    with channel.recv() as answer:
+        assert VringState.unpack(answer.payload) == VringState(0, 1)
+    guest.queues[0].reap()
+    assert statuses(ios) == [BlkStatus.OK, None, None, None]
 
 
 def test_i3_completion_while_the_ring_stops_is_called_for(

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.support.airlock import Airlock, hung_up
-from tests.support.backs import DiskBack, readable
+from tests.support.backs import DiskBack
+from tests.support.sessions import await_reaped
 from tests.support.vmm import CloudHypervisor
 from vhost_airlock.handlers import REFUSED
 from vhost_airlock.peers.disk import BlkType
@@ -523,9 +524,7 @@ def test_useless_descriptors_for_notifications_do_no_harm(
         queue_two = vmm.queues[1]
         other = queue_two.submit(BlkType.FLUSH)
         queue_two.kick()
-        while not queue_two.reap():
-            assert readable(queue_two.call_fd)
-            queue_two.driver.arm()
+        await_reaped(queue_two)
         other.check()
     # The ring breaks, which nobody can be told either.
     queue.driver.ring.avail_idx = queue.driver.next_avail + 1000

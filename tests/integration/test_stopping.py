@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.airlock import Airlock, hung_up
-from tests.support.backs import ScriptedBack, readable, wait_until
+from tests.support.backs import PATIENCE, ScriptedBack, readable, wait_until
 from tests.support.sessions import (
     SLACK,
     await_reaped,
@@ -17,11 +17,14 @@ from tests.support.sessions import (
     serve,
     small_guest,
 )
+from vhost_airlock.back import Back
+from vhost_airlock.dataplane.pump import Pump
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import Io
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.rings import Ring
 from vhost_airlock.vhost.fds import Fd, drain
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (
@@ -157,13 +160,22 @@ def test_i3_what_the_back_has_not_taken_is_handed_back(
 
 
 def test_i3_nothing_more_is_taken_from_a_ring_that_stops(
-    back: ScriptedBack, guest: BlkGuest
+    back: ScriptedBack, guest: BlkGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though the guest goes on, and nobody has disabled it before."""
+    stops = threading.Event()
+    usual = Ring._await_drained
+
+    def await_drained(ring: Ring, pump: Pump, back: Back, deadline: float) -> None:
+        stops.set()
+        usual(ring, pump, back, deadline)
+
+    monkeypatch.setattr(Ring, "_await_drained", await_drained)
     ios = submit(guest, 1)
     (chain,) = take(back, 1)
     channel = guest.front.channel
     channel.send(R.GET_VRING_BASE, VringState(0, 0).pack())
+    assert stops.wait(PATIENCE)
     ios += submit(guest, 3)
     assert not readable(channel, 0.05)
     assert not list(back.take_all())

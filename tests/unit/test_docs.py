@@ -343,6 +343,8 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_names_of_files_are_right(path):
     for name in re.findall(r"`([\w./]+/[\w.]+\.\w+)`", path.read_text()):
+        if name.startswith("build/"):
+            continue  # what the project makes is not there in a fresh clone
         places = (PROJECT, PROJECT / "src" / "vhost_airlock")
         assert any((place / name).exists() for place in places), name
 

@@ -163,7 +163,7 @@ class DeviceServer:
             if self._serve_some(vring.ring, vring.call):
                 self._busy.add(index)
         except (RingFault, LookupError) as error:
-            self._give_up(index, error)
+            self._give_up(index, str(error))
 
     def _serve_some(self, ring: DeviceRing, call: Fd | None) -> bool:
         """One pass of the service loop of device.py; True if there is more to do."""
@@ -183,8 +183,9 @@ class DeviceServer:
             notify(call)
         return ring.arm()
 
-    def _give_up(self, index: int, error: Exception) -> None:
-        log.error("ring %d is broken: %s", index, error)
+    def _give_up(self, index: int, reason: str) -> None:
+        # The reason alone: an exception kept in a log record holds views of memory.
+        log.error("ring %d is broken: %s", index, reason)
         vring = self._vrings[index]
         vring.stop()
         self._set_kick(index, None)
@@ -243,7 +244,7 @@ class DeviceServer:
                 try:
                     vring.find_again(self.memory)
                 except LookupError as error:
-                    self._give_up(index, error)
+                    self._give_up(index, str(error))
 
     def _on_mem_table(self, payload: MemoryTable, fds: list[Fd]) -> None:
         with self._changing_memory():

@@ -28,8 +28,11 @@ def file_system(front: Path, tag: str, **properties: Any) -> Device:
     return Device((*_chardev(tag, front), *device), ("virtiofs",))
 
 
-def net(front: Path, **properties: Any) -> Device:
-    netdev = ("-netdev", "vhost-user,id=net,chardev=front-net")
+def net(front: Path, pairs: int = 1, **properties: Any) -> Device:
+    """A network interface with so many pairs of queues."""
+    netdev = ("-netdev", f"vhost-user,id=net,chardev=front-net,queues={pairs}")
+    if pairs > 1:
+        properties |= {"mq": "on", "vectors": 2 * pairs + 2}
     device = _device("virtio-net-pci", "netdev=net,romfile=", properties)
     return Device((*_chardev("front-net", front), *netdev, *device), ("virtio_net",))
 

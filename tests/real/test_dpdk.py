@@ -1,6 +1,7 @@
 """DPDK's virtio-user and vhost, direct and through the airlock."""
 
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -75,27 +76,35 @@ def test_packets_are_the_same(programs, folder, via, mode, queues, largest, opti
         assert theirs.kept() == ours.packets
 
 
-def test_pauses_of_a_guest_lose_no_frame(programs, folder, via):
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
     """QEMU stops ten times, while both ends send. Nobody sends anything again."""
-    theirs = PacketFiles(folder / "theirs", some_frames(1, 1, 1514))
+    theirs = PacketFiles(folder / "theirs", some_frames(1, pairs, 1514))
     path = folder / "back.sock"
+    devices_of_back = [vhost(path, pairs), theirs.device]
     with (
-        Testpmd(programs, folder / "back.log", [vhost(path), theirs.device]) as back,
-        reach(via, path, "--device-type=net") as front,
-        Guest(programs, folder, devices.net(front)) as guest,
+        Testpmd(programs, folder / "back.log", devices_of_back, queues=pairs) as back,
+        reach(via, path, "--device-type=net", f"--workers={pairs}") as front,
+        Guest(programs, folder, devices.net(front, pairs), cpus=pairs) as guest,
     ):
         guest.sh("ip link set eth0 up")
         guest.call(frames.listen)
         back("start")
-        call = guest.begin(frames.exchange, 1, 2, COUNT, 1514)
+        total = COUNT * pairs
+        incoming = [1 + i for i in range(pairs)]
+        call = guest.begin(frames.exchange, incoming, 10, COUNT, 1514)
         for part in range(10):
-            due = COUNT * part // 10
-            back.wait_until(partial(back.has_sent, due), timeout=60)
+            back.wait_until(partial(back.has_sent, total * part // 10), timeout=60)
             guest.qmp("stop")
             guest.qmp("cont")
         call.result()
         guest.power_off()
         back.quit()
-    (kept,) = theirs.kept()
-    frames_kept = [packet for packet in kept if packet[12:14] == frames.KIND]
-    assert frames_kept == list(frames.frames(2, COUNT, 1514))
+    sent = list(frames.frames(10, total, 1514))
+    places = {frame: place for place, frame in enumerate(sent)}
+    kept = [
+        [places[packet] for packet in packets if packet in places]
+        for packets in theirs.kept()
+    ]
+    assert sorted(chain.from_iterable(kept)) == list(range(total))
+    assert kept == [sorted(places_of_queue) for places_of_queue in kept]

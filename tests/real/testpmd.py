@@ -10,7 +10,8 @@ from subprocess import PIPE
 from tests.real.processes import Process
 from tests.real.programs import Programs
 
-PROMPT = "testpmd> "
+COUNTS = re.compile(r"RX-packets: (\d+).*?TX-packets: (\d+)", re.DOTALL)
+LAST_LINE = "Tx-pps:"
 FOR_EVER = 0xFFFFFFFF
 FILE = struct.Struct("=IHHiIII")
 PACKET = struct.Struct("=IIII")
@@ -68,25 +69,31 @@ class Testpmd(Process):
             "--disable-device-start",
         )
         super().__init__(argv, log, stdin=PIPE)
-        self._read = 0
-        self._prompt(timeout=60)
-        if "virtio_user" in str(argv):
+        self.ports = len(devices)
+        self._shown = 0
+        if "virtio_user" in devices[0]:
             self("port config 0 rx_offload scatter on")  # packets in several buffers
-        assert "Fail" not in self("port start all"), self.describe()
+        self("port start all")
         self(f"set burst tx delay 10 retry {FOR_EVER}")
         self("set fwd io retry")
+        assert self.has_counted(*[(0, 0)] * self.ports), self.describe()
+        assert "Fail" not in self.output(), self.describe()
 
-    def __call__(self, command: str) -> str:
-        """Run a command: what it says."""
+    def __call__(self, command: str) -> None:
+        """Let it run a command, after those before."""
         assert self.popen.stdin is not None
         self.popen.stdin.write(command.encode() + b"\n")
         self.popen.stdin.flush()
-        return self._prompt(timeout=20)
 
     def counted(self) -> list[tuple[int, int]]:
-        """The packets that each device has received, and those that it has sent."""
-        said = self("show port stats all")
-        found = re.findall(r"RX-packets: (\d+).*?TX-packets: (\d+)", said, re.DOTALL)
+        """The packets that each device has received, and those that it has sent.
+
+        Prompts would not tell when it is done: messages come in the middle of them.
+        """
+        self("show port stats all")
+        self._shown += self.ports
+        self.wait_until(lambda: self.output().count(LAST_LINE) == self._shown, 60)
+        found = re.findall(COUNTS, self.output())[-self.ports :]
         return [(int(received), int(sent)) for received, sent in found]
 
     def has_counted(self, *counts: tuple[int, int]) -> bool:
@@ -97,17 +104,11 @@ class Testpmd(Process):
         return self.counted()[0][1] >= count
 
     def quit(self) -> None:
+        self("stop")
+        self("quit")
         assert self.popen.stdin is not None
-        self.popen.stdin.write(b"stop\nquit\n")
         self.popen.stdin.close()
         assert self.wait(timeout=20) == 0, self.describe()
-
-    def _prompt(self, timeout: float) -> str:
-        """Wait for the next prompt: what was said before it."""
-        self.wait_until(lambda: PROMPT in self.output()[self._read :], timeout)
-        said, _, _ = self.output()[self._read :].partition(PROMPT)
-        self._read += len(said) + len(PROMPT)
-        return said
 
 
 def _in_pcap(packets: Iterable[bytes]) -> bytes:

@@ -7,19 +7,24 @@ from tests.guest.inside.noise import data
 
 KIND = b"\x88\xb5"
 """The type for local experiments, so that nobody else sends or answers such frames."""
-HEADER = b"\2\0\0\0\0\1" + b"\2\0\0\0\0\2" + KIND
+ADDRESS = b"\2\0\0\0\0"
 SMALLEST = 60
 SO_RCVBUFFORCE = 33
 
 
 def frames(seed: int, count: int, largest: int) -> Iterator[bytes]:
-    """Numbered frames of all sizes."""
+    """Numbered frames of all sizes; the seed is in the sender's address."""
     noise = data(seed, 1 << 20)
+    header = ADDRESS + b"\1" + ADDRESS + bytes([seed]) + KIND
     for number in range(count):
         size = SMALLEST + number * 7919 % (largest + 1 - SMALLEST)
         start = number * 4099 % (len(noise) - largest)
         payload = number.to_bytes(4, "big") + noise[start:]
-        yield HEADER + payload[: size - len(HEADER)]
+        yield header + payload[: size - len(header)]
+
+
+def seed_of(frame: bytes) -> int:
+    return frame[2 * len(ADDRESS) + 1]
 
 
 _sockets: list[socket.socket] = []
@@ -35,17 +40,16 @@ def listen() -> None:
     _sockets.append(sock)
 
 
-def exchange(incoming: int, outgoing: int, count: int, largest: int) -> None:
-    """Receive frames and no others, and send as many in between."""
-    pairs = zip(
-        frames(incoming, count, largest), frames(outgoing, count, largest), strict=True
-    )
+def exchange(incoming: list[int], outgoing: int, count: int, largest: int) -> None:
+    """Receive frames of these seeds, each in order, and send as many in between."""
+    expected = {seed: frames(seed, count, largest) for seed in incoming}
     with _sockets.pop() as sock:
-        for number, (expected, ours) in enumerate(pairs):
+        for ours in frames(outgoing, count * len(incoming), largest):
             sock.send(ours)
             found = sock.recv(65536)
-            if found != expected:
+            wanted = next(expected[seed_of(found)])
+            if found != wanted:
                 raise ValueError(
-                    f"frame {number} has {len(found)} bytes, not {len(expected)}:"
-                    f" {found[:64].hex()}, not {expected[:64].hex()}"
+                    f"{len(found)} bytes {found[:64].hex()} instead of {len(wanted)}"
+                    f" bytes {wanted[:64].hex()}"
                 )

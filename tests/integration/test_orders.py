@@ -17,6 +17,7 @@ import pytest
 from tests.support.airlock import Airlock
 from tests.support.backs import DiskBack, readable, wait_until
 from tests.support.order import check_order
+from tests.support.sessions import await_reaped
 from tests.support.vmm import VMMS, Blkio, CloudHypervisor, Crosvm, Qemu, Vmm
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.ring import SplitLayout, SplitRing
@@ -273,10 +274,7 @@ def test_ring_that_is_not_enabled_is_not_served(serve: Serve) -> None:
         queue.driver.publish()
     vmm.enable(1, True)
     vmm.queues[1].kick()
-    while not vmm.queues[1].reap():
-        assert readable(vmm.queues[1].call_fd)
-        drain(vmm.queues[1].call_fd)
-        vmm.queues[1].driver.arm()
+    await_reaped(vmm.queues[1])
     ios[1].check()
     # The other one had its kick long before.
     assert not vmm.queues[0].reap()

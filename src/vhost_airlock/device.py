@@ -290,21 +290,35 @@ class Device:
         self._front_requests = Requester(channel, BACKEND_RULES, self.protocol_features)
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """What each ring has done, by its number, and the worker and the pool."""
+        """What each ring has done, by its number, and the worker and the pool.
+
+        Any thread may ask at any time: it reads, and looks at each thing once.
+        """
         found = {
-            f"ring {index}": ring.counters()
-            for index, ring in sorted(self.rings.items())
+            f"ring {ring.index}": ring.counters()
+            for ring in self._rings_in_order()
             if ring.pump is not None
         }
         found |= self.workers.counters()
-        if self._back is not None and self._back.settled:
-            memory = self._back.memory
+        back = self._back
+        if back is not None and back.settled:
+            memory = back.memory
             found["pool"] = {
                 "used": memory.pool.used,
                 "high_water": memory.pool.high_water,
                 "resident": memory.resident,
+                "regions": len(memory.regions) - 1,
             }
         return found
+
+    def conditions(self) -> dict[str, dict[str, object]]:
+        """The phase of each ring, by its number, and its fault. Any thread may ask."""
+        return {
+            f"ring {ring.index}": ring.condition() for ring in self._rings_in_order()
+        }
+
+    def _rings_in_order(self) -> list[Ring]:
+        return sorted(self.rings.values(), key=lambda ring: ring.index)
 
     def close(self, *, keep_back: bool = False) -> Back | None:
         """Let go of everything; return the back, if it is to be kept and can be."""

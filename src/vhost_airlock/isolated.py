@@ -52,8 +52,11 @@ class Region:
 
     @property
     def resident(self) -> int:
-        """Bytes of memory that it really takes."""
-        return os.fstat(self.fd.fileno()).st_blocks * 512
+        """Bytes of memory that it really takes; 0 when it has just been closed."""
+        try:
+            return os.fstat(self.fd.fileno()).st_blocks * 512
+        except (OSError, ValueError):  # only for a thread that is not ours
+            return 0
 
 
 def sealed_memfd(name: str, size: int) -> Fd:
@@ -103,7 +106,7 @@ class IsolatedMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes of memory that all of it really takes."""
+        """Bytes of memory that all of it really takes. Any thread may ask."""
         return sum(region.resident for region in self.regions)
 
     @property

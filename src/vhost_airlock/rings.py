@@ -55,9 +55,8 @@ class Ring:
         self.front = FrontFds()
         self.worker = worker
         self.events = events
-        self.pump: Pump | None = None
-        self._lost: list[Pump] = []
-        """Former ones, with buffers that the back may still write to."""
+        self.pumps: list[Pump] = []
+        """The one in use is the last; the back may still write to buffers of others."""
         self.kick = eventfd()
         self.call = eventfd()
         self.err = eventfd()
@@ -69,6 +68,10 @@ class Ring:
         return self.vring.index
 
     @property
+    def pump(self) -> Pump | None:
+        return self.pumps[-1] if self.pumps else None
+
+    @property
     def attached(self) -> bool:
         return self.pump is not None and self.pump.attached
 
@@ -78,21 +81,27 @@ class Ring:
         return self.pump is not None and self.pump.attached and not self.pump.fault
 
     @property
-    def pumps(self) -> list[Pump]:
-        """All that there ever were, the one in use last."""
-        return self._lost if self.pump is None else [*self._lost, self.pump]
-
-    @property
     def quarantined(self) -> int:
         """How many requests a stop left behind: the back may still write to them."""
         return sum(pump.quarantined for pump in self.pumps)
 
     def counters(self) -> dict[str, int]:
-        """What was done since the ring was made, by name."""
+        """What was done since the ring was made, and what it holds now, by name.
+
+        Any thread may ask.
+        """
         total: Counter[str] = Counter()
-        for pump in self.pumps:
+        for pump in list(self.pumps):
             total.update(pump.counters())
         return dict(total)
+
+    def condition(self) -> dict[str, object]:
+        """What the front has made of it, and why it is broken. Any thread may ask."""
+        pump = self.pump
+        return {
+            "phase": self.vring.phase.name.lower(),
+            "fault": None if pump is None else FAULTS.get(pump.fault),
+        }
 
     def set_guaranteed(self, size: int) -> None:
         """So much of the pool, in bytes, is this ring's; while no worker runs."""
@@ -119,12 +128,12 @@ class Ring:
         size = self.vring.num
         fresh = self.pump is not None and self.pump.quarantined > 0
         area = back.memory.ring_area(self.index, area_bytes(size), fresh=fresh)
-        if self.pump is not None and fresh:
-            self._lost.append(self.pump)
         if self.pump is None or fresh:
-            self.pump = Pump(self.index, memory.guest, back.memory.pool, policy)
+            pool = back.memory.pool
+            self.pumps.append(Pump(self.index, memory.guest, pool, policy))
+        pump = self.pumps[-1]
         with self.worker.pause():
-            self.pump.attach(
+            pump.attach(
                 size=size,
                 base=self.vring.base,
                 guest=parts,
@@ -146,7 +155,7 @@ class Ring:
         # The specification wants a kick with the start, and rust-vmm needs it. It can
         # wait, if the back has seen to that; let it be the worker who does.
         with self.worker.pause():
-            self.pump.kick()
+            pump.kick()
 
     def enable(self, back: Back, enable: bool) -> None:
         """Take new chains from the guest, or only end what is in flight."""

@@ -125,7 +125,48 @@ class TestStep:
             "stalls": 0,
             "violations": 0,
             "clamped": 3,
+            "faults": 0,
+            "outstanding": 0,
+            "quarantined": 0,
+            "used": 0,
+            # In each, 1000 bytes at a page's start and 700 at another's.
+            "high_water": 3 * 2 * PAGE,
         }
+
+    def test_counters_say_what_is_held(self, world):
+        lane = Lane(world)
+        for _ in range(3):
+            lane.offer((0, PAGE, True))
+        lane.step()
+        lane.complete(lane.take())
+        lane.step()
+        lane.take()
+        counters = lane.pump.counters()
+        assert (counters["outstanding"], counters["quarantined"]) == (2, 0)
+        assert (counters["used"], counters["high_water"]) == (2 * PAGE, 3 * PAGE)
+        lane.stop(2)
+        counters = lane.pump.counters()
+        assert (counters["outstanding"], counters["quarantined"]) == (0, 1)
+        assert (counters["used"], counters["high_water"]) == (PAGE, 3 * PAGE)
+
+    def test_a_chain_without_room_is_not_in_the_high_water(self):
+        world = World(pool=2 * PAGE)
+        lane = Lane(world)
+        lane.offer((0, PAGE, True))
+        lane.offer((0, 2 * PAGE, True))
+        assert lane.step() == 1
+        assert lane.counter("stalls") == 1
+        assert lane.counter("high_water") == PAGE
+
+    def test_each_fault_is_counted_once(self, world):
+        lane = Lane(world, size=4)
+        lane.ring.avail_idx = 9
+        lane.step()
+        lane.step()
+        assert lane.counter("faults") == 1
+        lane.pump.move(None)
+        lane.pump.move(None)
+        assert lane.counter("faults") == 2
 
     def test_counters_go_on_over_a_restart(self, world):
         lane = Lane(world)

@@ -325,6 +325,51 @@ class TestSleep:
             lane.close()
 
 
+class TestCounters:
+    """What nothing but the counters can tell."""
+
+    def test_polling_is_counted(self, events):
+        worker = Worker(events, poll_us=20_000)
+        with running(worker):
+            lane = Wired(World(), worker)
+            began = time.monotonic_ns()
+            while worker.counters()["polled"] < 20_000:
+                one_request(lane, b"x")
+            lane.close()
+        assert worker.counters()["spins"] > 0
+        assert worker.counters()["polled"] < time.monotonic_ns() - began
+
+    def test_without_polling_none_is_counted(self, events):
+        worker = Worker(events)
+        with running(worker):
+            lane = Wired(World(), worker)
+            for _ in range(20):
+                one_request(lane, b"x")
+            lane.close()
+        counters = worker.counters()
+        assert (counters["spins"], counters["polled"]) == (0, 0)
+
+    def test_waking_in_vain_is_counted(self, events):
+        worker = Worker(events)
+        with running(worker):
+            lane = Wired(World(), worker)
+            at_rest(worker)
+            before = worker.counters()
+            assert before["vain"] == 0, "only the control plane has woken it"
+            for number in range(1, 4):
+                os.eventfd_write(lane.kick_in, 1)
+                until(
+                    lambda n=number: worker.counters()["sleeps"] == before["sleeps"] + n
+                )
+                assert worker.counters()["vain"] == number
+            lane.offer((0, 16))
+            os.eventfd_write(lane.kick_in, 1)
+            lane.await_chain()
+            at_rest(worker)
+            assert worker.counters()["vain"] == 3
+            lane.close()
+
+
 class TestEvents:
     """What the control plane is told, by one eventfd."""
 

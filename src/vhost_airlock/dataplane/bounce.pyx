@@ -87,7 +87,9 @@ cdef int place(
     if placed:
         slot.pages = pages
         placed = take_blocks(slot, small, pages, pool)
-        if not placed:
+        if placed:
+            share.high_water = max(share.high_water, share.used)
+        else:
             pool.wanted = max(pool.wanted, largest)
     if not placed:
         give_blocks(slot, pool)

@@ -59,6 +59,7 @@ cdef extern from * nogil:
     void fetch_desc "airlock_fetch_desc"(Desc *to, const Desc *source)
     uint16_t load16 "airlock_load"(const uint16_t *)
     uint32_t load32 "airlock_load"(const uint32_t *)
+    uint64_t load64 "airlock_load"(const uint64_t *)
     int load_int "airlock_load"(const int *)
     uint16_t load16_acquire "airlock_load_acquire"(const uint16_t *)
     void store16 "airlock_store"(uint16_t *, uint16_t)

@@ -44,6 +44,8 @@ cdef struct Share:
     # What one ring has taken, in pages, and how much it can always have.
     uint64_t used
     uint64_t guaranteed
+    # The most that it ever had.
+    uint64_t high_water
 
 cdef struct PoolState:
     pthread_mutex_t mutex

@@ -18,7 +18,7 @@ from libc.errno cimport errno
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from vhost_airlock.dataplane.layout cimport PAGE
+from vhost_airlock.dataplane.layout cimport PAGE, load64
 from vhost_airlock.dataplane.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, close, eventfd, pthread_mutex_destroy,
     pthread_mutex_init,
@@ -170,7 +170,8 @@ cdef void push_run(PoolRegion *region, uint32_t start, uint32_t end) noexcept no
 cdef class Pool:
     """Blocks for bounce buffers, up to `limit` bytes in regions added one by one.
 
-    Call the methods only while the workers of all pumps with this pool are paused.
+    Call the methods only while the workers of all pumps with this pool are paused;
+    the properties may be read at any time.
     """
 
     def __cinit__(self, uint64_t limit, *, uint64_t largest, bint shared=False):
@@ -264,12 +265,12 @@ cdef class Pool:
     @property
     def used(self):
         """Bytes in use."""
-        return self.state.used * PAGE
+        return load64(&self.state.used) * PAGE
 
     @property
     def high_water(self):
         """The most bytes that ever were in use."""
-        return self.state.high_water * PAGE
+        return load64(&self.state.high_water) * PAGE
 
     cdef _forget(self, PoolRegion *region):
         free(region.order)

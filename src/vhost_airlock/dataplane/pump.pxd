@@ -8,6 +8,7 @@ from vhost_airlock.dataplane.regions cimport GuestMemory, RegionTable
 from vhost_airlock.dataplane.shadow cimport ShadowRing
 
 cdef struct Counters:
+    # Written by whoever runs the pump, and by nobody else; read by anybody.
     uint64_t chains
     uint64_t completions
     # Copied from the guest to the back.
@@ -20,6 +21,7 @@ cdef struct Counters:
     uint64_t violations
     # Completions that claimed more bytes than there was room for.
     uint64_t clamped
+    uint64_t faults
 
 cdef struct PumpState:
     RegionTable *memory

@@ -36,7 +36,7 @@ from vhost_airlock.dataplane.layout cimport (
     Avail, BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
     BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
     HEAD_IN_USE, LOOP, MAX_SEGMENTS, NESTED_INDIRECT, NEVER_FITS, OUT_OF_MEMORY,
-    RING_UNMAPPED, UsedElem, Used, fence,
+    PAGE, RING_UNMAPPED, UsedElem, Used, fence, load16, load32, load64,
 )
 from vhost_airlock.dataplane.pool cimport Pool, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
@@ -103,7 +103,7 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     while reaped < budget and bytes < BYTES_A_STEP:
         rc = pump.shadow.ops.reap(&pump.shadow, &slot, &length)
         if rc < 0:
-            pump.fault = rc
+            fail(pump, rc)
         if rc <= 0:
             break
         reaped += 1
@@ -153,13 +153,13 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
         if not pump.waiting:
             rc = pump.guest.ops.take(&pump.guest, &pump.chain)
             if rc < 0:
-                pump.fault = rc
+                fail(pump, rc)
             if rc <= 0:
                 break
             pump.waiting = True
         rc = bounce(pump)
         if rc < 0:
-            pump.fault = rc
+            fail(pump, rc)
         if rc <= 0:
             break
         pump.waiting = False
@@ -213,6 +213,13 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     return 1
 
 
+cdef void fail(PumpState *pump, int fault) noexcept nogil:
+    """The ring stops, for this reason."""
+    if pump.fault != fault:
+        pump.fault = fault
+        pump.counters.faults += 1
+
+
 cdef bint rest(PumpState *pump) noexcept nogil:
     """Ask both sides to be woken. A fence, then pending(), must follow."""
     if not pump.attached:
@@ -255,7 +262,8 @@ cdef bint is_drained(PumpState *pump) noexcept nogil:
 cdef class Pump:
     """One guest ring, its shadow ring, and the chains between.
 
-    All methods but step() are for the control plane, while no worker runs the pump.
+    All methods but step() and counters() are for the control plane, while no worker
+    runs the pump.
     Addresses are our own, in bytes, unless they say otherwise.
     """
 
@@ -408,7 +416,7 @@ cdef class Pump:
         cdef uintptr_t desc, avail, used
 
         if guest is None:
-            self.state.fault = RING_UNMAPPED
+            fail(&self.state, RING_UNMAPPED)
             return
         desc, avail, used = guest
         move_split(&self.state.guest, <Desc *> desc, <Avail *> avail, <Used *> used)
@@ -448,7 +456,7 @@ cdef class Pump:
         if fault not in FAULTS:
             raise ValueError(f"fault {fault}")
         if self.state.fault == 0:
-            self.state.fault = fault
+            fail(&self.state, fault)
 
     def set_guaranteed(self, uint64_t size):
         """How many bytes of the pool this ring can always have."""
@@ -512,9 +520,24 @@ cdef class Pump:
         return count
 
     def counters(self):
-        """What was done since the pump was made, by name."""
-        counters = dict(self.state.counters)
-        counters["violations"] += self.state.shadow.violations
+        """What was done since the pump was made, and what is held now, by name.
+
+        Any thread may ask at any time, while a worker runs the pump too: each number
+        is whole, but they may be of different moments.
+        """
+        cdef Counters seen
+        cdef uint64_t *to = <uint64_t *> &seen
+        cdef uint64_t *source = <uint64_t *> &self.state.counters
+        cdef size_t i
+
+        for i in range(sizeof(Counters) // sizeof(uint64_t)):
+            to[i] = load64(&source[i])
+        counters = dict(seen)
+        counters["violations"] += load32(&self.state.shadow.violations)
+        counters["outstanding"] = load16(&self.state.outstanding)
+        counters["quarantined"] = self.quarantined
+        counters["used"] = load64(&self.state.share.used) * PAGE
+        counters["high_water"] = load64(&self.state.share.high_water) * PAGE
         return counters
 
     cdef _reserve_slots(self, uint16_t size):

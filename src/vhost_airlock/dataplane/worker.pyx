@@ -30,7 +30,7 @@ from libc.string cimport memset
 from posix.signal cimport sigaction, sigaction_t
 from posix.time cimport timespec
 
-from vhost_airlock.dataplane.layout cimport fence, load_int, store_int
+from vhost_airlock.dataplane.layout cimport fence, load64, load_int, store_int
 from vhost_airlock.dataplane.pool cimport tell_room
 from vhost_airlock.dataplane.pump cimport (
     Pump, PumpState, is_drained, pending, rest, step,
@@ -92,6 +92,11 @@ cdef class Worker:
     cdef uint64_t window
     cdef uint64_t sleeps
     cdef uint64_t rounds
+    cdef uint64_t spins
+    cdef uint64_t polled
+    cdef uint64_t vain
+    cdef bint woken
+    """It was notified, and has not gone round since."""
     cdef Route *route
     cdef int routes
     cdef list pumps
@@ -136,6 +141,8 @@ cdef class Worker:
                     break
                 if not go_round(self):
                     idle(self)
+                else:
+                    self.woken = False
             pthread_mutex_lock(&self.mutex)
             self.running = False
             pthread_cond_broadcast(&self.changed)
@@ -203,8 +210,15 @@ cdef class Worker:
             raise OSError(errno, f"cannot stop to wait for descriptor {fd}")
 
     def counters(self):
-        """How often the worker went round and slept, and its polling window in ns."""
-        return {"rounds": self.rounds, "sleeps": self.sleeps, "window": self.window}
+        """What the loop has done, by name; times in ns. Any thread may ask."""
+        return {
+            "rounds": load64(&self.rounds),
+            "sleeps": load64(&self.sleeps),
+            "vain": load64(&self.vain),
+            "spins": load64(&self.spins),
+            "polled": load64(&self.polled),
+            "window": load64(&self.window),
+        }
 
     cdef _watch(self, int fd, uint32_t events):
         cdef epoll_event event
@@ -260,14 +274,11 @@ cdef void idle(Worker worker) noexcept nogil:
     cdef uint64_t count
     cdef int i, n
 
-    if worker.window:
-        start = now_ns()
-        while now_ns() - start < worker.window:
-            if is_pending(worker) or must_look(worker):
-                return
-            # Whoever is runnable on this core goes first: most often it is the one
-            # that we wait for, or that we have just woken.
-            sched_yield()
+    if worker.woken:
+        worker.woken = False
+        worker.vain += 1
+    if worker.window and poll(worker):
+        return
 
     for i in range(worker.routes):
         rest(worker.route[i].pump)
@@ -279,11 +290,31 @@ cdef void idle(Worker worker) noexcept nogil:
     worker.sleeps += 1
     start = now_ns()
     n = epoll_wait(worker.epoll, events, MAX_EVENTS, -1)
+    worker.woken = n > 0
     for i in range(n):
         if events[i].data.u64:
+            worker.woken = False    # by the control plane
             while read(worker.wake, &count, sizeof(count)) > 0:
                 pass
     learn(worker, now_ns() - start)
+
+
+cdef bint poll(Worker worker) noexcept nogil:
+    """Look for work as long as the window is. False: there was none in that time."""
+    cdef uint64_t start = now_ns()
+    cdef uint64_t now = start
+    cdef bint found = False
+
+    while not found and now - start < worker.window:
+        worker.spins += 1
+        found = is_pending(worker) or must_look(worker)
+        if not found:
+            # Whoever is runnable on this core goes first: most often it is the one
+            # that we wait for, or that we have just woken.
+            sched_yield()
+            now = now_ns()
+    worker.polled += now - start
+    return found
 
 
 cdef void learn(Worker worker, uint64_t slept) noexcept nogil:

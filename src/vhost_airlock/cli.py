@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import demo
+from . import demo, watch
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
 from .dataplane.pump import POLICIES
@@ -62,6 +62,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     demo_parser = commands.add_parser("demo", help="see it work, nothing else needed")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+    stats_parser = commands.add_parser("stats", help="what a running airlock is doing")
+    watch.add_arguments(stats_parser)
+    stats_parser.set_defaults(run=watch.run)
     options = parser.parse_args(argv)
     options.command = tuple(command)
     return options
@@ -144,6 +147,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=Config.drain_timeout,
         metavar="S",
         help="what requests have to end when a ring stops (default: %(default)s s)",
+    )
+    parser.add_argument(
+        "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
     )
     parser.add_argument("--log-level", choices=LEVELS, default=Config.log_level)
     parser.add_argument(

@@ -48,4 +48,6 @@ class Config:
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0
     """Seconds that requests in flight have to end when a ring stops."""
+    stats_path: str | None = None
+    """Where to answer who wants to know the counters."""
     log_level: str = "warning"

@@ -20,6 +20,7 @@ from .connector import make_connector
 from .errors import SessionError
 from .session import Session
 from .sockets import Listener, inherited
+from .stats import Stats
 from .vhost.channel import Channel
 from .vhost.fds import eventfd, notify
 from .vhost.wire import ProtocolFeature
@@ -38,6 +39,8 @@ class Daemon:
         self._open = contextlib.ExitStack()
         self.stop = self._open.enter_context(eventfd())
         self._kept: Back | None = None
+        self._session: Session | None = None
+        self._sessions = 0
         # From here on there may be something to clean away.
         for number in (signal.SIGTERM, signal.SIGINT):
             old = signal.signal(number, self._on_signal)
@@ -47,6 +50,9 @@ class Daemon:
             self.connector = make_connector(config, self.stop)
             self._open.callback(self.connector.close)
             self._fronts = self._listen()
+            if config.stats_path is not None:
+                stats = Stats(config.stats_path, self.describe)
+                self._open.callback(stats.close)
             undo.pop_all()
 
     def run(self) -> int:
@@ -61,6 +67,20 @@ class Daemon:
                     return 1
         return 0
 
+    def describe(self) -> dict[str, object]:
+        """What the process is doing, as JSON can hold it. Any thread may ask."""
+        session = self._session
+        idle = {
+            "backend_connected": self._kept is not None,
+            "rings": {},
+            "counters": {},
+        }
+        return {
+            "sessions": self._sessions,
+            "vmm_connected": session is not None,
+            **(idle if session is None else session.describe()),
+        }
+
     def close(self) -> None:
         """Close everything; nothing is left of the sockets that were made."""
         if self._kept is not None:
@@ -71,7 +91,12 @@ class Daemon:
         log.info("front: connected")
         front = Channel(sock, stop=self.stop, peer="front", timeout=self.config.timeout)
         session = Session(front, self.config, self._connect, self.stop)
-        kept = session.run()
+        self._session = session
+        self._sessions += 1
+        try:
+            kept = session.run()
+        finally:
+            self._session = None
         if self._kept is not None:
             return session  # it left before it needed the back, which is ours still
         if kept is None:

@@ -65,6 +65,14 @@ class Session:
             self.front.close()
         return kept
 
+    def describe(self) -> dict[str, object]:
+        """What is going on, as JSON can hold it. Any thread may ask."""
+        return {
+            "backend_connected": self.device.connected is not None,
+            "rings": self.device.conditions(),
+            "counters": self.device.counters(),
+        }
+
     def _serve(self) -> None:
         while True:
             ready = self._wait()

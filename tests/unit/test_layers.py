@@ -13,10 +13,10 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 LAYERS = """
     __main__
     cli
-    demo
+    demo  watch
     demo_report
     daemon
-    session  connector
+    session  connector  stats
     handlers
     device
     rings

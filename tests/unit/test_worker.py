@@ -315,6 +315,18 @@ class TestSleep:
         # What it learned from the last sleep, which was long.
         assert worker.counters()["sleeps"] > 0
 
+    def test_waking_in_vain_teaches_nothing(self, events):
+        """Such sleeps are short, but polling would not have spared them."""
+        worker = Worker(events, poll_us=1_000_000)
+        with running(worker):
+            lane = Wired(World(), worker)
+            at_rest(worker)
+            for number in range(1, 11):
+                os.eventfd_write(lane.kick_in, 1)
+                until(lambda n=number: worker.counters()["vain"] == n)
+            assert worker.counters()["window"] == 0
+            lane.close()
+
     def test_without_polling_there_is_no_window(self, events):
         worker = Worker(events)
         with running(worker):

@@ -96,7 +96,9 @@ cdef class Worker:
     cdef uint64_t polled
     cdef uint64_t vain
     cdef bint woken
-    """It was notified, and has not gone round since."""
+    """It was notified, and has moved nothing since."""
+    cdef uint64_t slept
+    """For so long, in ns, since something moved the last time."""
     cdef Route *route
     cdef int routes
     cdef list pumps
@@ -141,8 +143,6 @@ cdef class Worker:
                     break
                 if not go_round(self):
                     idle(self)
-                else:
-                    self.woken = False
             pthread_mutex_lock(&self.mutex)
             self.running = False
             pthread_cond_broadcast(&self.changed)
@@ -264,6 +264,10 @@ cdef int go_round(Worker worker) noexcept nogil:
             tell = True
     if tell:
         signal_fd(worker.events)
+    if moved:
+        worker.woken = False
+        if worker.slept:
+            learn(worker)
     return moved
 
 
@@ -275,9 +279,11 @@ cdef void idle(Worker worker) noexcept nogil:
     cdef int i, n
 
     if worker.woken:
+        # By a notification of something that we had found by looking. That says
+        # nothing of how long to poll: what we sleep is still the same sleep.
         worker.woken = False
         worker.vain += 1
-    if worker.window and poll(worker):
+    elif worker.window and poll(worker):
         return
 
     for i in range(worker.routes):
@@ -296,7 +302,7 @@ cdef void idle(Worker worker) noexcept nogil:
             worker.woken = False    # by the control plane
             while read(worker.wake, &count, sizeof(count)) > 0:
                 pass
-    learn(worker, now_ns() - start)
+    worker.slept += now_ns() - start
 
 
 cdef bint poll(Worker worker) noexcept nogil:
@@ -317,14 +323,15 @@ cdef bint poll(Worker worker) noexcept nogil:
     return found
 
 
-cdef void learn(Worker worker, uint64_t slept) noexcept nogil:
-    """Would polling have spared this sleep? Then poll longer, else not at all."""
-    if slept > worker.longest:
+cdef void learn(Worker worker) noexcept nogil:
+    """Would polling have spared the last sleep? Then poll longer, else not at all."""
+    if worker.slept > worker.longest:
         worker.window = 0
     else:
         worker.window = min(
             worker.longest, max(<uint64_t> FIRST_WINDOW, 2 * worker.window)
         )
+    worker.slept = 0
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:

@@ -27,8 +27,9 @@ test: lint types                        ## everything, with real programs where 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan
 
-stress: develop                         ## the property tests, at length
-	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property
+stress: develop                         ## the property tests and the races, at length
+	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
+	    tests/unit/test_races.py tests/unit/test_mutators.py
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

@@ -50,3 +50,6 @@ _NAME = os.environ.get("HYPOTHESIS_PROFILE", "asan" if SANITIZED else "ci")
 PROFILE = settings.get_profile(_NAME)
 STRESS = _NAME in ("stress", "hunt")
 """Have tests that take time all the time they want?"""
+
+RACE_SECONDS = float(os.environ.get("RACE_SECONDS", 60.0 if STRESS else 2.0))
+"""How long each race runs."""

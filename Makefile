@@ -27,9 +27,10 @@ test: lint types                        ## everything, with real programs where 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan
 
-stress: develop                         ## the property tests and the races, at length
+stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
-	    tests/unit/test_races.py tests/unit/test_mutators.py
+	    tests/unit/test_races.py tests/unit/test_mutators.py \
+	    tests/integration/test_endurance.py
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

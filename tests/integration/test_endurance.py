@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support.airlock import hung_up
 from tests.support.backs import ScriptedBack, readable
+from tests.support.profiles import STRESS
 from tests.support.program import Holdings, Program, listening
 from tests.support.sessions import serve
 from vhost_airlock.peers.disk import BlkType
@@ -18,7 +20,14 @@ from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ring import SplitRing
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
-from vhost_airlock.vhost.wire import Feature, MemoryRegion, ProtocolFeature
+from vhost_airlock.vhost.wire import (
+    Feature,
+    MemoryRegion,
+    ProtocolFeature,
+    Request,
+    VringFd,
+    VringState,
+)
 
 pytestmark = pytest.mark.whole_process
 
@@ -210,6 +219,43 @@ def test_i9_repeated_messages(setting: Setting) -> None:
     extra.close()
     for fd in spare:
         fd.close()
+
+
+def test_r1_messages_of_a_ring_that_never_starts(
+    setting: Setting,
+) -> None:
+    """R1: as fast as they go, and hardly ever is an answer waited for."""
+    kinds: list[tuple[Request, bytes, list[Fd]]]
+    with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest, eventfd() as event:
+        setting.connect(guest)
+        guest.start()
+        addr = replace(guest.queues[1].vring_addr(guest.ram), index=5)
+        kinds = [
+            (Request.SET_VRING_NUM, VringState(5, 32).pack(), []),
+            (Request.SET_VRING_NUM, VringState(5, 32768).pack(), []),
+            (Request.SET_VRING_BASE, VringState(5, 7).pack(), []),
+            (Request.SET_VRING_ADDR, addr.pack(), []),
+            (Request.SET_VRING_CALL, VringFd(5).pack(), [event]),
+            (Request.SET_VRING_ERR, VringFd(5).pack(), [event]),
+            (Request.SET_VRING_ENABLE, VringState(5, 1).pack(), []),
+            (Request.SET_VRING_ENABLE, VringState(5, 0).pack(), []),
+        ]
+        sent = 0
+        while sent < (100_000 if STRESS else 20_000):
+            for request, payload, fds in kinds:
+                guest.front.channel.send(request, payload, fds, flags=1)
+                sent += 1
+            if sent % 400 == 0:
+                guest.front.barrier()
+            if sent == 4000:
+                before = setting.program.holdings()
+        guest.front.barrier()
+        after = setting.program.holdings()
+        assert (after.fds, after.threads) == (before.fds, before.threads)
+        assert (after.mappings, after.isolated) == (before.mappings, before.isolated)
+        assert after.heap < before.heap + SLACK
+        serve(setting.back, guest)
+        setting.leave(guest)
 
 
 class Mill:

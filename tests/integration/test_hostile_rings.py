@@ -322,19 +322,51 @@ def test_i5_requests_that_never_end_do_not_fill_anything(
         await_reaped(queue)
 
 
-def test_i5_kick_descriptor_that_is_full_blocks_nobody(
-    session: Airlock, back: ScriptedBack, guest: BlkGuest
-) -> None:
-    """The flag for not blocking belongs to everybody who has the eventfd."""
+def make_kicks_wait(back: ScriptedBack, guest: BlkGuest) -> Io:
+    """Of ring 0, and have the worker kick; the request for which it does.
+
+    The flag for not blocking belongs to everybody who has the eventfd.
+    """
     kick = back.vrings[0].kick
     assert kick is not None
+    back.ring().arm()
     drain(kick)
     os.set_blocking(kick.fileno(), True)
     os.eventfd_write(kick.fileno(), (1 << 64) - 2)
-    io = submitted(back, guest)
-    serve(back, guest, 1)
+    return submitted(back, guest)
+
+
+def test_i5_kick_descriptor_that_is_full_does_not_keep_a_ring_from_its_end(
+    session: Airlock, back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The device's other ring waits too, till somebody needs the worker."""
+    io = make_kicks_wait(back, guest)
+    other = guest.queues[1].submit(BlkType.FLUSH)
+    guest.queues[1].kick()
+    idle(0.1)
+    assert back.ring(1).take() is None, "nothing waits"
     began = time.monotonic()
     guest.front.barrier()
-    guest.stop()
+    guest.front.get_vring_base(0)
     assert time.monotonic() - began < TIMEOUT + SLACK
     assert io.status is None
+    back.complete(back.take(1), index=1)
+    await_reaped(guest.queues[1])
+    assert other.status == BlkStatus.OK
+
+
+@pytest.mark.parametrize("end", ["front", "signal"])
+def test_i5_kick_descriptor_that_is_full_does_not_keep_a_session_from_its_end(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest, end: str
+) -> None:
+    guest.connect(airlock.channel())
+    guest.start()
+    serve(back, guest)
+    make_kicks_wait(back, guest)
+    began = time.monotonic()
+    if end == "front":
+        guest.disconnect()
+        airlock.join()
+    else:
+        airlock.end()
+    assert time.monotonic() - began < TIMEOUT + SLACK

@@ -358,6 +358,34 @@ def test_i1_descriptors_of_length_zero_and_odd_buffers_leak_nothing() -> None:
                 assert queue.driver.arm() or readable(queue.call_fd)
 
 
+def test_i1_nothing_of_the_guest_is_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not at its most talkative, and not when a ring breaks."""
+    caplog.set_level("DEBUG")
+    back = ScriptedBack()
+    with Airlock(back) as airlock, MarkedGuest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        (queue,) = guest.queues
+        buffer = guest.ram.alloc(PAGE)
+        guest.ram.view(buffer, PAGE)[:] = (MARK * PAGE)[:PAGE]
+        io = queue.submit(BlkType.OUT, 0, [(buffer, PAGE)])
+        queue.kick()
+        chain = back.take()
+        assert MARK in back.read(chain)
+        back.complete(chain)
+        await_reaped(queue)
+        assert io.status == BlkStatus.OK
+        queue.driver.ring.avail_idx = queue.driver.ring.avail_idx + 1000
+        os.eventfd_write(queue.kick_fd.fileno(), 1)
+        assert readable(queue.err_fd)
+        guest.disconnect()
+        airlock.join()
+    assert "ring 0 is broken" in caplog.text
+    assert MARK.decode().strip() not in caplog.text
+
+
 def test_i1_after_a_session_nothing_of_it_is_in_the_next() -> None:
     back = ScriptedBack()
     with Airlock(back) as airlock:

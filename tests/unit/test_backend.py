@@ -405,15 +405,16 @@ def test_serve_a_back_ends_own_requests():
 
 
 @pytest.mark.parametrize("request_", RULES, ids=repr)
-@pytest.mark.parametrize("count", [*range(5), 8, 32, 33, 253])
-def test_any_number_of_fds_with_any_request_leaks_none(null, request_, count):
+def test_any_number_of_fds_with_any_request_leaks_none(null, request_):
+    """F4. The most that the kernel lets through are 253."""
     rule = RULES[request_]
-    with Front() as front:
-        front.negotiate(ALL)
-        front.handlers[request_] = done
-        front.send(request_, bytes(rule.payload.MIN_SIZE), [null] * count, 0x9)
-        with contextlib.suppress(ProtocolError, TypeError):
-            front.backend.handle_one()
+    for count in range(254):
+        with Front() as front:
+            front.negotiate(ALL)
+            front.handlers[request_] = done
+            front.send(request_, bytes(rule.payload.MIN_SIZE), [null] * count, 0x9)
+            with contextlib.suppress(ProtocolError, TypeError):
+                front.backend.handle_one()
 
 
 requests = st.one_of(st.sampled_from(list(Request)), st.integers(0, 60))

@@ -266,6 +266,21 @@ class TestPolicies:
         assert (self.told, self.clamped) == (1301, 1)
 
     @pytest.mark.parametrize("policy", ["full", "used", "used+tail"])
+    @pytest.mark.parametrize("room", [1, 2, 9, 10, 11])
+    def test_g3_less_room_than_any_header_takes(self, world, policy, room):
+        """Lengths are what the guest says, and nothing is taken off them."""
+        lane = Lane(world, policy=policy)
+        world.ram.write(0, b"g" * 100)
+        lane.offer((PAGE, 1), (10, room, True))
+        lane.step()
+        chain = lane.take()
+        assert [buffer.length for buffer in chain.buffers] == [1, room]
+        lane.complete(chain, b"w" * room, length=12)
+        lane.step()
+        assert [length for _, length in lane.used()] == [room]
+        assert world.ram.read(0, 100) == b"g" * 10 + b"w" * room + b"g" * (90 - room)
+
+    @pytest.mark.parametrize("policy", ["full", "used", "used+tail"])
     @pytest.mark.parametrize("said", [0, 5, 0xFFFFFFFF])
     def test_with_nothing_to_write_nothing_is_written(self, world, policy, said):
         lane = Lane(world, policy=policy)

@@ -226,6 +226,16 @@ def test_sending_to_a_closed_peer_raises_no_signal(peer):
     assert signals == []
 
 
+def test_credentials_are_not_asked_for_and_change_nothing(peer):
+    """Whatever else a peer may send beside bytes, only descriptors are looked at."""
+    identity = array.array("i", [os.getpid(), os.getuid(), os.getgid()])
+    control = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, identity)]
+    assert peer.sock.sendmsg([GET_FEATURES], control) == len(GET_FEATURES)
+    with peer.channel.recv(soon()) as message:
+        assert message.request == 1
+        assert not message.fds
+
+
 def test_an_error_of_the_socket_ends_the_session():
     # Not connected: recvmsg() fails with EINVAL, sendmsg() with ENOTCONN.
     with Channel(socket.socket(socket.AF_UNIX), peer="front") as channel:

@@ -306,6 +306,35 @@ def test_every_device_type_that_is_refused_is_in_the_threat_model():
     assert f"({', '.join(told)})" in README
 
 
+@pytest.mark.parametrize(
+    ("title", "least"),
+    [
+        ("A hostile back-end", 30),
+        ("A hostile guest", 18),
+        ("The process", 8),
+        ("Failures of others", 25),
+    ],
+)
+def test_every_row_of_the_threat_model_has_a_test(title, least):
+    table = rows(section(doc("threat-model.md"), title))
+    assert len(table) >= least
+    for *cells, tests in table:
+        assert all(cells)
+        assert names(tests), cells
+        for name in names(tests):
+            assert f"def {name}(" in TESTS, name
+
+
+def test_every_failure_of_others_is_there_once():
+    """The anchors that are numbered: none is left out."""
+    table = rows(section(doc("threat-model.md"), "Failures of others"))
+    anchors = [row[0].partition(":")[0] for row in table if row[0][1].isdigit()]
+    last = {"M": 4, "R": 2, "F": 7, "G": 9, "B": 4}
+    assert anchors == [
+        f"{c}{n}" for c, most in last.items() for n in range(1, most + 1)
+    ]
+
+
 def test_every_copy_policy_is_described():
     table = rows(section(TUNING, "What is copied back"))
     assert {names(row[0])[0] for row in table} == set(POLICIES)

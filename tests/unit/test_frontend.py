@@ -565,19 +565,20 @@ def test_an_fd_that_is_missing_is_an_error(pair, null, call, request_, payload):
         call(pair.front, null)
 
 
-@pytest.mark.parametrize("count", [*range(1, 6), 8, 32, 33, 253])
 @pytest.mark.parametrize("request_", RULES, ids=repr)
-def test_fds_that_may_not_come_back_are_closed(null, request_, count):
+def test_fds_that_may_not_come_back_are_closed(null, request_):
+    """F4, from the other side."""
     rule = RULES[request_]
-    with Pair() as pair:
-        payload = bytes(rule.reply.MIN_SIZE)
-        pair.answers((message(request_, payload), [null.fileno()] * count))
-        sent = rule.payload.unpack(bytes(rule.payload.MIN_SIZE))
-        if count in rule.reply_fds:
-            pair.front.exchange(request_, sent).close()
-        else:
-            with pytest.raises(ProtocolError, match="fds"):
-                pair.front.exchange(request_, sent)
+    for count in range(1, 254):
+        with Pair() as pair:
+            payload = bytes(rule.reply.MIN_SIZE)
+            pair.answers((message(request_, payload), [null.fileno()] * count))
+            sent = rule.payload.unpack(bytes(rule.payload.MIN_SIZE))
+            if count in rule.reply_fds:
+                pair.front.exchange(request_, sent).close()
+            else:
+                with pytest.raises(ProtocolError, match="fds"):
+                    pair.front.exchange(request_, sent)
 
 
 # Replies that are not the one that is due.

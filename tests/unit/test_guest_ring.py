@@ -238,6 +238,16 @@ class TestLimits:
         lane.step()
         assert lane.fault == "a chain is larger than the pool allows"
 
+    @pytest.mark.parametrize("last", [1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+    def test_g1_no_sum_of_lengths_wraps_round(self, last):
+        """To a sum that would be good again, be it of 31 bits, 32 or more."""
+        big = 0xFFFFFFFF
+        world = World(regions=[(0, 1 << 20), (1 << 33, big + 1)], pool=PAGE)
+        lane = Lane(world, size=16)
+        lane.offer((0, 64), *[(1 << 33, big, True)] * 3, (1 << 33, last, True))
+        lane.step()
+        assert lane.fault == "a chain has more than 2^32 - 1 bytes"
+
     def test_the_largest_length_does_not_wrap_round(self, world, lane):
         lane.offer(*[(0, 0xFFFFFFFF)] * 8)
         lane.step()

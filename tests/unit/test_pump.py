@@ -414,6 +414,20 @@ class TestNotifications:
         assert lane.driver.kick_needed()
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_i6_event_words_of_the_guest_only_suppress_calls(world, event_idx):
+    lane = Lane(world, size=4, guest_event_idx=event_idx)
+    for word in (0, 1, 0x7FFF, 0xFFFF):
+        lane.ring.avail_flags = word
+        lane.ring.used_event = word
+        lane.offer(READ)
+        assert lane.step() == 1
+        lane.complete(lane.take())
+        assert lane.step() == 1
+        assert len(lane.used()) == 1
+    assert lane.counter("calls") <= 4
+
+
 class TestStop:
     def run_chains(self, lane, count):
         """Chains that go all the way, so that positions are not where they began."""

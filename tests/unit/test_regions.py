@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.plane import MIB, PAGE, Lane, World
 from vhost_airlock.dataplane.regions import GuestMemory
@@ -87,6 +89,43 @@ class TestCrossing:
         lane.offer((address, length, writable))
         assert lane.step() == 0
         assert lane.fault == ADDRESS
+
+    @pytest.mark.parametrize("writable", [False, True])
+    @given(
+        address=st.one_of(
+            st.integers(0, (1 << 64) - 1),
+            st.builds(
+                lambda edge, by: (edge + by) % (1 << 64),
+                st.sampled_from([0, 2 * MIB, 4 * MIB, 8 * MIB, 10 * MIB, 1 << 32]),
+                st.integers(-2 * PAGE, 2 * PAGE),
+            ),
+        ),
+        length=st.sampled_from([1, 2, 64, 3000, PAGE, MIB, 1 << 31, 0xFFFFFFFF]),
+    )
+    @settings(max_examples=100, deadline=None)
+    def test_m2_any_address_is_memory_or_a_fault(self, writable, address, length):
+        """G1 too: lengths up to the largest."""
+        world = World()
+        lane = Lane(world)
+        inside = any(
+            start <= address and address + length <= end
+            for start, end in [
+                (0, 4 * MIB),
+                (8 * MIB, 10 * MIB),
+                (1 << 32, (1 << 32) + 4 * MIB),
+            ]
+        )
+        lane.offer((address, length, writable))
+        lane.step()
+        if inside:
+            assert lane.fault is None
+            lane.complete(lane.take(), b"w" * length if writable else b"")
+            lane.step()
+            assert len(lane.used()) == 1
+        else:
+            assert lane.fault == ADDRESS
+            assert lane.device.take() is None
+        world.check()
 
     def test_every_last_byte_is_there(self, world):
         lane = Lane(world)

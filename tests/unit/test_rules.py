@@ -1,6 +1,7 @@
 """The rules: complete, as the specification says, and applied to the last byte."""
 
 import contextlib
+import dataclasses
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from vhost_airlock.vhost.wire import (
     Request,
     SharedObject,
     VringAddr,
+    VringArea,
     VringFd,
     VringState,
 )
@@ -173,6 +175,30 @@ def test_a_switch_is_on_or_off(request_):
     assert accepted(request_, VringState(255, 1))
     assert "num=2" in refused(request_, VringState(0, 2))
     assert "256" in refused(request_, VringState(256, 1))
+
+
+INDEXED = [
+    (r, rule) for r, rule in EVERY_RULE if rule.payload in (VringState, VringAddr)
+]
+
+
+@pytest.mark.parametrize(
+    ("request_", "rule"), INDEXED, ids=[repr(r) for r, _ in INDEXED]
+)
+@pytest.mark.parametrize("high", [1 << 8, 1 << 15, 1 << 16, 1 << 31, 0xFFFFFF00])
+def test_no_bit_of_an_index_is_lost(request_, rule, high):
+    """F2: on every message that has one; the low bits alone would be a good index."""
+    rest = [0, 0, 0, 0] if rule.payload is VringAddr else []
+    check(request_, rule, rule.payload(1, *rest).pack(), 0)
+    with pytest.raises(ProtocolError, match=f"index={high + 1}"):
+        check(request_, rule, rule.payload(high + 1, *rest).pack(), 0)
+
+
+@every_rule
+def test_every_message_with_an_index_is_tested(request_, rule):
+    """In those with a descriptor it has 8 bits; the notifier's is always refused."""
+    if any(field.name == "index" for field in dataclasses.fields(rule.payload)):
+        assert (request_, rule) in INDEXED or rule.payload in (VringFd, VringArea)
 
 
 def test_a_status_has_8_bits():

@@ -228,7 +228,7 @@ struct back {
     struct mutator mutator;
     struct region region[8];
     uint32_t regions;
-    /* One in so many completions is a lie, and changes after it was published; 0: none. */
+    /* Completions change after they were published, with such pauses; 0: they don't. */
     uint32_t lies;
     uint64_t taken;
     /* Chains that are none. */
@@ -273,6 +273,26 @@ static int serve(struct back *back, const volatile struct desc *table, uint32_t 
     return 0;
 }
 
+/* Change elements that were published last, again and again, and change them back: the
+ * longer time they are true, or no chain would be completed. */
+static void lie(const struct back *back, uint16_t done, uint64_t *seed)
+{
+    const struct ring *ring = &back->ring;
+
+    for (uint32_t left = some(seed, 12); left; left--) {
+        uint16_t at = done - 1 - chance(seed) % 16;
+        volatile struct used_elem *elem = &ring->used->ring[at & (ring->size - 1)];
+        struct used_elem said = {elem->id, elem->len};
+
+        elem->id = left % (2 * ring->size);
+        elem->len = 0xffffffff;
+        elem->id = said.id;
+        elem->len = said.len;
+        for (volatile uint32_t pause = back->lies; pause; pause--)
+            ;
+    }
+}
+
 /* Complete every chain as soon as it is there. */
 void run_back(struct back *back, uint64_t seed, const volatile int *stop)
 {
@@ -283,8 +303,9 @@ void run_back(struct back *back, uint64_t seed, const volatile int *stop)
 
     while (!*stop) {
         uint16_t avail = __atomic_load_n(&ring->avail->idx, __ATOMIC_ACQUIRE);
-        volatile struct used_elem *last = NULL;
 
+        if (back->lies && done != 0)
+            lie(back, done, &seed);
         mutate(&back->mutator, &seed);
         /* A liar may have destroyed the index. */
         if (avail == seen || (uint16_t)(avail - seen) > ring->size) {
@@ -299,9 +320,8 @@ void run_back(struct back *back, uint64_t seed, const volatile int *stop)
             if (!back->lies && (head >= ring->size
                                 || !serve(back, ring->desc, ring->size, head)))
                 back->malformed++;
-            last = &ring->used->ring[done++ & mask];
-            last->id = head;
-            last->len = chance(&seed) % 4096;
+            ring->used->ring[done & mask].id = head;
+            ring->used->ring[done++ & mask].len = chance(&seed) % 4096;
             back->taken++;
             if (one_in(&seed, 8)) {
                 seen++;
@@ -309,15 +329,5 @@ void run_back(struct back *back, uint64_t seed, const volatile int *stop)
             }
         }
         publish(ring, &ring->used->idx, done, &seed);
-        if (last != NULL && one_in(&seed, back->lies)) {
-            struct used_elem said = {last->id, last->len};
-
-            for (uint32_t left = some(&seed, 19); left; left--) {
-                last->id = left % (2 * ring->size);
-                last->len = 0xffffffff;
-                last->id = said.id;
-                last->len = said.len;
-            }
-        }
     }
 }

@@ -382,6 +382,50 @@ class TestCounters:
             lane.close()
 
 
+class TestStorm:
+    """Somebody notifies without end, and there is nothing to move."""
+
+    @contextlib.contextmanager
+    def storm(self, fd):
+        stop = threading.Event()
+
+        def kick():
+            while not stop.is_set():
+                os.eventfd_write(fd, 1)
+
+        thread = threading.Thread(target=kick)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @pytest.mark.parametrize("side", ["guest", "back"])
+    def test_b4_the_worker_wakes_once_a_millisecond_at_most(self, wire, worker, side):
+        lane = wire()
+        one_request(lane, b"x")
+        at_rest(worker)
+        fd = lane.kick_in if side == "guest" else lane.call_in
+        before, start = worker.counters()["vain"], time.monotonic()
+        with self.storm(fd):
+            until(lambda: worker.counters()["vain"] > before + 200, 30)
+        woken = worker.counters()["vain"] - before
+        assert woken < 64 + 1000 * (time.monotonic() - start) + 2
+
+    def test_what_comes_in_a_storm_is_served(self, wire, worker):
+        """Of the ring that is stormed, too; and pauses do not wait for long."""
+        lane, other = wire(), wire()
+        with self.storm(lane.kick_in):
+            before = worker.counters()["vain"]
+            until(lambda: worker.counters()["vain"] > before + 100, 30)
+            for _ in range(20):
+                one_request(other, b"other")
+                one_request(lane, b"stormed")
+                with worker.pause():
+                    pass
+
+
 class TestEvents:
     """What the control plane is told, by one eventfd."""
 

@@ -23,6 +23,15 @@ cdef extern from "<sys/vfs.h>" nogil:
     int fstatfs(int, statfs_t *)
     long HUGETLBFS_MAGIC "0x958458f6L"
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int wait_for "poll" (pollfd *, unsigned long, int)
+    enum:
+        POLLIN
+
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
         uint64_t u64

@@ -15,6 +15,9 @@ stands still between two rounds then, and has seen the change when it goes on.
 A ring of another worker that waits for room in the pool is told by the pool's eventfd,
 which all of the pool's workers watch.
 
+Who notifies without end, and for nothing, wakes the worker once a millisecond only:
+after a number of such wake-ups without a single chain it is deaf for so long.
+
 Eventfds are registered edge-triggered and never read: each write is an edge. Writing
 is another matter: the back shares our kick's open file description and can make it
 blocking and full, in which case a kick waits. That stalls this device only; a pause
@@ -37,13 +40,13 @@ from vhost_airlock.dataplane.pump cimport (
 )
 from vhost_airlock.dataplane.sys cimport (
     CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, SIGURG, close, epoll_create1, epoll_ctl,
+    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, POLLIN, SIGURG, close, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, eventfd, now_ns, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_timedwait,
     pthread_cond_wait, pthread_condattr_init, pthread_condattr_setclock,
     pthread_condattr_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_kill, pthread_mutex_t, pthread_mutex_unlock, pthread_self, pthread_t, read,
-    sched_yield, signal_fd,
+    pollfd, sched_yield, signal_fd, wait_for,
 )
 
 from vhost_airlock.errors import DeadlineExceeded
@@ -54,6 +57,10 @@ cdef enum:
     # Nanoseconds of polling to start from.
     FIRST_WINDOW = 20_000
     MAX_EVENTS = 64
+    # Wake-ups in vain, one after the other, that are taken for a storm; and for how
+    # many milliseconds the worker then is deaf to notifications.
+    STORM = 64
+    NAP = 1
     # Nanoseconds that a worker has to stand still before it is interrupted.
     PATIENCE = 100_000_000
 
@@ -95,6 +102,8 @@ cdef class Worker:
     cdef uint64_t spins
     cdef uint64_t polled
     cdef uint64_t vain
+    cdef uint64_t vain_since
+    """Of these, how many there were when a chain last moved."""
     cdef bint woken
     """It was notified, and has moved nothing since."""
     cdef uint64_t slept
@@ -266,6 +275,7 @@ cdef int go_round(Worker worker) noexcept nogil:
         signal_fd(worker.events)
     if moved:
         worker.woken = False
+        worker.vain_since = worker.vain
         if worker.slept:
             learn(worker)
     return moved
@@ -283,6 +293,8 @@ cdef void idle(Worker worker) noexcept nogil:
         # nothing of how long to poll: what we sleep is still the same sleep.
         worker.woken = False
         worker.vain += 1
+        if worker.vain - worker.vain_since > STORM:
+            nap(worker)
     elif worker.window and poll(worker):
         return
 
@@ -302,6 +314,15 @@ cdef void idle(Worker worker) noexcept nogil:
             worker.woken = False    # by the control plane
             while read(worker.wake, &count, sizeof(count)) > 0:
                 pass
+    worker.slept += now_ns() - start
+
+
+cdef void nap(Worker worker) noexcept nogil:
+    """Somebody notifies without end, for nothing: let it wait, unlike a pause."""
+    cdef uint64_t start = now_ns()
+    cdef pollfd wake = pollfd(worker.wake, POLLIN, 0)
+
+    wait_for(&wake, 1, NAP)
     worker.slept += now_ns() - start
 
 

@@ -153,6 +153,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--log-level", choices=LEVELS, default=Config.log_level)
     parser.add_argument(
+        "--sandbox",
+        type=switch,
+        default=Config.sandbox,
+        metavar="on|off",
+        help="give up all rights that are not needed (default: on)",
+    )
+    parser.add_argument(
         "--print-capabilities",
         action="store_true",
         help="print what a management layer wants to know, as JSON, and exit",
@@ -224,6 +231,13 @@ def thread_count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise argparse.ArgumentTypeError(f"{text}: no number from 1 to 64")
     return int(text)
+
+
+def switch(text: str) -> bool:
+    """Return whether it is on."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text}: neither on nor off")
+    return text == "on"
 
 
 def seconds(text: str) -> float:

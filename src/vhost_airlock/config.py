@@ -51,3 +51,5 @@ class Config:
     stats_path: str | None = None
     """Where to answer who wants to know the counters."""
     log_level: str = "warning"
+    sandbox: bool = True
+    """Give up what the running process does not need; off is for debugging."""

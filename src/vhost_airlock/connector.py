@@ -6,25 +6,17 @@ lives as long as its session; the others are nobody's children.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
 import shutil
 import socket
-import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 
 from .config import CONNECTED_FD, LISTENING_FD, Config
-from .errors import DeadlineExceeded, SessionError, StartError, Stopped, UsageError
+from .errors import DeadlineExceeded, StartError, Stopped, UsageError
 from .sockets import Listener, require_socket
+from .starter import StarterProcess
 from .vhost.channel import Channel
 from .vhost.fds import HasFileno
-
-GRACE = 0.5
-"""Seconds that a back-end which we started has to end with its connection."""
-PATIENCE = 3.0
-"""Seconds that it has when it is told to end, before it is made to."""
 
 
 class Connector(ABC):
@@ -87,60 +79,33 @@ class Starter(Connector):
 
     def __init__(self, config: Config, stop: HasFileno) -> None:
         super().__init__(config, stop)
-        self.command = config.command
-        whole = " ".join(self.command)
+        command = config.command
+        whole = " ".join(command)
         if (CONNECTED_FD in whole) == (LISTENING_FD in whole):
             raise UsageError(
                 f"the back-end's command must have either {CONNECTED_FD}"
                 f" or {LISTENING_FD} in it: {whole}"
             )
-        if shutil.which(self.command[0]) is None:
-            raise StartError(f"no back-end: there is no program {self.command[0]}")
-        self.process: subprocess.Popen[bytes] | None = None
+        if shutil.which(command[0]) is None:
+            raise StartError(f"no back-end: there is no program {command[0]}")
+        self.starter = StarterProcess(command)
+        self.pid: int | None = None
+        """The program's process number, while there is one."""
+        self.status: int | None = None
+        """How the last one ended, as far as is known."""
 
     def connect(self) -> Channel:
-        if CONNECTED_FD in " ".join(self.command):
-            ours, theirs = socket.socketpair()
-        else:
-            ours, theirs = _listening_pair()
-        number = str(theirs.fileno())
-        command = [
-            part.replace(CONNECTED_FD, number).replace(LISTENING_FD, number)
-            for part in self.command
-        ]
-        try:
-            # In a process group of its own, as the terminal's SIGINT is not for it:
-            # we need it to drain the rings.
-            self.process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                process_group=0,
-            )
-        except OSError as error:
-            ours.close()
-            raise SessionError(
-                f"back: can't start {command[0]}: {error.strerror}"
-            ) from None
-        finally:
-            theirs.close()
-        return self._channel(ours)
+        self.pid, sock = self.starter.start()
+        return self._channel(sock)
 
     def disconnected(self) -> None:
-        """Most back-ends end with their connection; the others are told to.
+        """The program shall end; at once, if we are about to end ourselves."""
+        if self.pid is not None:
+            self.status = self.starter.end(now=_signalled(self.stop))
+            self.pid = None
 
-        At once, if we are about to end ourselves.
-        """
-        process, self.process = self.process, None
-        if process is None:
-            return
-        grace = 0.0 if _signalled(self.stop) else GRACE
-        for seconds, end in ((grace, process.terminate), (PATIENCE, process.kill)):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-                return
-            end()
-        process.wait()
+    def close(self) -> None:
+        self.starter.close()
 
 
 def make_connector(config: Config, stop: HasFileno) -> Connector:
@@ -150,25 +115,6 @@ def make_connector(config: Config, stop: HasFileno) -> Connector:
     if config.backend_listen is not None:
         return Waiter(config, stop)
     return Dialler(config, stop)
-
-
-def _listening_pair() -> tuple[socket.socket, socket.socket]:
-    """Return a connected socket, and the listening one that it waits to be taken by."""
-    folder = tempfile.mkdtemp(prefix="vhost-airlock-")
-    path = os.path.join(folder, "back.sock")
-    theirs = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        theirs.bind(path)
-        theirs.listen(1)
-        ours.connect(path)
-    except BaseException:
-        ours.close()
-        theirs.close()
-        raise
-    finally:
-        shutil.rmtree(folder)
-    return ours, theirs
 
 
 def _signalled(stop: HasFileno) -> bool:

@@ -2,6 +2,7 @@
 
 It serves one front at a time, as a vhost-user back-end does; the next one waits to be
 accepted. SIGTERM and SIGINT end it: rings are drained first, within the time for that.
+Before it serves anybody it locks itself in, see sandbox.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from . import sandbox
 from .back import Back
 from .config import Config
 from .connector import make_connector
@@ -41,6 +43,7 @@ class Daemon:
         self._kept: Back | None = None
         self._session: Session | None = None
         self._sessions = 0
+        self._stats: Stats | None = None
         # From here on there may be something to clean away.
         for number in (signal.SIGTERM, signal.SIGINT):
             old = signal.signal(number, self._on_signal)
@@ -51,13 +54,17 @@ class Daemon:
             self._open.callback(self.connector.close)
             self._fronts = self._listen()
             if config.stats_path is not None:
-                stats = Stats(config.stats_path, self.describe)
-                self._open.callback(stats.close)
+                self._stats = Stats(config.stats_path, self.describe)
+                self._open.callback(self._stats.close)
             undo.pop_all()
 
     def run(self) -> int:
-        """Serve until told to stop, or to end; returns the exit status."""
+        """Lock the process in, serve until told to stop; returns the exit status."""
         with contextlib.closing(self):
+            if self.config.sandbox:
+                sandbox.enter(self._to_remove)
+            if self._stats is not None:
+                self._stats.start()
             for sock in self._fronts:
                 session = self._serve(sock)
                 if session.stopped:
@@ -151,6 +158,13 @@ class Daemon:
         listener = Listener(self.config.socket_path or "")
         self._open.callback(listener.close)
         return self._accept(listener.socket, listener.accept)
+
+    @property
+    def _to_remove(self) -> list[str]:
+        """The paths of sockets that we have made, and remove at the end."""
+        config = self.config
+        paths = (config.socket_path, config.backend_listen, config.stats_path)
+        return [path for path in paths if path is not None]
 
     def _accept(
         self, waited: socket.socket, accept: Callable[[], socket.socket]

@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from .sockets import Listener
 from .vhost.fds import eventfd, notify
@@ -31,7 +32,8 @@ PAUSE = 0.1
 class Stats:
     """Listens at a path, from now on until close(). StartError when it can't.
 
-    `describe` is called for every reader, by this thread.
+    Readers are answered from start() on, by a thread that calls `describe` for each.
+    It has the sandbox of the thread that starts it.
     """
 
     def __init__(self, path: str, describe: Callable[[], dict[str, object]]) -> None:
@@ -43,7 +45,10 @@ class Stats:
         self._thread = threading.Thread(
             target=self._serve, name="airlock-stats", daemon=True
         )
+
+    def start(self) -> Self:
         self._thread.start()
+        return self
 
     def document(self) -> dict[str, object]:
         return {
@@ -54,8 +59,9 @@ class Stats:
 
     def close(self) -> None:
         """Stop listening; the path is gone."""
-        notify(self._stop)
-        self._thread.join()
+        if self._thread.ident is not None:
+            notify(self._stop)
+            self._thread.join()
         self._stop.close()
         self._listener.close()
 

@@ -13,7 +13,7 @@ import pytest
 from tests.support.airlock import hung_up
 from tests.support.backs import ScriptedBack, readable
 from tests.support.profiles import STRESS
-from tests.support.program import Holdings, Program, listening
+from tests.support.program import LOOKED_INTO, Holdings, Program, listening
 from tests.support.sessions import serve
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -77,7 +77,10 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
     with (
         listening(back, tmp_path / "back.sock") as where,
         Program(
-            f"--socket-path={front}", f"--backend={where}", "--drain-timeout=0.05"
+            f"--socket-path={front}",
+            f"--backend={where}",
+            "--drain-timeout=0.05",
+            *LOOKED_INTO,
         ) as program,
     ):
         setting = Setting(program, back, front)

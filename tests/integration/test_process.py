@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.airlock import hung_up
 from tests.support.backs import DiskBack, ScriptedBack, readable, wait_until
-from tests.support.program import COMMAND, Program, listening
+from tests.support.program import COMMAND, LOOKED_INTO, Program, listening
 from tests.support.sessions import serve, small_guest
 from vhost_airlock.errors import AirlockError
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
@@ -335,7 +335,8 @@ def test_back_end_is_started_for_each_session(
             with BlkGuest() as guest:
                 connect(guest, program, front)
                 work(guest)
-                assert program.holdings().children == 1
+                assert len(started(program)) == 1
+            wait_until(lambda: not started(program), "it has ended")
         program.connect(front).close()
         assert program.stop() == 0
         assert_clean(program, front)
@@ -353,13 +354,22 @@ def test_signal_ends_the_back_end_that_was_started(
     ):
         connect(guest, program, front)
         work(guest)
-        children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
-        (child,) = children.read_text().split()
+        (child,) = started(program)
         if kept:
             guest.disconnect()
         assert program.stop() == 0
         assert not Path(f"/proc/{child}").exists()
         assert_clean(program, front)
+
+
+def started(program: Program) -> list[str]:
+    """The back-ends: children of the one process that the airlock has for that."""
+    (starter,) = children(str(program.pid))
+    return children(starter)
+
+
+def children(pid: str) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) -> None:
@@ -637,7 +647,8 @@ def enable_all(guest: BlkGuest) -> None:
 def test_session_that_takes_more_than_there_is_ends_alone(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
-    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+    ways = [f"--socket-path={front}", f"--backend={where}"]
+    with Program(*ways, *LOOKED_INTO) as program:
         with small_guest() as guest:
             connect(guest, program, front)
             serve(back, guest)
@@ -674,7 +685,7 @@ def test_option(front: Path, tmp_path: Path, options: list[str]) -> None:
     disk = DiskBack(num_queues=3)
     with (
         listening(disk, tmp_path / "back.sock") as where,
-        running(front, where, *options) as program,
+        running(front, where, *options, *LOOKED_INTO) as program,
         BlkGuest(num_queues=3, queue_size=16, seg_max=6) as guest,
     ):
         connect(guest, program, front)
@@ -726,6 +737,11 @@ def test_capabilities_are_printed_whatever_else_there_is(tmp_path: Path) -> None
 def test_started_program_holds_nothing_of_its_parents(front: Path, where: Path) -> None:
     with Fd(os.open("/dev/null", os.O_RDONLY)) as mine:
         os.set_inheritable(mine.fileno(), True)
-        with running(front, where) as program:
-            program.connect(front).close()
+        with (
+            running(front, where, *LOOKED_INTO) as program,
+            program.connect(front) as channel,
+        ):
+            channel.send(Request.GET_FEATURES)
+            channel.recv().close()
+            # It waits for the next message now: nothing comes and goes.
             assert program.holdings().fds < 12

@@ -52,6 +52,8 @@ def test_defaults_are_those_of_config(configs: list[Config]) -> None:
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--keep-backend"], {"keep_backend": True}),
     (["--exit-with-backend"], {"exit_with_backend": True}),
+    (["--sandbox=off"], {"sandbox": False}),
+    (["--sandbox=on"], {"sandbox": True}),
     (["--copy=used"], {"copy": "used"}),
     (["--copy", "used+tail"], {"copy": "used+tail"}),
     (["--pool-limit=4096"], {"pool_limit": 4096}),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock import connector
+from vhost_airlock import starter
 from vhost_airlock.config import Config
 from vhost_airlock.connector import (
     Connector,
@@ -227,25 +227,25 @@ def test_waiter_needs_a_place_at_once(stop: Fd, path: str) -> None:
 def test_starter_starts_a_back_for_each_session(
     stack: ExitStack, stop: Fd, placeholder: str
 ) -> None:
-    starter = make(stack, stop, command=(*PYTHON, ECHO, placeholder))
-    assert isinstance(starter, Starter)
+    made = make(stack, stop, command=(*PYTHON, ECHO, placeholder))
+    assert isinstance(made, Starter)
     pids = set()
     for _ in range(2):
-        with starter.connect() as channel:
+        with made.connect() as channel:
             assert channel.stop is stop
             assert_echoes(channel)
-            assert starter.process is not None
-            pids.add(starter.process.pid)
-        starter.disconnected()
-        assert starter.process is None
+            assert made.pid is not None
+            pids.add(made.pid)
+        made.disconnected()
+        assert made.pid is None
     assert len(pids) == 2
 
 
 def test_starter_puts_the_number_where_it_is_wanted(stack: ExitStack, stop: Fd) -> None:
     program = "import socket,sys; socket.socket(fileno=int(sys.argv[1][5:])).send(%s)"
     say = program % "' '.join(sys.argv[1:]).encode()"
-    starter = make(stack, stop, command=(*PYTHON, say, "--fd={fd}", "x{fd}y", "{f}"))
-    with starter.connect() as channel:
+    made = make(stack, stop, command=(*PYTHON, say, "--fd={fd}", "x{fd}y", "{f}"))
+    with made.connect() as channel:
         words = received(channel).decode().split()
     number = words[0].removeprefix("--fd=")
     assert words == [f"--fd={number}", f"x{number}y", "{f}"]
@@ -254,10 +254,10 @@ def test_starter_puts_the_number_where_it_is_wanted(stack: ExitStack, stop: Fd) 
 def test_started_back_has_no_other_descriptor_of_ours(
     stack: ExitStack, stop: Fd
 ) -> None:
-    starter = make(stack, stop, command=(*PYTHON, HOLDINGS, "{fd}"))
+    made = make(stack, stop, command=(*PYTHON, HOLDINGS, "{fd}"))
     inherited = stack.enter_context(Fd(os.open("/dev/null", os.O_RDONLY)))
     os.set_inheritable(inherited.fileno(), True)
-    with starter.connect() as channel:
+    with made.connect() as channel:
         fds = [int(word) for word in received(channel).split()]
     assert fds[:3] == [0, 1, 2]
     assert len(fds) == 4
@@ -267,25 +267,24 @@ def test_signals_of_the_terminal_are_not_for_the_back(
     stack: ExitStack, stop: Fd
 ) -> None:
     """It is needed until the rings are drained."""
-    starter = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
-    assert isinstance(starter, Starter)
-    with starter.connect():
-        assert starter.process is not None
-        assert os.getpgid(starter.process.pid) != os.getpgrp()
+    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect():
+        assert made.pid is not None
+        assert os.getpgid(made.pid) == made.pid
+        assert os.getpgid(made.starter.pid) == made.starter.pid
 
 
 def test_starter_leaves_a_back_time_to_end_by_itself(
     stack: ExitStack, stop: Fd
 ) -> None:
-    starter = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
-    assert isinstance(starter, Starter)
-    with starter.connect() as channel:
+    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect() as channel:
         assert_echoes(channel)
-    process = starter.process
-    assert process is not None
-    starter.disconnected()
-    assert process.returncode == 0
-    starter.disconnected()
+    made.disconnected()
+    assert made.status == 0
+    made.disconnected()
 
 
 @pytest.mark.parametrize(
@@ -299,33 +298,29 @@ def test_starter_ends_a_back_that_does_not(
     handler: str,
     status: int,
 ) -> None:
-    monkeypatch.setattr(connector, "GRACE", 0.05)
-    monkeypatch.setattr(connector, "PATIENCE", 0.05)
+    monkeypatch.setattr(starter, "GRACE", 0.05)
+    monkeypatch.setattr(starter, "PATIENCE", 0.05)
     program = DEAF.format(handler=handler)
-    starter = make(stack, stop, command=(*PYTHON, program, "{fd}"))
-    assert isinstance(starter, Starter)
-    with starter.connect() as channel:
+    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect() as channel:
         assert received(channel), "it is up, and has its signal handler"
-    process = starter.process
-    assert process is not None
-    starter.disconnected()
-    assert process.returncode == status
+    made.disconnected()
+    assert made.status == status
 
 
 def test_starter_leaves_no_time_when_we_are_told_to_stop(
     stack: ExitStack, stop: Fd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connector, "GRACE", 3600)
+    monkeypatch.setattr(starter, "GRACE", 3600)
     program = DEAF.format(handler="signal.SIG_DFL")
-    starter = make(stack, stop, command=(*PYTHON, program, "{fd}"))
-    assert isinstance(starter, Starter)
-    with starter.connect() as channel:
+    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect() as channel:
         assert received(channel)
-    process = starter.process
-    assert process is not None
     notify(stop)
-    starter.disconnected()
-    assert process.returncode == -signal.SIGTERM
+    made.disconnected()
+    assert made.status == -signal.SIGTERM
     assert drain(stop), "it is for others as well"
 
 
@@ -354,20 +349,61 @@ def test_starter_says_when_a_program_does_not_start(
     program.write_text("no script and no binary")
     program.chmod(0o755)
     for placeholder in ("{fd}", "{listen-fd}"):
-        starter = make(stack, stop, command=(str(program), placeholder))
+        made = make(stack, stop, command=(str(program), placeholder))
         with pytest.raises(SessionError, match=f"back: can't start {program}: Exec"):
-            starter.connect()
-        starter.disconnected()
+            made.connect()
+        made.disconnected()
 
 
 @pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
 def test_back_that_ends_at_once_is_a_closed_connection(
     stack: ExitStack, stop: Fd, placeholder: str
 ) -> None:
-    starter = make(stack, stop, command=("true", placeholder))
+    made = make(stack, stop, command=("true", placeholder))
     with (
-        starter.connect() as channel,
+        made.connect() as channel,
         pytest.raises(Disconnected, match="back: closed the connection"),
     ):
         channel.recv()
-    starter.disconnected()
+    made.disconnected()
+
+
+def test_back_goes_with_the_process_that_starts_it(stack: ExitStack, stop: Fd) -> None:
+    """Though nobody told it to end, as when the airlock was killed."""
+    program = DEAF.format(handler="signal.SIG_DFL")
+    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect() as channel:
+        assert received(channel)
+        pid = made.pid
+        assert pid is not None
+        made.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_signals_to_all_are_not_for_the_process_that_starts(
+    stack: ExitStack, stop: Fd
+) -> None:
+    """A service manager sends them to every process of the service."""
+    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
+    assert isinstance(made, Starter)
+    made.connect().close()
+    made.disconnected()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(made.starter.pid, number)
+    with made.connect() as channel:
+        assert_echoes(channel)
+
+
+def test_process_that_starts_may_be_lost(stack: ExitStack, stop: Fd) -> None:
+    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
+    assert isinstance(made, Starter)
+    with made.connect() as channel:
+        os.kill(made.starter.pid, signal.SIGKILL)
+        assert_echoes(channel)
+    made.disconnected()
+    assert made.status is None
+    for _ in range(2):
+        with pytest.raises(SessionError, match="back: nobody is there to start it"):
+            made.connect()

@@ -16,13 +16,14 @@ LAYERS = """
     demo  watch
     demo_report
     daemon
-    session  connector  stats
+    session  connector  stats  sandbox
     handlers
     device
     rings
     back
     isolated
-    memory  state  config  workers  transfer  devices
+    memory  state  starter  workers  transfer  devices  sandbox_calls  sandbox_files
+    config
 
     peers.__init__
     peers.workload

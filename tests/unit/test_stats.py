@@ -41,7 +41,7 @@ def connected(path: Path) -> socket.socket:
 
 def test_each_reader_gets_a_document_of_its_moment(path: Path) -> None:
     turns = iter(range(100))
-    told = Stats(str(path), lambda: {"turn": next(turns)})
+    told = Stats(str(path), lambda: {"turn": next(turns)}).start()
     first, second = (json.loads(ask(str(path))) for _ in range(2))
     told.close()
     assert (first["turn"], second["turn"]) == (0, 1)
@@ -50,7 +50,7 @@ def test_each_reader_gets_a_document_of_its_moment(path: Path) -> None:
 
 
 def test_the_path_is_the_owners_and_goes_away(path: Path) -> None:
-    told = Stats(str(path), dict)
+    told = Stats(str(path), dict).start()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with pytest.raises(StartError, match="another process does"):
         Stats(str(path), dict)
@@ -61,7 +61,7 @@ def test_the_path_is_the_owners_and_goes_away(path: Path) -> None:
 def test_stale_socket_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    told = Stats(str(path), dict)
+    told = Stats(str(path), dict).start()
     assert json.loads(ask(str(path)))
     told.close()
 
@@ -71,7 +71,7 @@ def test_who_does_not_read_is_left_behind(
 ) -> None:
     monkeypatch.setattr(stats, "READ_TIME", 0.05)
     documents = iter([LARGE, LARGE, "short"])
-    told = Stats(str(path), lambda: {"text": next(documents)})
+    told = Stats(str(path), lambda: {"text": next(documents)}).start()
     with connected(path), connected(path):
         assert json.loads(ask(str(path)))["text"] == "short"
     told.close()
@@ -79,7 +79,7 @@ def test_who_does_not_read_is_left_behind(
 
 def test_who_leaves_at_once_does_no_harm(path: Path) -> None:
     documents = iter([LARGE, "short"])
-    told = Stats(str(path), lambda: {"text": next(documents)})
+    told = Stats(str(path), lambda: {"text": next(documents)}).start()
     connected(path).close()
     assert json.loads(ask(str(path)))["text"] == "short"
     told.close()
@@ -88,7 +88,7 @@ def test_who_leaves_at_once_does_no_harm(path: Path) -> None:
 def test_want_of_descriptors_is_waited_for(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Stats(str(path), dict)
+    told = Stats(str(path), dict).start()
     accept = told._listener.accept
     failures = iter([OSError(24, "Too many open files")] * 2)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -50,18 +51,25 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         whole = size + 2 * PAGE
-        fd = os.memfd_create("plane", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, whole)
-            self._mapping = Mapping(fd, whole)
-            self._whole = memoryview(mmap.mmap(fd, whole))
-        finally:
-            os.close(fd)
+        self._fd = fd = os.memfd_create("plane", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, fd)
+        os.ftruncate(fd, whole)
+        self._mapping = Mapping(fd, whole)
+        self._whole = memoryview(mmap.mmap(fd, whole))
         self.size = size
         self.address = self._mapping.address + PAGE
         self.view = self._whole[PAGE : PAGE + size]
         self._whole[:PAGE] = GUARD
         self._whole[PAGE + size :] = GUARD
+
+    def cut(self, size: int = 0) -> None:
+        """Only the first `size` bytes are left; to touch the others is a SIGBUS."""
+        os.ftruncate(self._fd, PAGE + size)
+
+    def mend(self) -> None:
+        """All of it is there again, zeros where it was gone."""
+        os.ftruncate(self._fd, self.size + 2 * PAGE)
+        self._whole[PAGE + self.size :] = GUARD
 
     def intact(self) -> bool:
         guards = self._whole[:PAGE], self._whole[PAGE + self.size :]

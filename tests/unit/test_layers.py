@@ -41,7 +41,7 @@ LAYERS = """
                                         dataplane.bounce
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
-                                        dataplane.mapping
+                                        dataplane.mapping  dataplane.guard
                                         dataplane.layout  dataplane.sys
     sockets
     errors  __init__  dataplane.__init__

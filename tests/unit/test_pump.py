@@ -814,7 +814,7 @@ class TestFaults:
                 lane.pump.set_fault(fault)
 
     def test_every_fault_has_words_of_its_own(self):
-        assert len(set(FAULTS.values())) == len(FAULTS) == 17
+        assert len(set(FAULTS.values())) == len(FAULTS) == 18
 
     def test_a_restart_forgets_a_fault(self, world):
         lane = Lane(world)

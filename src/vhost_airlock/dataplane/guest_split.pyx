@@ -25,14 +25,18 @@ cdef GuestOps OPS
 cdef void start_split(
     GuestRing *ring, Desc *desc, Avail *avail, Used *used, uint16_t base
 ) noexcept nogil:
-    """Begin at position `base` of the avail ring; the used ring says where it is."""
+    """Begin at position `base` of the avail ring. resume_split() must follow."""
     ring.ops = &OPS
     ring.split.seen = base
     ring.split.avail_idx = base
-    ring.split.used_idx = load16(&used.idx)
     ring.split.called = False
     ring.armed = False
     move_split(ring, desc, avail, used)
+
+
+cdef void resume_split(GuestRing *ring) noexcept nogil:
+    """Go on where the used ring says that it is."""
+    ring.split.used_idx = load16(&ring.split.used.idx)
 
 
 cdef void move_split(

@@ -99,6 +99,7 @@ cdef enum Fault:
     BACK_ERROR = -34
     RING_UNMAPPED = -64
     OUT_OF_MEMORY = -65
+    MEMORY_LOST = -66
 
 
 cdef inline bint need_event(uint16_t event, uint16_t new, uint16_t old) noexcept nogil:

@@ -83,6 +83,7 @@ cdef inline int order_of(uint64_t pages) noexcept nogil:
 cdef inline uint64_t over(uint64_t used, uint64_t guaranteed) noexcept nogil:
     return used - guaranteed if used > guaranteed else 0
 
+# No guest or isolated memory may be touched while it is locked: see guard.pyx.
 cdef inline void lock_pool(PoolState *pool) noexcept nogil:
     if pool.shared:
         pthread_mutex_lock(&pool.mutex)

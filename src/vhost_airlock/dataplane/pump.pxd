@@ -47,6 +47,10 @@ cdef struct PumpState:
     bint waiting
     # It waits for room.
     bint stalled
+    # The slot of a chain that is being copied, or NULL: neither the back's nor free.
+    Slot *at_hand
+    # Something was completed in the guest's ring that it does not see yet.
+    bint untold
     Desc desc[1024]
     # Both rings are set up.
     bint attached

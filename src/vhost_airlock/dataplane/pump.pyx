@@ -20,6 +20,9 @@ are the guest's again, untouched.
 
 Faults of the guest end the taking of chains; what is in flight is still completed.
 Faults of the back end all use of the shadow ring.
+
+Shared memory is only touched in jobs that guard.pyx calls, since a page of it may be
+gone: a fault too, which ends all use of both rings. The pool's mutex is not held then.
 """
 
 cimport cython
@@ -31,12 +34,13 @@ from vhost_airlock.dataplane.bounce cimport (
     AREA, COPY_FULL, COPY_USED, COPY_USED_TAIL, FEW, Slot, copy_to_back, copy_to_guest,
     describe, place, release,
 )
-from vhost_airlock.dataplane.guest_split cimport move_split, start_split
+from vhost_airlock.dataplane.guard cimport Job, guarded
+from vhost_airlock.dataplane.guest_split cimport move_split, resume_split, start_split
 from vhost_airlock.dataplane.layout cimport (
     Avail, BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
     BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
-    HEAD_IN_USE, LOOP, MAX_SEGMENTS, NESTED_INDIRECT, NEVER_FITS, OUT_OF_MEMORY,
-    PAGE, RING_UNMAPPED, UsedElem, Used, fence, load16, load32, load64,
+    HEAD_IN_USE, LOOP, MAX_SEGMENTS, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS,
+    OUT_OF_MEMORY, PAGE, RING_UNMAPPED, UsedElem, Used, fence, load16, load32, load64,
 )
 from vhost_airlock.dataplane.pool cimport Pool, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
@@ -66,6 +70,7 @@ FAULTS = {
     BACK_ERROR: "the back signalled an error of the ring",
     RING_UNMAPPED: "the ring's own memory is not there any more",
     OUT_OF_MEMORY: "the airlock has no memory left",
+    MEMORY_LOST: "a page of memory that the ring or a request is in can't be had",
 }
 """What each fault means."""
 
@@ -79,10 +84,47 @@ cdef enum:
 
 cdef int step(PumpState *pump, int budget) noexcept nogil:
     """Move what there is, up to `budget` chains each way; how many were moved."""
+    return run(pump, move, budget) if pump.attached else 0
+
+
+cdef int run(PumpState *pump, Job job, int number) noexcept nogil:
+    """Do a job that touches shared memory. 0 if that is not there, which is a fault."""
+    cdef int result
+
+    if guarded(job, pump, number, &result):
+        return result
+    lose_memory(pump)
+    return 0
+
+
+cdef void lose_memory(PumpState *pump) noexcept nogil:
+    """A job was cut off: end all use of both rings, and put right what it left."""
+    cdef int call
+
+    fail(pump, MEMORY_LOST)
+    pump.waiting = False
+    pump.stalled = False
+    if pump.at_hand != NULL:
+        release(pump.at_hand, pump.pool, &pump.share)
+        # The list of free slots is made anew when the ring is.
+        pump.shadow.state[pump.at_hand - pump.slot] = FREE
+        pump.at_hand = NULL
+    # What was completed before, the guest may still get to know.
+    if pump.untold and guarded(tell_guest, pump, 0, &call):
+        pump.call_due = pump.call_due or call
+    pump.untold = False
+
+
+cdef int tell_guest(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
+    return pump.guest.ops.publish(&pump.guest)
+
+
+cdef int move(void *what, int budget) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
     cdef int moved = 0
 
-    if not pump.attached:
-        return 0
     if pump.fault > BAD_USED_INDEX or pump.fault == 0:
         moved = collect(pump, budget)
     if pump.taking and pump.fault == 0:
@@ -108,7 +150,13 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
             break
         reaped += 1
         if pump.shadow.state[slot] == IN_FLIGHT:
+            pump.at_hand = &pump.slot[slot]
             bytes += finish(pump, slot, length)
+            pump.at_hand = NULL
+            pump.untold = True
+            pump.done += 1
+            pump.outstanding -= 1
+            pump.counters.completions += 1
             done += 1
         release(&pump.slot[slot], pump.pool, &pump.share)
         free_chain(&pump.shadow, slot)
@@ -117,13 +165,11 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     if pump.shadow.armed and (reaped or pump.shadow.violations != violations):
         pump.shadow.ops.disarm(&pump.shadow)
     if done:
-        pump.done += done
-        pump.outstanding -= done
-        pump.counters.completions += done
         pump.counters.bytes_out += bytes
         if pump.guest.ops.publish(&pump.guest):
             pump.call_due = True
             pump.counters.calls += 1
+        pump.untold = False
     return reaped
 
 
@@ -198,13 +244,16 @@ cdef int bounce(PumpState *pump) noexcept nogil:
         give_slot(&pump.shadow, number)
         pump.stalled = rc == 0
         return rc
+    pump.at_hand = slot
     if not copy_to_back(slot, pump.memory, &pump.hint):
+        pump.at_hand = NULL
         release(slot, pump.pool, &pump.share)
         give_slot(&pump.shadow, number)
         return BAD_ADDRESS
     pump.shadow.ops.offer(
         &pump.shadow, number, pump.desc, describe(slot, pump.desc)
     )
+    pump.at_hand = NULL
     slot.position = pump.offered
     pump.order[pump.offered & (pump.shadow.size - 1)] = number
     pump.offered += 1
@@ -222,19 +271,27 @@ cdef void fail(PumpState *pump, int fault) noexcept nogil:
 
 cdef bint rest(PumpState *pump) noexcept nogil:
     """Ask both sides to be woken. A fence, then pending(), must follow."""
-    if not pump.attached:
-        return False
+    return pump.attached and run(pump, arm, 0)
+
+
+cdef int arm(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
     if pump.fault == 0 and pump.taking and not pump.stalled and not pump.guest.armed:
         pump.guest.ops.arm(&pump.guest)
-    if not pump.shadow.armed:
+    if not pump.shadow.armed and pump.fault != MEMORY_LOST:
         pump.shadow.ops.arm(&pump.shadow)
     return True
 
 
 cdef bint pending(PumpState *pump) noexcept nogil:
     """Is there anything that a step would move?"""
-    if not pump.attached:
-        return False
+    return pump.attached and run(pump, look, 0)
+
+
+cdef int look(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
     if pump.fault > BAD_USED_INDEX or pump.fault == 0:
         if pump.shadow.ops.pending(&pump.shadow):
             return True
@@ -249,8 +306,17 @@ cdef bint is_drained(PumpState *pump) noexcept nogil:
 
     How far it has fetched is its own word. A lie can only cost it its own requests.
     """
+    cdef int drained
+
     if not pump.attached or pump.outstanding == 0:
         return True
+    # The worker may be in a step: only it may find that memory is lost.
+    return guarded(look_drained, pump, 0, &drained) and drained
+
+
+cdef int look_drained(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
     return (
         pump.shadow.ops.fetched(&pump.shadow) == pump.done
         and not pump.shadow.ops.pending(&pump.shadow)
@@ -340,7 +406,6 @@ cdef class Pump:
                 pump.shadow.state[i] = FREE
                 give_slot(&pump.shadow, i)
         offset = slots_offset(size)
-        memset(<void *> host, 0, offset)
         for i in range(size):
             pump.slot[i].area = <uint8_t *> host + offset + i * AREA
             pump.slot[i].area_back = back + offset + i * AREA
@@ -358,6 +423,7 @@ cdef class Pump:
         pump.kick_due = False
         pump.call_due = False
         pump.attached = True
+        run(pump, begin, 0)
 
     def detach(self, fetched=None):
         """Leave both rings; guest memory is not touched from here on.
@@ -398,8 +464,8 @@ cdef class Pump:
             if pump.shadow.state[number] == IN_FLIGHT:
                 pump.shadow.state[number] = QUARANTINED
                 pump.shadow.next[number] = number
-        if pump.fault != RING_UNMAPPED:
-            pump.guest.ops.arm(&pump.guest)     # whoever comes next wants kicks
+        if pump.fault not in (RING_UNMAPPED, MEMORY_LOST):
+            run(pump, arm_guest, 0)     # whoever comes next wants kicks
         tell_room(pump.pool)
         pump.outstanding = 0
         pump.attached = False
@@ -497,7 +563,8 @@ cdef class Pump:
 
         if not self.state.attached:
             return False
-        fetched = self.state.shadow.ops.fetched(&self.state.shadow)
+        if not guarded(look_fetched, &self.state, 0, &fetched):
+            return False
         return fetched >= 0 and self.owes(fetched) <= self.state.outstanding
 
     def owes(self, uint16_t fetched):
@@ -579,6 +646,28 @@ cdef uint16_t least_fetched(PumpState *pump) noexcept nogil:
     return least
 
 
+cdef int begin(void *what, int _) noexcept nogil:
+    """The shadow ring begins at zero, the guest's where its used ring says."""
+    cdef PumpState *pump = <PumpState *> what
+
+    memset(pump.shadow.split.desc, 0, slots_offset(pump.shadow.size))
+    resume_split(&pump.guest)
+    return 0
+
+
+cdef int arm_guest(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
+    pump.guest.ops.arm(&pump.guest)
+    return 0
+
+
+cdef int look_fetched(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
+    return pump.shadow.ops.fetched(&pump.shadow)
+
+
 cdef void *grown(void *memory, size_t old, size_t new, size_t each) except NULL:
     """Reallocate an array; what is new is zero."""
     cdef char *bigger = <char *> realloc(memory, new * each)
@@ -589,15 +678,15 @@ cdef void *grown(void *memory, size_t old, size_t new, size_t each) except NULL:
     return bigger
 
 
-cdef uint64_t avail_offset(uint64_t size):
+cdef uint64_t avail_offset(uint64_t size) noexcept nogil:
     return size * sizeof(Desc)
 
 
-cdef uint64_t used_offset(uint64_t size):
+cdef uint64_t used_offset(uint64_t size) noexcept nogil:
     return (avail_offset(size) + 2 * (3 + size) + 63) & ~<uint64_t> 63
 
 
-cdef uint64_t slots_offset(uint64_t size):
+cdef uint64_t slots_offset(uint64_t size) noexcept nogil:
     return (used_offset(size) + 6 + size * sizeof(UsedElem) + 4095) & ~<uint64_t> 4095
 
 

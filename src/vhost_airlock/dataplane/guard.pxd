@@ -1,0 +1,6 @@
+"""Survive that a page of shared memory is not there: a SIGBUS ends a job, not more."""
+
+ctypedef int (*Job)(void *what, int number) noexcept nogil
+
+# Run job(what, number) and store what it returns. False: it was cut off by a SIGBUS.
+cdef bint guarded(Job job, void *what, int number, int *result) noexcept nogil

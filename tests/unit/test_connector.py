@@ -396,6 +396,21 @@ def test_signals_to_all_are_not_for_the_process_that_starts(
         assert_echoes(channel)
 
 
+def test_process_that_starts_takes_no_arguments(
+    stack: ExitStack, stop: Fd, tmp_path: Path
+) -> None:
+    """Nor another program: it has one, and is told when."""
+    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
+    assert isinstance(made, Starter)
+    wanted = tmp_path / "made"
+    for request in (b"start touch %s", b"touch %s", b"start\0touch %s"):
+        text, sock = made.starter._ask(request % bytes(wanted))
+        assert (text, sock) == ("0", None), "nothing was started that could end"
+    with made.connect() as channel:
+        assert_echoes(channel)
+    assert not wanted.exists()
+
+
 def test_process_that_starts_may_be_lost(stack: ExitStack, stop: Fd) -> None:
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
     assert isinstance(made, Starter)

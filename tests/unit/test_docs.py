@@ -311,6 +311,8 @@ def test_every_device_type_that_is_refused_is_in_the_threat_model():
     [
         ("A hostile back-end", 30),
         ("A hostile guest", 18),
+        ("An airlock that was taken over", 7),
+        ("A faulty VMM", 1),
         ("The process", 8),
         ("Failures of others", 25),
     ],

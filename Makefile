@@ -1,7 +1,7 @@
 # Everything happens in this folder: .venv, build, .real. The system stays as it is.
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/dataplane/*.pyi)))
+STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 
 .PHONY: develop lint types test test-asan stress demo bench clean
 

@@ -14,7 +14,7 @@ modules = [
         [str(path)],
         extra_compile_args=FLAGS,
     )
-    for path in sorted(Path("src/vhost_airlock/dataplane").glob("*.pyx"))
+    for path in sorted(Path("src/vhost_airlock").rglob("*.pyx"))
 ]
 
 setup(

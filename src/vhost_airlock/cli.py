@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import demo, watch
+from . import bench, demo, watch
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
 from .dataplane.pump import POLICIES
@@ -65,6 +65,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     stats_parser = commands.add_parser("stats", help="what a running airlock is doing")
     watch.add_arguments(stats_parser)
     stats_parser.set_defaults(run=watch.run)
+    bench_parser = commands.add_parser("bench", help="measure a block device")
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.run)
     options = parser.parse_args(argv)
     options.command = tuple(command)
     return options

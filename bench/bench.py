@@ -1,10 +1,9 @@
 """The airlock against a direct connection, side by side on the same back-end.
 
-    python -m bench.bench [--long] [--only PATTERN] [--json FILE]
+    python -m bench.bench [--long] [--only PATTERN] [--targets NAME,...]
 
-One qemu-storage-daemon exports a file in memory. The load program (libblkio's
-vhost-user-blk driver) drives it directly, through the airlock as it is by default, and
-through one that never polls, in turn and never at the same time. Each round goes
+One qemu-storage-daemon exports a file in memory. Load programs drive it directly,
+through airlocks, and by NBD, in turn and never at the same time. Each round goes
 through all cases; the order of targets changes from run to run. Figures are medians
 over rounds, ratios medians of the ratios in each round.
 
@@ -22,111 +21,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.machine import be_prompt, cpu_clock, describe, take_sample
-from bench.runs import (
-    KIB,
-    MIB,
-    BenchError,
-    Case,
-    Run,
-    Sample,
-    make_run,
-    steady,
-    summarize,
-)
+from bench import cases, document, extras, goals
+from bench.extras import ExtraRow, in_rounds
+from bench.fronts import Fronts
+from bench.goals import Goal, measure_goals
+from bench.html import page
+from bench.machine import be_prompt, describe
+from bench.measure import Bench
+from bench.network import Network
+from bench.runs import BenchError, Case, Row, Run, summarize
+from bench.shared_folder import SharedFolder
 from bench.table import heading, report
-from bench.targets import AIRLOCKS, DIRECT, Target, targets
-from tests.real.blkdrive import BlkDrive
-from tests.real.processes import Process
+from bench.targets import AIRLOCKS, DIRECT, NAMES, QUICK, targets
 from tests.real.programs import PROJECT, Programs, find
 
-MODES = ("randread", "randwrite")
-QUICK = {4 * KIB: (1, 8, 32, 128), 64 * KIB: (1, 8, 32), MIB: (8, 32)}
-LONG = {4 * KIB: (1, 8, 32, 128), 64 * KIB: (1, 8, 32, 128), MIB: (1, 8, 32)}
-
-QUEUE_SIZE = 512
-"""libblkio has no indirect descriptors: 128 requests take 384 of them."""
-TICK = 0.01
-"""Seconds between samples of CPU time."""
-FOREIGN = 0.3
-"""Cores busy with something else that make a run worthless."""
-ATTEMPTS = 3
-"""Times that runs are made if they are disturbed each time."""
-QUIET = 0.2
-"""Seconds in which nothing else ran: so the machine is quiet again."""
+PARTS = ("disk", "goals", "net", "folder")
 
 
-class Bench:
-    """The targets, ready to be measured."""
+@dataclass
+class Results:
+    """All that was measured."""
 
-    def __init__(
-        self, drive: BlkDrive, targets: Sequence[Target], ms: int, patience: float
-    ) -> None:
-        self.drive = drive
-        self.targets = targets
-        self.ms = ms
-        self.patience = patience
-        """Seconds left to lose to other programs: for disturbed runs and waiting."""
-
-    def measure(self, case: Case, number: int, turn: int) -> list[Run]:
-        """Run a load on all targets, beginning with another one at each `turn`.
-
-        If any was disturbed all are run again, since they are to be compared with each
-        other; but not for ever.
-        """
-        first = turn % len(self.targets)
-        order = [*self.targets[first:], *self.targets[:first]]
-        tries: list[list[Run]] = []
-        while len(tries) < ATTEMPTS:
-            start = time.monotonic()
-            tries.append([self.run(case, target, number) for target in order])
-            if not any(run.disturbed for run in tries[-1]) or self.patience <= 0:
-                break
-            wait_for_quiet(self.patience)
-            self.patience -= time.monotonic() - start
-        return min(tries, key=lambda runs: max(run.foreign for run in runs))
-
-    def run(self, case: Case, target: Target, number: int) -> Run:
-        load = self.drive.start(
-            target.front,
-            case.mode,
-            bs=case.size,
-            qd=case.depth,
-            queue_size=QUEUE_SIZE,
-            ms=self.ms,
-            warmup=100,
-        )
-        with load:
-            clocks = {"front": cpu_clock(load.pid), **target.clocks}
-            samples = watch(load, clocks)
-            end = time.monotonic_ns()
-            assert load.wait(timeout=0) == 0, load.describe()
-            said = json.loads(load.output())
-        first, last = steady(samples, end, self.ms * 1_000_000)
-        return make_run(case, target.name, number, said, first, last, FOREIGN)
-
-
-def wait_for_quiet(limit: float) -> None:
-    """Wait until nothing keeps the machine busy, or no longer than that."""
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
-        before = take_sample({})
-        time.sleep(QUIET)
-        after = take_sample({})
-        if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
-            break
-
-
-def watch(load: Process, clocks: dict[str, int]) -> list[Sample]:
-    """Take samples until the load program ends."""
-    samples = []
-    while not load.ended(TICK):
-        samples.append(take_sample(clocks))
-    return samples
+    machine: Mapping[str, object]
+    when: str
+    runs: list[Run] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
+    extras: list[ExtraRow] = field(default_factory=list)
 
 
 def main() -> int:
@@ -135,74 +59,98 @@ def main() -> int:
     if isinstance(programs, str):
         print(f"bench: needs qemu-storage-daemon and libblkio: {programs}")
         return 1
-    cases = cases_of(LONG if options.long else QUICK, options.only)
-    if not cases:
+    loads = cases.chosen(cases.long() if options.long else cases.quick(), options.only)
+    if "disk" in options.parts and not loads:
         print(f"bench: no case is named like {options.only}")
         return 2
-    machine = describe(programs)
-    print(heading(machine), flush=True)
+    results = Results(describe(programs), time.strftime("%-d %B %Y"))
+    print(heading(results.machine), flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 0
     try:
-        runs = measure_all(programs, cases, options)
+        measure_all(programs, loads, options, results)
     except (AssertionError, BenchError) as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 1
+        status = 1
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
-        return 1
-
-    rows = summarize(runs, DIRECT)
-    names = [DIRECT, *AIRLOCKS]
-    rows.sort(key=lambda row: (cases.index(row.case), names.index(row.target)))
-    print(report(rows, AIRLOCKS))
-    results = {
-        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine,
-        "options": vars(options) | {"json": str(options.json)},
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "runs": [dataclasses.asdict(run) for run in runs],
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nall runs are in {options.json}")
-    return 0
-
-
-def cases_of(depths: Mapping[int, Sequence[int]], pattern: str) -> list[Case]:
-    """All cases of these sizes and depths whose name is like that."""
-    cases = [
-        Case(mode, size, depth)
-        for mode in MODES
-        for size in depths
-        for depth in depths[size]
-    ]
-    return [case for case in cases if fnmatch(str(case), pattern)]
+        status = 1
+    # What was measured before something failed is not lost.
+    results.rows = summarize(results.runs, DIRECT)
+    results.rows.sort(key=lambda r: (loads.index(r.case), NAMES.index(r.target)))
+    if results.rows or results.goals or results.extras:
+        show(results, options)
+    return status
 
 
 def measure_all(
-    programs: Programs, cases: Sequence[Case], options: argparse.Namespace
-) -> list[Run]:
-    runs: list[Run] = []
-    todo = list(product(range(options.rounds), enumerate(cases)))
-    with (
-        tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name,
-        targets(programs, Path(name)) as found,
+    programs: Programs,
+    loads: Sequence[Case],
+    options: argparse.Namespace,
+    results: Results,
+) -> None:
+    """Measure all parts that are wanted, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name:
+        folder = Path(name)
+        airlocks = [each for each in options.targets if each in (DIRECT, *AIRLOCKS)]
+        if "disk" in options.parts:
+            with targets(programs, folder, options.targets) as found:
+                be_prompt()
+                fronts = Fronts(programs, folder, options.ms)
+                bench = Bench(fronts, found, options.patience)
+                for run in bench.measure_all(loads, options.rounds, progress):
+                    results.runs.append(run)
+        if "goals" in options.parts:
+            for goal in measure_goals(programs, folder):
+                progress(goal.name)
+                results.goals.append(goal)
+        for part, kind in (("net", Network), ("folder", SharedFolder)):
+            if part in options.parts:
+                progress(part)
+                measure = kind(programs, folder)
+                results.extras += in_rounds(airlocks, min(3, options.rounds), measure)
+    progress("")
+
+
+def show(results: Results, options: argparse.Namespace) -> None:
+    """Print everything, and keep it in files."""
+    others = [name for name in options.targets if name != DIRECT]
+    if results.rows:
+        print(report(results.rows, others))
+    for title, text in (
+        ("Goals", goals.as_text(results.goals)),
+        ("Other devices", extras.as_text(results.extras)),
     ):
-        drive = BlkDrive(programs, Path(name))
-        be_prompt()
-        bench = Bench(drive, found, options.ms, options.patience)
-        for done, (number, (at, case)) in enumerate(todo):
-            progress(f"{done}/{len(todo)} {case}")
-            runs += bench.measure(case, number, turn=number + at)
-        progress("")
-    return runs
+        if text:
+            print(f"\n{title}\n\n{text}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept, plots = options.out / "bench.json", options.out / "bench.html"
+    content = {
+        **dataclasses.asdict(results),
+        "options": {name: str(value) for name, value in vars(options).items()},
+    }
+    kept.write_text(json.dumps(content, indent=1) + "\n")
+    plots.write_text(
+        page(results.machine, results.when, results.rows, results.goals, results.extras)
+    )
+    print(f"\nplots: {plots}\nall runs: {kept}")
+    if options.document:
+        for part, text in document.parts(
+            results.machine,
+            results.when,
+            results.rows,
+            others,
+            results.goals,
+            results.extras,
+        ):
+            document.update(part, text)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description="Measure the airlock against a direct connection."
     )
-    parser.add_argument("--long", action="store_true", help="more cases, longer runs")
+    parser.add_argument("--long", action="store_true", help="everything: 30 minutes")
     parser.add_argument("--rounds", type=int, help="runs of each case and target")
     parser.add_argument("--ms", type=int, help="length of a run in milliseconds")
     parser.add_argument(
@@ -214,16 +162,55 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         default="*",
-        metavar="PATTERN",
+        metavar="GLOB",
         help="cases named like this, as 'randread-4K-*'",
     )
     parser.add_argument(
-        "--json", type=Path, default=PROJECT / "build" / "bench.json", metavar="FILE"
+        "--targets",
+        type=target_names,
+        metavar="NAME,...",
+        help=f"of {', '.join(NAMES)}; {DIRECT} is always measured",
     )
-    parser.set_defaults(rounds=3, ms=300, patience=30.0)
-    if parser.parse_known_args()[0].long:
-        parser.set_defaults(rounds=7, ms=1000, patience=600.0)
-    return parser.parse_args()
+    parser.add_argument(
+        "--parts",
+        type=part_names,
+        metavar="NAME,...",
+        help=f"of {', '.join(PARTS)} (default: disk; with --long all)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=PROJECT / "build",
+        metavar="FOLDER",
+        help="for bench.json and bench.html (default: build)",
+    )
+    parser.add_argument(
+        "--document", action="store_true", help="put figures into docs/benchmarks.md"
+    )
+    parser.set_defaults(
+        rounds=3, ms=250, patience=30.0, targets=list(QUICK), parts=["disk"]
+    )
+    if parser.parse_known_args(argv)[0].long:
+        parser.set_defaults(
+            rounds=5, ms=500, patience=600.0, targets=list(NAMES), parts=list(PARTS)
+        )
+    return parser.parse_args(argv)
+
+
+def target_names(text: str) -> list[str]:
+    """Return names of targets in their order, the reference among them."""
+    wanted = {DIRECT, *text.split(",")}
+    if unknown := wanted - set(NAMES):
+        raise argparse.ArgumentTypeError(f"no target {', '.join(sorted(unknown))}")
+    return [name for name in NAMES if name in wanted]
+
+
+def part_names(text: str) -> list[str]:
+    """Return names of parts."""
+    found = text.split(",")
+    if unknown := set(found) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"no part {', '.join(sorted(unknown))}")
+    return found
 
 
 def progress(text: str) -> None:

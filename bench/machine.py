@@ -24,6 +24,35 @@ SYS_IO_URING_SETUP = 425
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
+class Watched:
+    """A process whose CPU time and context switches are looked at."""
+
+    def __init__(self, pid: int) -> None:
+        self.clock = cpu_clock(pid)
+        self._tasks = Path(f"/proc/{pid}/task")
+
+    def cpu_ns(self) -> int:
+        """Return the CPU time that it has used."""
+        return time.clock_gettime_ns(self.clock)
+
+    def switches(self) -> tuple[int, int]:
+        """Return how often its threads waited, and how often they were interrupted."""
+        voluntary = forced = 0
+        for task in self._tasks.iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                one, other = context_switches((task / "status").read_text())
+                voluntary += one
+                forced += other
+        return voluntary, forced
+
+
+def context_switches(status: str) -> tuple[int, int]:
+    """Return a thread's voluntary and other context switches, from its status."""
+    found = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", status, re.M)
+    voluntary, forced = found
+    return int(voluntary), int(forced)
+
+
 def cpu_clock(pid: int) -> int:
     """Return the clock of a process's CPU time, all its threads, in nanoseconds."""
     clock = ctypes.c_int()
@@ -32,13 +61,14 @@ def cpu_clock(pid: int) -> int:
     return clock.value
 
 
-def take_sample(clocks: Mapping[str, int]) -> Sample:
-    """Read these clocks of processes, and how busy the machine was so far."""
+def take_sample(watched: Mapping[str, Watched]) -> Sample:
+    """Look at these processes, and at how busy the machine was so far."""
     now = time.monotonic_ns()
     idle = idle_ns(Path("/proc/stat").read_text())
     cores = os.cpu_count() or 1
-    cpu = {name: time.clock_gettime_ns(clock) for name, clock in clocks.items()}
-    return Sample(now, cpu, now * cores - idle)
+    cpu = {name: each.cpu_ns() for name, each in watched.items()}
+    switches = {name: each.switches() for name, each in watched.items()}
+    return Sample(now, cpu, now * cores - idle, switches)
 
 
 def idle_ns(stat: str) -> int:

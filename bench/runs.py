@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from vhost_airlock.bench_report import Spread
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -22,31 +24,46 @@ class Case:
     """A load that every target gets."""
 
     mode: str
-    """A mode of the load program."""
+    """A mode of the load programs."""
     size: int
     """Bytes of a request."""
     depth: int
-    """Requests in flight."""
+    """Requests in flight, in each queue."""
+    queues: int = 1
+    indirect: bool = False
+    """Descriptors are in indirect tables."""
+    cold: bool = False
+    """Buffers are in no cache."""
 
     @property
     def unit(self) -> str:
         """The size as people write it."""
         return f"{self.size // MIB}M" if self.size >= MIB else f"{self.size // KIB}K"
 
+    @property
+    def kind(self) -> str:
+        """All but the depth: cases of a kind are in one row, or one plot."""
+        words = [self.mode, self.unit]
+        words += ["2q"] if self.queues == 2 else []
+        words += ["indirect"] if self.indirect else []
+        words += ["cold"] if self.cold else []
+        return "-".join(words)
+
     def __str__(self) -> str:
-        return f"{self.mode}-{self.unit}-{self.depth}"
+        return f"{self.kind}-{self.depth}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """CPU time up to a moment. All in nanoseconds."""
+    """What was used up to a moment. Times in nanoseconds; names are of processes."""
 
     at: int
     """CLOCK_MONOTONIC."""
     cpu: Mapping[str, int]
-    """By name of the process."""
     machine: int
-    """Of everything on the machine, all cores together."""
+    """CPU time of everything on the machine, all cores together."""
+    switches: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Context switches: those that were asked for, and those that were not."""
 
 
 @dataclass(frozen=True)
@@ -60,31 +77,22 @@ class Run:
     mb_per_s: float
     p50_us: float
     p99_us: float
+    p999_us: float
     cpu_us: Mapping[str, float]
     """CPU time for a request, by name of the process."""
     foreign: float
     """Cores that were busy with something else."""
     disturbed: bool
     """That was too much, each time that it was tried."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some figures, and the lowest and highest of them."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, figures: Iterable[float]) -> Spread:
-        values = list(figures)
-        return cls(statistics.median(values), min(values), max(values))
+    switches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Context switches for a request, by name of the process."""
+    notices: Mapping[str, float] = field(default_factory=dict)
+    """Kicks and calls for a request, by who sends them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What all runs of one target under one load say."""
+    """What all runs of one target under one load say: medians."""
 
     case: Case
     target: str
@@ -94,20 +102,22 @@ class Row:
     mb_per_s: float
     p50_us: float
     p99_us: float
+    p999_us: float
     cpu_us: Mapping[str, float]
+    switches: Mapping[str, tuple[float, float]]
+    notices: Mapping[str, float]
     ratio: Spread
     """IOPS to those of the first target in the same round."""
 
 
-def steady(samples: Sequence[Sample], end: int, length: int) -> tuple[Sample, Sample]:
+def steady(samples: Sequence[Sample], begin: int, length: int) -> tuple[Sample, Sample]:
     """Return the samples next to begin and end of the time that counts.
 
-    `length` is how long the load was measured and `end` when its program was gone: it
-    had connected and warmed up before, and disconnected after.
+    The load was measured for `length` from `begin`; a part at either end is left out.
     """
     margin = int(length * WARMED)
-    begin, end = end - length + margin, end - margin
-    first = min(samples, key=lambda sample: abs(sample.at - begin))
+    end = begin + length - margin
+    first = min(samples, key=lambda sample: abs(sample.at - begin - margin))
     last = min(samples, key=lambda sample: abs(sample.at - end))
     if first.at >= last.at:
         raise BenchError(f"{len(samples)} samples in a run: too busy to measure")
@@ -122,11 +132,13 @@ def make_run(
     first: Sample,
     last: Sample,
     bound: float,
+    counted: Mapping[str, float] | None = None,
 ) -> Run:
     """Put together what the load program said and what was seen from outside.
 
     CPU time for a request comes from rates: what the processes used in a second by the
-    requests in a second. So it needs no count at the moment of either sample.
+    requests in a second. So it needs no count at the moment of either sample. The same
+    goes for context switches. `counted` are notices for each request, by the airlock.
     """
     seconds = (last.at - first.at) / 1e9
     cores = {
@@ -134,17 +146,33 @@ def make_run(
     }
     foreign = (last.machine - first.machine) / 1e9 / seconds - sum(cores.values())
     iops = float(said["iops"])
+    latency = said["latency_us"]
+    notices = {
+        f"front {name}": said[name] / said["requests"]
+        for name in ("kicks", "calls")
+        if said.get("requests") and name in said
+    }
     return Run(
         case=case,
         target=target,
         round=number,
         iops=iops,
         mb_per_s=float(said["mb_per_s"]),
-        p50_us=float(said["latency_us"]["p50"]),
-        p99_us=float(said["latency_us"]["p99"]),
+        p50_us=float(latency["p50"]),
+        p99_us=float(latency["p99"]),
+        p999_us=float(latency["p999"]),
         cpu_us={name: used * 1e6 / iops for name, used in cores.items()},
         foreign=foreign,
         disturbed=foreign > bound,
+        switches={
+            name: (
+                (now[0] - first.switches[name][0]) / seconds / iops,
+                (now[1] - first.switches[name][1]) / seconds / iops,
+            )
+            for name, now in last.switches.items()
+            if name in first.switches
+        },
+        notices={**notices, **(counted or {})},
     )
 
 
@@ -163,21 +191,40 @@ def summarize(runs: Iterable[Run], reference: str) -> list[Row]:
         paired = [mine[n].iops / base[n].iops for n in mine if n in base]
         if not paired:
             continue
-        rows.append(
-            Row(
-                case=case,
-                target=target,
-                runs=len(mine),
-                disturbed=sum(run.disturbed for run in mine.values()),
-                iops=Spread.of(run.iops for run in mine.values()),
-                mb_per_s=statistics.median(run.mb_per_s for run in mine.values()),
-                p50_us=statistics.median(run.p50_us for run in mine.values()),
-                p99_us=statistics.median(run.p99_us for run in mine.values()),
-                cpu_us={
-                    name: statistics.median(run.cpu_us[name] for run in mine.values())
-                    for name in next(iter(mine.values())).cpu_us
-                },
-                ratio=Spread.of(paired),
-            )
-        )
+        rows.append(row_of(case, target, list(mine.values()), Spread.of(paired)))
     return rows
+
+
+def row_of(case: Case, target: str, runs: Sequence[Run], ratio: Spread) -> Row:
+    """The medians of several runs."""
+    switches = [run.switches for run in runs]
+    return Row(
+        case=case,
+        target=target,
+        runs=len(runs),
+        disturbed=sum(run.disturbed for run in runs),
+        iops=Spread.of(run.iops for run in runs),
+        mb_per_s=statistics.median(run.mb_per_s for run in runs),
+        p50_us=statistics.median(run.p50_us for run in runs),
+        p99_us=statistics.median(run.p99_us for run in runs),
+        p999_us=statistics.median(run.p999_us for run in runs),
+        cpu_us=medians([run.cpu_us for run in runs]),
+        switches={
+            name: (
+                statistics.median(each[name][0] for each in switches),
+                statistics.median(each[name][1] for each in switches),
+            )
+            for name in switches[0]
+        },
+        notices=medians([run.notices for run in runs]),
+        ratio=ratio,
+    )
+
+
+def medians(all_figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of each figure that all of them have."""
+    return {
+        name: statistics.median(each[name] for each in all_figures)
+        for name in all_figures[0]
+        if all(name in each for each in all_figures)
+    }

@@ -1,22 +1,28 @@
-"""The results as text."""
+"""The results as text: for a terminal, and for the document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.runs import Case, Row, Spread
+from bench.runs import Case, Row
 
 HEAD = (
-    f"{'case':<18}{'target':<10}{'IOPS':>8} {'MB/s':>7} {'p50 us':>8} {'p99 us':>8}"
-    f" | {'CPU us: front':>13} {'airlock':>8} {'back':>8} | {'ratio (lowest-highest)'}"
+    f"{'case':<24}{'target':<10}{'IOPS':>8} {'MB/s':>7} {'p50 us':>8} {'p99':>8}"
+    f" {'p99.9':>8} | {'CPU us: front':>13} {'airlock':>8} {'back':>8}"
+    f" | {'kicks':>12} {'calls':>12} {'switches':>8} | {'ratio (lowest-highest)'}"
+)
+STAR = "* other programs kept the machine busy meanwhile"
+NOTES = (
+    "For each request: kicks of front/airlock, calls to front by back or airlock,"
+    " context switches of all processes"
 )
 
 
 def report(rows: Sequence[Row], targets: Iterable[str]) -> str:
     """All there is to say: every figure, then the ratios of these targets."""
-    parts = [full_table(rows), *(ratio_table(rows, name) for name in targets)]
+    parts = [full_table(rows), NOTES, *(ratio_table(rows, name) for name in targets)]
     if any(row.disturbed for row in rows):
-        parts.append("* other programs kept the machine busy meanwhile")
+        parts.append(STAR)
     return "\n\n".join(parts)
 
 
@@ -33,12 +39,17 @@ def full_table(rows: Iterable[Row]) -> str:
 
 
 def line(row: Row, name: str) -> str:
-    cpu = row.cpu_us
+    cpu, sent = row.cpu_us, row.notices
+    kicks = f"{amount(sent.get('front kicks'))}/{amount(sent.get('airlock kicks'))}"
+    calls = amount(sent.get("airlock calls", sent.get("front calls")))
+    switches = sum(sum(pair) for pair in row.switches.values())
     return (
-        f"{name:<18}{row.target:<10}{row.iops.median:>8.0f} {row.mb_per_s:>7.0f}"
-        f" {row.p50_us:>8.1f} {row.p99_us:>8.1f} | {cpu['front']:>13.2f}"
-        f" {amount(cpu.get('airlock')):>8} {amount(cpu.get('back')):>8}"
-        f" | {spread(row.ratio)}{'*' * bool(row.disturbed)}"
+        f"{name:<24}{row.target:<10}{row.iops.median:>8.0f} {row.mb_per_s:>7.0f}"
+        f" {row.p50_us:>8.1f} {row.p99_us:>8.1f} {row.p999_us:>8.1f}"
+        f" | {cpu['front']:>13.2f} {amount(cpu.get('airlock')):>8}"
+        f" {amount(cpu.get('back')):>8}"
+        f" | {kicks:>12} {calls:>12} {switches:>8.2f}"
+        f" | {row.ratio}{'*' * bool(row.disturbed)}"
     )
 
 
@@ -46,22 +57,25 @@ def amount(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def spread(value: Spread) -> str:
-    return f"{value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
-
-
 def ratio_table(rows: Sequence[Row], target: str) -> str:
-    """The median ratios of a target: a line for each mode and size, by depth."""
-    mine = {row.case: row for row in rows if row.target == target}
-    depths = sorted({case.depth for case in mine})
-    kinds = list(dict.fromkeys((case.mode, case.size) for case in mine))
-    lines = [f"{target + ' / direct':<20}" + "".join(f"{d:>8}" for d in depths)]
-    for mode, size in kinds:
-        cells = (mine.get(Case(mode, size, depth)) for depth in depths)
-        name = f"{Case(mode, size, 0).unit:>4} {mode}"
-        text = f"{name:<20}" + "".join(f"{cell(row):>8}" for row in cells)
+    """The median ratios of a target: a line for each kind of case, by depth."""
+    depths, kinds = axes(rows, target)
+    lines = [f"{target + ' / direct':<28}" + "".join(f"{d:>8}" for d in depths)]
+    for kind, mine in kinds.items():
+        text = f"{kind:<28}" + "".join(f"{cell(mine.get(d)):>8}" for d in depths)
         lines.append(text.rstrip())
     return "\n".join(lines)
+
+
+def axes(
+    rows: Iterable[Row], target: str
+) -> tuple[list[int], dict[str, dict[int, Row]]]:
+    """The depths of a target's rows, and its rows by kind of case and by depth."""
+    mine = [row for row in rows if row.target == target]
+    kinds: dict[str, dict[int, Row]] = {}
+    for row in mine:
+        kinds.setdefault(row.case.kind, {})[row.case.depth] = row
+    return sorted({row.case.depth for row in mine}), kinds
 
 
 def cell(row: Row | None) -> str:

@@ -1,24 +1,41 @@
-"""What is measured: one back-end, reached directly and through airlocks."""
+"""What is measured: one back-end, reached directly and in other ways."""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import cpu_clock, io_uring_works, tmpfs
-from bench.runs import MIB
+from bench.fronts import Fronts
+from bench.machine import Watched, io_uring_works, tmpfs
+from bench.runs import MIB, Case
 from tests.real.airlock import airlock
+from tests.real.processes import Process
 from tests.real.programs import Programs
-from tests.real.storage import Disk, storage_daemon
+from tests.real.storage import Disk, StorageDaemon, storage_daemon
 
-DIRECT = "direct"
-AIRLOCKS = {"airlock": (), "blocking": ("--poll-us=0",)}
+DIRECT, TUNED, NBD = "direct", "tuned", "nbd"
+AIRLOCKS = {
+    "airlock": (),
+    "blocking": ("--poll-us=0",),
+    "busy": ("--poll-us=1000000",),
+}
 """Options of the airlocks that are measured, by the name that tables give them."""
 
+NAMES = (DIRECT, TUNED, *AIRLOCKS, NBD)
+QUICK = (DIRECT, "airlock", "blocking")
+"""Targets of the short form."""
+
 DISK_SIZE = 1 << 30
+QUEUES = 2
+DEFAULT_POLL = 32_768
+"""Nanoseconds that an iothread of QEMU polls at most, unless it's told otherwise."""
+LONG_POLL = 1_000_000
+COUNTERS = "counters: "
+"""What the airlock's log says before the counters, when a session ends."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +49,112 @@ class FileInMemory(Disk):
 
 @dataclass(frozen=True)
 class Target:
-    """Where the load program connects, and whose CPU time is looked at."""
+    """Where a load program connects, and whose CPU time is looked at."""
 
     name: str
-    front: Path
-    clocks: dict[str, int]
+    start: Callable[[Fronts, Case], Process]
+    """Start the load."""
+    watched: Mapping[str, Watched]
+    prepare: Callable[[], object] = lambda: None
+    counted: Callable[[], Mapping[str, float]] = dict
+    """Notices for each request of the last run, as far as the target knows."""
 
 
 @contextmanager
-def targets(programs: Programs, folder: Path) -> Iterator[list[Target]]:
-    """Start the back-end and the airlocks.
+def targets(
+    programs: Programs, folder: Path, names: Collection[str] = QUICK
+) -> Iterator[list[Target]]:
+    """Start the back-end and the airlocks, and return these targets in order.
 
-    All connect to the same socket: an airlock does so when a front-end comes.
+    All connect to the same daemon: an airlock does so when a front-end comes.
     """
     with ExitStack() as stack:
-        disk = FileInMemory(stack.enter_context(image(folder)))
+        disk = FileInMemory(stack.enter_context(image(folder)), queues=QUEUES)
         daemon, back = stack.enter_context(
             storage_daemon(programs, disk, folder / "back.sock")
         )
-        clocks = {"back": cpu_clock(daemon.pid)}
-        found = [Target(DIRECT, back, clocks)]
-        for name, options in AIRLOCKS.items():
+        watched = {"back": Watched(daemon.pid)}
+        found = {
+            DIRECT: Target(DIRECT, vhost(back), watched, polling(daemon, False)),
+            TUNED: Target(TUNED, vhost(back, True), watched, polling(daemon, True)),
+        }
+        for name in AIRLOCKS.keys() & names:
             front = folder / f"{name}.sock"
+            options = (*AIRLOCKS[name], "--log-level=info")
             proxy = stack.enter_context(airlock(back, front, *options))
-            both = {"airlock": cpu_clock(proxy.pid), **clocks}
-            found.append(Target(name, front, both))
-        yield found
+            found[name] = Target(
+                name,
+                vhost(front),
+                {"airlock": Watched(proxy.pid), **watched},
+                polling(daemon, False),
+                Counters(proxy),
+            )
+        if NBD in names:
+            path = export_nbd(daemon, folder / "nbd.sock")
+            found[NBD] = Target(NBD, nbd(path), watched, polling(daemon, False))
+        yield [found[name] for name in NAMES if name in names]
+
+
+def vhost(front: Path, busy: bool = False) -> Callable[[Fronts, Case], Process]:
+    return lambda fronts, case: fronts.vhost(front, case, busy=busy)
+
+
+def nbd(front: Path) -> Callable[[Fronts, Case], Process]:
+    return lambda fronts, case: fronts.nbd(front, case, busy=False)
+
+
+def polling(daemon: StorageDaemon, long: bool) -> Callable[[], object]:
+    """Return what lets the daemon's iothread poll as usual, or long."""
+    value = LONG_POLL if long else DEFAULT_POLL
+    place = {"path": "/objects/io", "property": "poll-max-ns"}
+    return lambda: daemon.qmp("qom-set", **place, value=value)
+
+
+def export_nbd(daemon: StorageDaemon, path: Path) -> Path:
+    """Let the daemon serve the same disk by NBD, from the same iothread."""
+    address = {"type": "unix", "data": {"path": str(path)}}
+    daemon.qmp("nbd-server-start", addr=address, max_connections=QUEUES)
+    daemon.qmp(
+        "block-export-add",
+        type="nbd",
+        id="nbd",
+        node_name="disk",
+        name="disk",
+        writable=True,
+        iothread="io",
+    )
+    return path
+
+
+class Counters:
+    """What an airlock counted in its last session, which its log tells at the end."""
+
+    def __init__(self, proxy: Process) -> None:
+        self._proxy = proxy
+        self._sessions = 0
+
+    def __call__(self) -> dict[str, float]:
+        self._proxy.wait_until(lambda: len(self._lines()) > self._sessions)
+        lines = self._lines()
+        self._sessions = len(lines)
+        return per_request(json.loads(lines[-1].partition(COUNTERS)[2]))
+
+    def _lines(self) -> list[str]:
+        # The last line may not be complete yet.
+        lines = self._proxy.output().split("\n")[:-1]
+        return [line for line in lines if COUNTERS in line]
+
+
+def per_request(counters: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """What an airlock sent and how often it slept, for each request."""
+    rings = [each for name, each in counters.items() if name.startswith("ring")]
+    workers = [each for name, each in counters.items() if name.startswith("worker")]
+    done = sum(ring["completions"] for ring in rings) or 1
+    return {
+        "airlock kicks": sum(ring["kicks"] for ring in rings) / done,
+        "airlock calls": sum(ring["calls"] for ring in rings) / done,
+        "airlock sleeps": sum(worker["sleeps"] for worker in workers) / done,
+    }
 
 
 @contextmanager

@@ -77,7 +77,7 @@ struct queue {
     char *memory, *flat;
     uint64_t first, sectors;                /* the stripe that is this queue's alone */
     uint64_t *generation;                   /* what each sector of it holds */
-    uint64_t random, inflight, done[OPS], bytes, elapsed, cpu;
+    uint64_t random, inflight, done[OPS], bytes, begin, elapsed, cpu;
     struct histogram latency;
     pthread_t thread;
 };
@@ -223,6 +223,7 @@ static void load(struct queue *q, enum op op)
         reap(q, finish_load);
         now = nanoseconds(CLOCK_MONOTONIC);
     }
+    q->begin = begin;
     q->elapsed = now - begin;
     q->cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID) - q->cpu;
     while (q->inflight)
@@ -492,19 +493,20 @@ static void report(struct queue *queues)
         h->max = q->latency.max > h->max ? q->latency.max : h->max;
         sum.bytes += q->bytes;
         sum.cpu += q->cpu;
+        sum.begin = q->begin > sum.begin ? q->begin : sum.begin;
         sum.elapsed = q->elapsed > sum.elapsed ? q->elapsed : sum.elapsed;
     }
     double seconds = sum.elapsed / 1e9;
     printf("{\"mode\": \"%s\", \"seconds\": %.3f, \"ios\": %llu, \"iops\": %.0f, "
            "\"mb_per_s\": %.1f, \"cpu_s\": %.3f, \"max_segments\": %d, \"reads\": %llu, "
            "\"writes\": %llu, \"zeroes\": %llu, \"flushes\": %llu, "
-           "\"remaps\": %llu, \"latency_us\": "
+           "\"remaps\": %llu, \"begin_ns\": %llu, \"latency_us\": "
            "{\"mean\": %.1f, \"p50\": %.1f, \"p99\": %.1f, \"p999\": %.1f, \"max\": %.1f}}\n",
            mode, seconds, (unsigned long long)ios, ios / seconds,
            sum.bytes / seconds / 1e6, sum.cpu / 1e9, max_segments,
            (unsigned long long)sum.done[READ], (unsigned long long)sum.done[WRITE],
            (unsigned long long)sum.done[ZERO], (unsigned long long)sum.done[FLUSH],
-           (unsigned long long)remaps,
+           (unsigned long long)remaps, (unsigned long long)sum.begin,
            h->count ? h->sum / 1e3 / h->count : 0, percentile_us(h, .5),
            percentile_us(h, .99), percentile_us(h, .999), h->max / 1e3);
 }

@@ -1,32 +1,50 @@
 """The benchmark's arithmetic: a wrong figure would look like any other."""
 
 import os
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from bench.machine import cpu_clock, idle_ns, take_sample
+from bench import cases
+from bench.bench import parse
+from bench.document import DOCUMENT, parts, replaced
+from bench.extras import ExtraRow, Figure, in_rounds
+from bench.goals import Goal
+from bench.html import page, shade
+from bench.machine import Watched, context_switches, cpu_clock, idle_ns, take_sample
 from bench.runs import (
     BenchError,
     Case,
     Run,
     Sample,
-    Spread,
     make_run,
+    medians,
     steady,
     summarize,
 )
+from bench.svg import Series, bars, lines, nice, short
 from bench.table import full_table, ratio_table
+from bench.targets import NAMES, QUICK, per_request
+from vhost_airlock.bench_report import Spread
 
 MS = 1_000_000
 CASE = Case("randread", 4096, 32)
-SAID = {"iops": 50_000, "mb_per_s": 204.8, "latency_us": {"p50": 600.0, "p99": 900.0}}
+SAID = {
+    "iops": 50_000,
+    "mb_per_s": 204.8,
+    "latency_us": {"p50": 600.0, "p99": 900.0, "p999": 950.0},
+}
 
 
 def a_run(target: str, number: int, iops: float, *, disturbed: bool = False) -> Run:
     cpu = {"front": 1.0, "back": 4.0}
-    return Run(CASE, target, number, iops, iops / 250, 1, 2, cpu, 0.1, disturbed)
+    if target != "direct":
+        cpu["airlock"] = 2.0
+    return Run(CASE, target, number, iops, iops / 250, 1, 2, 3, cpu, 0.1, disturbed)
 
 
 def samples_every(step: int, until: int) -> list[Sample]:
@@ -36,23 +54,37 @@ def samples_every(step: int, until: int) -> list[Sample]:
 def test_case_has_the_name_that_people_say():
     assert str(CASE) == "randread-4K-32"
     assert str(Case("randwrite", 1 << 20, 8)) == "randwrite-1M-8"
+    special = Case("read", 1 << 16, 8, queues=2, indirect=True, cold=True)
+    assert str(special) == "read-64K-2q-indirect-cold-8"
+
+
+def test_case_names_are_unique():
+    for form in (cases.quick, cases.long):
+        names = [str(case) for case in form()]
+        assert len(names) == len(set(names)) >= 10
+
+
+def test_cases_are_chosen_by_name():
+    found = cases.chosen(cases.long(), "rand*-64K-32")
+    assert [str(case) for case in found] == ["randread-64K-32", "randwrite-64K-32"]
+    assert cases.chosen(cases.quick(), "nothing") == []
 
 
 def test_steady_leaves_out_connecting_and_leaving():
     samples = samples_every(10 * MS, until=500 * MS)
-    first, last = steady(samples, end=500 * MS, length=300 * MS)
-    assert first.at == 230 * MS  # the load began at 200, and 30 are left out
-    assert last.at == 470 * MS  # and 30 before the end
+    first, last = steady(samples, begin=150 * MS, length=300 * MS)
+    assert first.at == 180 * MS  # 30 are left out
+    assert last.at == 420 * MS  # and 30 before the end
 
 
 def test_steady_makes_do_with_the_nearest_samples():
-    first, last = steady(samples_every(140 * MS, 600 * MS), 650 * MS, 300 * MS)
+    first, last = steady(samples_every(140 * MS, 600 * MS), 350 * MS, 300 * MS)
     assert (first.at, last.at) == (420 * MS, 560 * MS)
 
 
 def test_steady_refuses_too_few_samples():
     with pytest.raises(BenchError, match="3 samples"):
-        steady(samples_every(200 * MS, until=600 * MS), end=650 * MS, length=300 * MS)
+        steady(samples_every(200 * MS, until=600 * MS), begin=350 * MS, length=30 * MS)
 
 
 def test_cpu_of_a_request_and_foreign_load():
@@ -65,7 +97,22 @@ def test_cpu_of_a_request_and_foreign_load():
     assert run.foreign == pytest.approx(0.4)
     assert not run.disturbed
     assert make_run(CASE, "direct", 3, SAID, first, last, bound=0.3).disturbed
-    assert (run.iops, run.mb_per_s, run.p50_us, run.p99_us) == (50_000, 204.8, 600, 900)
+    assert (run.iops, run.mb_per_s) == (50_000, 204.8)
+    assert (run.p50_us, run.p99_us, run.p999_us) == (600, 900, 950)
+    assert run.notices == {}
+
+
+def test_context_switches_and_notices_of_a_request():
+    """Half a second at 50000 requests a second."""
+    idle = {"front": 0}
+    first = Sample(0, idle, 0, {"front": (100, 10), "new": (1, 1)})
+    last = Sample(500 * MS, idle, 0, {"front": (5100, 60), "late": (9, 9)})
+    said = {**SAID, "requests": 1000, "kicks": 250, "calls": 100}
+    run = make_run(CASE, "airlock", 0, said, first, last, 0.3, {"airlock kicks": 0.5})
+    assert run.switches == {"front": pytest.approx((0.2, 0.002))}
+    assert run.notices == pytest.approx(
+        {"front kicks": 0.25, "front calls": 0.1, "airlock kicks": 0.5}
+    )
 
 
 def test_ratios_are_paired_by_round():
@@ -86,7 +133,12 @@ def test_median_and_spread_of_ratios():
     airlock = summarize(runs, "direct")[1]
     assert airlock.ratio == Spread(0.8, 0.6, 1.2)
     assert airlock.runs == 3
-    assert airlock.cpu_us == {"front": 1.0, "back": 4.0}
+    assert airlock.cpu_us == {"front": 1.0, "back": 4.0, "airlock": 2.0}
+
+
+def test_medians_are_of_what_all_runs_have():
+    figures = [{"a": 1.0, "b": 5.0}, {"a": 3.0}, {"a": 2.0, "b": 6.0}]
+    assert medians(figures) == {"a": 2.0}
 
 
 def test_a_run_without_its_reference_counts_nowhere():
@@ -109,14 +161,28 @@ def test_tables_show_disturbed_rows_with_a_star():
     assert lines[-1].endswith("0.80 (0.80-0.80)")
 
 
+def test_table_has_kicks_of_both_and_calls():
+    run = replace(
+        a_run("airlock", 0, 100_000),
+        notices={"front kicks": 0.25, "airlock kicks": 0.5, "airlock calls": 0.75},
+        switches={"front": (1.0, 0.5), "airlock": (0.25, 0.0)},
+    )
+    rows = summarize([a_run("direct", 0, 100_000), run], "direct")
+    assert full_table(rows).splitlines()[-1].split("|")[2].split() == [
+        "0.25/0.50",
+        "0.75",
+        "1.75",
+    ]
+
+
 def test_ratio_table_leaves_out_what_was_not_measured():
     case = Case("randwrite", 65536, 1)
-    other = Run(case, "direct", 0, 1000, 4, 1, 2, {"front": 1.0}, 0, False)
+    other = Run(case, "direct", 0, 1000, 4, 1, 2, 3, {"front": 1.0}, 0, False)
     rows = summarize([a_run("direct", 0, 100), other], "direct")
     head, read, write = ratio_table(rows, "direct").splitlines()
     assert head.split()[-2:] == ["1", "32"]
     assert read.endswith("    1.00")
-    assert write.split() == ["64K", "randwrite", "1.00"]
+    assert write.split() == ["randwrite-64K", "1.00"]
     assert len(write) == len(read) - 8
 
 
@@ -126,11 +192,11 @@ def test_idle_time_is_that_of_all_cores():
 
 
 def test_samples_see_our_own_work():
-    clocks = {"me": cpu_clock(os.getpid())}
-    first = take_sample(clocks)
+    me = {"me": Watched(os.getpid())}
+    first = take_sample(me)
     while time.process_time_ns() < first.cpu["me"] + 50 * MS:
         pass
-    last = take_sample(clocks)
+    last = take_sample(me)
     spent = last.cpu["me"] - first.cpu["me"]
     assert 50 * MS <= spent <= (last.at - first.at) * 1.01
     assert last.machine - first.machine >= spent - 20 * MS
@@ -139,3 +205,229 @@ def test_samples_see_our_own_work():
 def test_a_process_that_is_gone_has_no_clock():
     with pytest.raises(OSError, match="No such process"):
         cpu_clock(int(Path("/proc/sys/kernel/pid_max").read_text()))
+
+
+def test_context_switches_are_read_from_a_status():
+    status = (
+        "Name:\tx\nvoluntary_ctxt_switches:\t150\nnonvoluntary_ctxt_switches:\t545\n"
+    )
+    assert context_switches(status) == (150, 545)
+
+
+def test_context_switches_of_all_threads_are_seen():
+    """A thread that waits a hundred times has given up its processor as often."""
+    ready, go = threading.Event(), threading.Event()
+    ping, pong = os.pipe(), os.pipe()
+
+    def answer() -> None:
+        for _ in range(100):
+            os.read(ping[0], 1)
+            os.write(pong[1], b"x")
+        ready.set()
+        go.wait()  # a thread that has ended counts no more
+
+    watched = Watched(os.getpid())
+    thread = threading.Thread(target=answer)
+    thread.start()
+    before = watched.switches()
+    for _ in range(100):
+        os.write(ping[1], b"x")
+        os.read(pong[0], 1)
+    ready.wait()
+    after = watched.switches()
+    go.set()
+    thread.join()
+    for fd in (*ping, *pong):
+        os.close(fd)
+    assert after[0] - before[0] >= 100
+
+
+def test_counters_of_an_airlock_are_for_each_request():
+    ring = {"completions": 100, "kicks": 10, "calls": 30}
+    other = {"completions": 300, "kicks": 30, "calls": 10}
+    counters = {
+        "ring 0": ring,
+        "ring 1": other,
+        "worker 0": {"sleeps": 100},
+        "pool": {},
+    }
+    assert per_request(counters) == {
+        "airlock kicks": 0.1,
+        "airlock calls": 0.1,
+        "airlock sleeps": 0.25,
+    }
+
+
+def test_counters_of_nothing():
+    assert per_request({})["airlock kicks"] == 0
+
+
+# Options.
+
+
+def test_short_form_is_the_default():
+    options = parse([])
+    assert options.targets == list(QUICK)
+    assert options.parts == ["disk"]
+
+
+def test_long_form_has_everything_but_what_is_said():
+    options = parse(["--long", "--ms=100"])
+    assert options.targets == list(NAMES)
+    assert "goals" in options.parts
+    assert options.ms == 100
+
+
+def test_reference_is_always_measured():
+    assert parse(["--targets=nbd,airlock"]).targets == ["direct", "airlock", "nbd"]
+
+
+@pytest.mark.parametrize("option", ["--targets=direkt", "--parts=dusk", "--rounds=x"])
+def test_options_that_make_no_sense(capsys, option):
+    with pytest.raises(SystemExit):
+        parse([option])
+    assert option.partition("=")[2] in capsys.readouterr().err
+
+
+# Other devices.
+
+
+def test_other_devices_are_compared_round_by_round():
+    order = []
+
+    def measure(name: str) -> dict[str, Figure]:
+        order.append(name)
+        # The second round begins with the other one, on a machine half as fast.
+        value = {"direct": 100.0, "airlock": 90.0}[name] / (1 if len(order) < 3 else 2)
+        cores = 0.5 if name == "airlock" else None
+        return {"net": Figure(value, "Mpackets/s", cores)}
+
+    direct, airlock = in_rounds(["direct", "airlock"], 2, measure)
+    assert order == ["direct", "airlock", "airlock", "direct"]
+    assert (direct.ratio, direct.airlock_cores) == (Spread(1, 1, 1), None)
+    assert airlock.ratio == Spread(0.9, 0.9, 0.9)
+    assert airlock.value == Spread(67.5, 45, 90)
+    assert airlock.airlock_cores == 0.5
+
+
+# The page and the document.
+
+MACHINE = {
+    "cpu": "A <CPU>",
+    "cores": 2,
+    "virtual": True,
+    "kernel": "6",
+    "qemu-storage-daemon": "11",
+    "libblkio": "1",
+    "vhost-airlock": "0",
+    "commit": "abc",
+}
+GOALS = [Goal("idle", "1 context switch", "none", met=False)]
+HALF = Spread(0.5, 0.4, 0.6)
+EXTRAS = [ExtraRow("net", "airlock", "Mpackets/s", HALF, HALF, 0.7)]
+
+
+def some_rows(disturbed: bool = False):
+    runs = []
+    for depth in (1, 32):
+        case = Case("randread", 4096, depth)
+        for target, iops in (("direct", 10_000.0), ("airlock", 8_000.0)):
+            run = a_run(target, 0, iops * depth, disturbed=disturbed)
+            runs.append(replace(run, case=case))
+    return summarize(runs, "direct")
+
+
+def charts(text: str) -> list[ElementTree.Element]:
+    return [
+        ElementTree.fromstring(f"<svg{part.partition('</svg>')[0]}</svg>")
+        for part in text.split("<svg")[1:]
+    ]
+
+
+def test_page_has_everything():
+    text = page(MACHINE, "today", some_rows(), GOALS, EXTRAS)
+    assert "A &lt;CPU&gt;" in text
+    assert "not to be trusted" not in text
+    assert text.count("<td>randread-4K-") == 2
+    assert text.count(f"background:{shade(0.8)}") == 2
+    assert "1 context switch" in text
+    assert "not met" in text
+    assert "Mpackets/s" in text
+    assert len(charts(text)) == 4  # rate, latency, and CPU time of two cases
+    assert "http" not in text, "it must not need anything"
+
+
+def test_page_warns_of_disturbed_rows():
+    text = page(MACHINE, "today", some_rows(disturbed=True))
+    assert "during 4 of 4 rows" in text
+    assert "0.80*" in text
+
+
+def test_page_of_one_part():
+    assert "All figures" not in page(MACHINE, "today", [], GOALS)
+    assert "Goals" not in page(MACHINE, "today", some_rows())
+
+
+def test_shades_tell_faster_from_slower():
+    assert shade(1) == "hsl(205 85% 100%)"
+    assert shade(2) == "hsl(205 85% 81%)"
+    assert shade(0.5) == "hsl(24 85% 81%)"
+    assert shade(0) == shade(0.01) == shade(0.25)
+
+
+@pytest.mark.parametrize(("decades", "height"), [(False, 0.5), (True, 2 / 3)])
+def test_points_are_as_high_as_figures(decades, height):
+    """100 on a scale from 0 to 200, or on one of decades from 1 to 1000."""
+    values = [Spread(100, 100, 200), None, Spread(5, 5, 5)]
+    series = [
+        Series("a", "red", values),
+        Series("b", "blue", [Spread(150, 2, 200)] * 3),
+    ]
+    steps = ["1", "2", "3"]
+    (chart,) = charts(lines("t", steps, series, "us", decades=decades))
+    circles = list(chart.iter("circle"))
+    assert len(circles) == 5
+    marks = [
+        each.get("d", "") for each in chart.iter("path") if each.get("class") == "grid"
+    ]
+    bottom, *_, top = (float(mark.split()[1].partition("H")[0]) for mark in marks)
+    found = (bottom - float(circles[0].get("cy", ""))) / (bottom - top)
+    assert found == pytest.approx(height, abs=0.01)
+
+
+def test_bars_are_as_long_as_figures():
+    rows = [("direct", {"a": 1.0, "b": 3.0}), ("airlock", {"a": 2.0})]
+    (chart,) = charts(bars("t", rows, {"a": "red", "b": "blue"}))
+    widths = [float(each.get("width", "")) for each in chart.iter("rect")]
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 3, 2], abs=0.01)
+    assert {each.text for each in chart.iter("text")} >= {"4", "2", "direct", "airlock"}
+
+
+def test_numbers_are_short():
+    figures = (0.1234, 1.0, 12.34, 123.4, 1234.0, 12345.0, 123456.0, 1234567.0)
+    assert [short(figure) for figure in figures] == [
+        *("0.123", "1", "12.3", "123", "1234", "12.3k", "123k", "1.23M")
+    ]
+    assert [nice(figure) for figure in (0, 1, 1.1, 30, 81)] == [1, 1, 2, 40, 100]
+
+
+def test_document_gets_the_parts_that_were_measured():
+    found = dict(parts(MACHINE, "today", some_rows(), ["airlock"], [], EXTRAS))
+    assert set(found) == {"disk", "devices"}
+    assert "| airlock / direct | depth 1 | depth 32 |" in found["disk"]
+    assert "| randread-4K | 0.80 (0.80-0.80) | 0.80 (0.80-0.80) |" in found["disk"]
+    assert "| randread-4K, airlock | 2.00 | 2.00 |" in found["disk"]
+    assert "| net | airlock | 0.50 Mpackets/s |" in found["devices"]
+    disk = dict(parts(MACHINE, "today", some_rows(True), ["airlock"], GOALS, []))
+    assert "0.80 (0.80-0.80)\\* |" in disk["disk"]
+    assert "none: **not met** |" in disk["goals"]
+
+
+def test_document_has_a_place_for_each_part():
+    content = DOCUMENT.read_text()
+    for part, _ in parts(MACHINE, "today", some_rows(), ["airlock"], GOALS, EXTRAS):
+        once = replaced(content, part, "new \\1 figures")
+        assert "new \\1 figures" in once
+        assert replaced(once, part, "old") == replaced(content, part, "old")
+    with pytest.raises(BenchError, match="no place for more"):
+        replaced(content, "more", "")

@@ -1,0 +1,45 @@
+"""The loads that are measured, in the short form and in the long one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+
+from bench.runs import KIB, MIB, Case
+
+RANDOM = ("randread", "randwrite")
+IN_ORDER = ("read", "write")
+
+
+def quick() -> Iterator[Case]:
+    """What tells most, in a minute."""
+    for mode in RANDOM:
+        yield from (Case(mode, 4 * KIB, depth) for depth in (1, 32, 128))
+        yield from (Case(mode, 64 * KIB, depth) for depth in (1, 32))
+
+
+def long() -> Iterator[Case]:
+    """Everything."""
+    for mode in RANDOM:
+        for size, depths in {
+            4 * KIB: (1, 8, 32, 128),
+            64 * KIB: (1, 8, 32, 128),
+            MIB: (1, 8, 32),
+        }.items():
+            yield from (Case(mode, size, depth) for depth in depths)
+    for mode in RANDOM:
+        yield from (Case(mode, 4 * KIB, depth, queues=2) for depth in (1, 32, 128))
+    for mode in RANDOM:
+        for size, depths in {4 * KIB: (1, 8, 32, 128), 64 * KIB: (1, 32)}.items():
+            yield from (Case(mode, size, depth, indirect=True) for depth in depths)
+    for mode in RANDOM:
+        for size in (4 * KIB, 64 * KIB, MIB):
+            yield Case(mode, size, 32, indirect=True, cold=True)
+    for mode in IN_ORDER:
+        for size in (4 * KIB, 64 * KIB, MIB):
+            yield Case(mode, size, 32, indirect=True)
+
+
+def chosen(cases: Iterator[Case], pattern: str) -> Sequence[Case]:
+    """Those whose name is like that."""
+    return [case for case in cases if fnmatch(str(case), pattern)]

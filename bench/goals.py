@@ -1,0 +1,241 @@
+"""What the airlock is to keep to, whatever the load: rest, memory, scale.
+
+Each is measured on an airlock before a back-end in a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.machine import Watched, take_sample
+from bench.runs import KIB, MIB, BenchError
+from tests.real.airlock import airlock
+from tests.real.processes import Process
+from tests.real.programs import Programs
+from tests.real.storage import Disk, storage_daemon
+from vhost_airlock.peers.blk_load import LoadPlan, LoadResult, measure
+from vhost_airlock.peers.guest import BlkGuest
+
+IDLE = 10.0
+"""Seconds in which an idle device must do nothing at all."""
+RSS_LIMIT = 40 * MIB
+RINGS = (1, 4, 16, 64)
+IN_FLIGHT = 128
+"""Requests, over all rings."""
+RAM = {"1 GiB": 1 << 30, "32 GiB": 32 << 30, "1 TiB": 1 << 40}
+SECONDS = 1.0
+ROUNDS = 3
+TOLERANCE = 1.25
+COPY = 64 * KIB
+COLD = 128 * MIB
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Something that was measured, and what it should be, if that is known."""
+
+    name: str
+    found: str
+    wanted: str = ""
+    met: bool = True
+
+
+def measure_goals(programs: Programs, folder: Path) -> Iterator[Goal]:
+    """All of them, one after the other."""
+    disk = Disk(size=1 << 30, queues=max(RINGS))
+    with storage_daemon(programs, disk, folder / "goals.sock") as (_, back):
+        yield from idle(back, folder)
+        yield from rings(back, folder)
+        yield from guest_memory(back, folder)
+    yield from copying()
+
+
+@contextmanager
+def an_airlock(
+    back: Path, folder: Path, *options: str
+) -> Iterator[tuple[Process, Path]]:
+    front = folder / "goal.sock"
+    with airlock(back, front, *options) as proxy:
+        yield proxy, front
+
+
+def idle(back: Path, folder: Path) -> Iterator[Goal]:
+    """A guest is connected, has used its disk, and does nothing more."""
+    with an_airlock(back, folder) as (proxy, front), BlkGuest() as guest:
+        guest.connect(str(front))
+        guest.start()
+        buffer = guest.ram.alloc(4 * KIB)
+        for sector in range(100):
+            guest.read(sector, [(buffer, 4 * KIB)])
+        time.sleep(1.0)  # it may go on for a moment
+        watched = Watched(proxy.pid)
+        before = watched.switches(), watched.cpu_ns()
+        time.sleep(IDLE)
+        after = watched.switches(), watched.cpu_ns()
+        count = sum(after[0]) - sum(before[0])
+        spent = (after[1] - before[1]) / 1000
+        yield Goal(
+            f"idle for {IDLE:.0f} s",
+            f"{count} context switches, {spent:.0f} us of CPU time",
+            "none",
+            count == 0 and spent == 0,
+        )
+        yield resident("memory, idle", proxy)
+        guest.stop()
+
+
+def resident(name: str, proxy: Process) -> Goal:
+    rss, own = memory_of(proxy.pid)
+    return Goal(
+        name,
+        f"{rss / MIB:.1f} MiB resident, {own / MIB:.1f} of it its own",
+        f"under {RSS_LIMIT // MIB} MiB",
+        rss < RSS_LIMIT,
+    )
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """Return a process's resident memory, and what of it is in no file."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = dict(re.findall(r"^(\w+):\s*(\d+) kB$", status, re.M))
+    return int(found["VmRSS"]) * KIB, int(found["RssAnon"]) * KIB
+
+
+def rings(back: Path, folder: Path) -> Iterator[Goal]:
+    """As many requests in flight, over more and more rings."""
+    plans = {
+        f"{count} rings, {IN_FLIGHT} requests of 4 KiB in flight": LoadPlan(
+            depth=IN_FLIGHT // count, queues=count, seconds=SECONDS, warmup=0.3
+        )
+        for count in RINGS
+    }
+    costs, goals = compared(back, folder, plans)
+    yield from goals
+    growth = costs[-1] / costs[0]
+    times = RINGS[-1] // RINGS[0]
+    yield Goal(
+        f"cost of {RINGS[-1]} rings to that of {RINGS[0]}",
+        f"{growth:.1f} times",
+        f"at most {times} times",
+        growth <= times,
+    )
+
+
+def guest_memory(back: Path, folder: Path) -> Iterator[Goal]:
+    """The same load in larger and larger guests, whose memory is hardly touched."""
+    plans = {
+        f"guest of {name}, 32 requests of 4 KiB in flight": LoadPlan(
+            depth=32, ram=size, seconds=SECONDS, warmup=0.3
+        )
+        for name, size in RAM.items()
+    }
+    costs, goals = compared(back, folder, plans)
+    yield from goals
+    growth = costs[-1] / costs[0]
+    yield Goal(
+        f"cost in a guest of {list(RAM)[-1]} to that in {next(iter(RAM))}",
+        f"{growth:.2f} times",
+        f"at most {TOLERANCE} times",
+        growth <= TOLERANCE,
+    )
+
+
+def compared(
+    back: Path, folder: Path, plans: Mapping[str, LoadPlan]
+) -> tuple[list[float], list[Goal]]:
+    """Put loads in turn on airlocks that never poll: their costs, as medians."""
+    found: dict[str, list[Cost]] = {name: [] for name in plans}
+    for _ in range(ROUNDS):
+        for name, plan in plans.items():
+            with an_airlock(back, folder, "--poll-us=0") as (proxy, front):
+                found[name].append(cost(proxy, front, plan))
+    costs = [statistics.median(each.cpu_us for each in found[name]) for name in plans]
+    goals = [
+        Goal(
+            f"{name}, blocking",
+            f"{each:.2f} us of CPU time each,"
+            f" {statistics.median(one.iops for one in found[name]):,.0f} IOPS,"
+            f" {max(one.resident for one in found[name]) / MIB:.1f} MiB resident",
+        )
+        for name, each in zip(plans, costs, strict=True)
+    ]
+    return costs, goals
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a load took of an airlock."""
+
+    cpu_us: float
+    """CPU time for a request."""
+    resident: int
+    iops: float
+
+
+def cost(proxy: Process, front: Path, plan: LoadPlan) -> Cost:
+    """Measure it."""
+    watched = {"airlock": Watched(proxy.pid)}
+    found: list[LoadResult] = []
+    load = threading.Thread(target=lambda: found.append(measure(str(front), plan)))
+    load.start()
+    samples = []
+    while load.is_alive():
+        samples.append((take_sample(watched), memory_of(proxy.pid)[0]))
+        load.join(0.02)
+    if not found:
+        raise BenchError("a load failed")
+    (result,) = found
+    end = result.begin_ns + int(plan.seconds * 1e9)
+    inside = [each for each in samples if result.begin_ns <= each[0].at <= end]
+    if len(inside) < 2:
+        raise BenchError(f"{len(inside)} samples in a run: too busy to measure")
+    (first, _), (last, resident) = inside[0], inside[-1]
+    spent = last.cpu["airlock"] - first.cpu["airlock"]
+    requests = (last.at - first.at) / 1e9 * result.iops
+    return Cost(spent / 1000 / requests, resident, result.iops)
+
+
+def copying() -> Iterator[Goal]:
+    """What memcpy takes here, to compare with what copying requests takes."""
+    with mmap.mmap(-1, 2 * COLD) as memory:
+        memory[:] = bytes(2 * COLD)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        hot = copies(start, start + COLD, step=0)
+        cold = copies(start, start + COLD, step=COPY)
+    for name, each in (("caches warm", hot), ("caches cold", cold)):
+        yield Goal(
+            f"memcpy of 64 KiB, {name}",
+            f"{each / 1000:.2f} us, {COPY / each:.1f} GB/s",
+        )
+
+
+def copies(source: int, target: int, step: int) -> float:
+    """The time of one copy in ns, without that of the call: the best of several."""
+    count = COLD // COPY
+
+    def once(size: int) -> int:
+        begin = time.perf_counter_ns()
+        for i in range(count):
+            ctypes.memmove(target + i * step, source + i * step, size)
+        return time.perf_counter_ns() - begin
+
+    return (min(once(COPY) for _ in range(3)) - min(once(0) for _ in range(3))) / count
+
+
+def as_text(goals: Iterable[Goal]) -> str:
+    lines = []
+    for goal in goals:
+        verdict = (
+            f"  [{'' if goal.met else 'NOT '}{goal.wanted}]" if goal.wanted else ""
+        )
+        lines.append(f"{goal.name:<62} {goal.found}{verdict}")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""Runs loads on targets in turn, and again when something else disturbed them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from bench.fronts import Fronts
+from bench.machine import Watched, take_sample
+from bench.runs import BenchError, Case, Run, Sample, make_run, steady
+from bench.targets import Target
+from tests.real.processes import Process
+
+TICK = 0.02
+"""Seconds between samples of CPU time."""
+FOREIGN = 0.3
+"""Cores busy with something else that make a run worthless."""
+ATTEMPTS = 3
+"""Times that runs are made if they are disturbed each time."""
+QUIET = 0.2
+"""Seconds in which nothing else ran: so the machine is quiet again."""
+PATIENCE = 60.0
+"""Seconds that a load may take beyond its time."""
+
+
+class Bench:
+    """The targets, ready to be measured."""
+
+    def __init__(
+        self, fronts: Fronts, targets: Sequence[Target], patience: float
+    ) -> None:
+        self.fronts = fronts
+        self.targets = targets
+        self.patience = patience
+        """Seconds left to lose to other programs: for disturbed runs and waiting."""
+
+    def measure_all(
+        self, cases: Sequence[Case], rounds: int, progress: Callable[[str], None]
+    ) -> Iterator[Run]:
+        """Go through all cases in each round."""
+        todo = list(product(range(rounds), enumerate(cases)))
+        for done, (number, (at, case)) in enumerate(todo):
+            progress(f"{done}/{len(todo)} {case}")
+            yield from self.measure(case, number, turn=number + at)
+
+    def measure(self, case: Case, number: int, turn: int) -> list[Run]:
+        """Run a load on all targets, beginning with another one at each `turn`.
+
+        If any was disturbed all are run again, since they are to be compared with each
+        other; but not for ever.
+        """
+        first = turn % len(self.targets)
+        order = [*self.targets[first:], *self.targets[:first]]
+        tries: list[list[Run]] = []
+        while len(tries) < ATTEMPTS:
+            start = time.monotonic()
+            tries.append([self.run(case, target, number) for target in order])
+            if not any(run.disturbed for run in tries[-1]) or self.patience <= 0:
+                break
+            wait_for_quiet(self.patience)
+            self.patience -= time.monotonic() - start
+        return min(tries, key=lambda runs: max(run.foreign for run in runs))
+
+    def run(self, case: Case, target: Target, number: int) -> Run:
+        target.prepare()
+        with target.start(self.fronts, case) as load:
+            samples = watch(load, {"front": Watched(load.pid), **target.watched})
+            assert load.wait(timeout=0) == 0, load.describe()
+            said = what_it_said(load)
+        length = self.fronts.ms * 1_000_000
+        first, last = steady(samples, int(said["begin_ns"]), length)
+        counted = target.counted()
+        return make_run(case, target.name, number, said, first, last, FOREIGN, counted)
+
+
+def what_it_said(load: Process) -> Mapping[str, Any]:
+    """Return the figures of a load program, of one measurement."""
+    said = json.loads(load.output())
+    found: Mapping[str, Any] = said[0] if isinstance(said, list) else said
+    return found
+
+
+def watch(load: Process, watched: Mapping[str, Watched]) -> list[Sample]:
+    """Take samples until the load program ends."""
+    samples = []
+    until = time.monotonic() + PATIENCE
+    while not load.ended(TICK):
+        samples.append(take_sample(watched))
+        if time.monotonic() > until:
+            raise BenchError(f"it takes too long\n{load.describe()}")
+    return samples
+
+
+def wait_for_quiet(limit: float) -> None:
+    """Wait until nothing keeps the machine busy, or no longer than that."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        before = take_sample({})
+        time.sleep(QUIET)
+        after = take_sample({})
+        if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
+            break

@@ -8,6 +8,7 @@ and ask for as many again.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,8 +88,10 @@ def compiled(source: Path) -> Path:
     program = PROJECT / "build" / source.stem
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         program.parent.mkdir(exist_ok=True)
-        gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(program)]
+        new = program.with_suffix(f".{os.getpid()}")  # others may build it too
+        gcc = ["gcc", "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(new)]
         done = subprocess.run([*gcc, str(source)], capture_output=True, text=True)
         if done.returncode:
             raise BenchError(f"can't compile {source.name}: {done.stderr}")
+        new.replace(program)
     return program

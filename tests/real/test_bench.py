@@ -1,0 +1,86 @@
+"""The benchmark's load programs: what they say they did is what the back-end did."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench.fronts import Fronts
+from bench.measure import what_it_said
+from bench.runs import KIB, MIB, Case
+from bench.targets import Counters, export_nbd
+from tests.real.airlock import airlock
+from tests.real.storage import Disk, storage_daemon
+
+MS = 200
+COUNTED = {"read": "rchar", "write": "wchar"}
+"""What Linux counts of a process that reads and writes files. Sockets are left out, as
+these are used by recvmsg() and sendmsg()."""
+
+
+def transferred(pid: int, mode: str) -> int:
+    """Bytes that a process has read from files, or written to them."""
+    name = COUNTED["write" if "write" in mode else "read"]
+    found = re.search(rf"^{name}: (\d+)", Path(f"/proc/{pid}/io").read_text(), re.M)
+    assert found
+    return int(found[1])
+
+
+@pytest.fixture
+def disk(folder: Path) -> Disk:
+    path = folder / "disk.img"
+    path.write_bytes(bytes(range(256)) * (64 * MIB // 256))
+    return Disk(path, queues=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("randread", 4 * KIB, 8),
+        Case("randwrite", 64 * KIB, 4, queues=2),
+        Case("read", 4 * KIB, 32, indirect=True, cold=True),
+        Case("write", MIB, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("front", ["vhost", "nbd"])
+def test_load_is_what_the_back_end_gets(programs, folder, disk, front, case):
+    fronts = Fronts(programs, folder, MS)
+    with storage_daemon(programs, disk, folder / "back.sock") as (daemon, path):
+        if front == "nbd":
+            path = export_nbd(daemon, folder / "nbd.sock")
+        before = transferred(daemon.pid, case.mode)
+        with getattr(fronts, front)(path, case, busy=False) as load:
+            assert load.wait(timeout=60) == 0, load.describe()
+            said = what_it_said(load)
+        moved = transferred(daemon.pid, case.mode) - before
+    measured = said["mb_per_s"] * 1e6 * MS / 1000
+    assert said["iops"] * case.size == pytest.approx(said["mb_per_s"] * 1e6, rel=0.01)
+    # There was a time before that was not measured.
+    assert 0 < measured * 0.95 < moved
+    latency = said["latency_us"]
+    assert 0 < latency["p50"] <= latency["p99"] <= latency["p999"]
+    # Little's law: requests in flight are their rate times their latency.
+    if case.queues == 1:
+        assert latency["p50"] * said["iops"] / 1e6 < case.depth * 1.5
+
+
+def test_counters_are_those_of_the_last_session(programs, folder, disk):
+    """Each session has a line in the log; the second one had far more kicks."""
+    fronts = Fronts(programs, folder, MS)
+    front = folder / "front.sock"
+    with (
+        storage_daemon(programs, disk, folder / "back.sock") as (_, back),
+        airlock(back, front, "--poll-us=0", "--log-level=info") as proxy,
+    ):
+        counters = Counters(proxy)
+        found = []
+        for depth in (64, 1):
+            case = Case("randread", 4 * KIB, depth, indirect=True)
+            with fronts.vhost(front, case, busy=False) as load:
+                assert load.wait(timeout=60) == 0, load.describe()
+            found.append(counters())
+            assert json.loads(load.output())[0]["requests"] > 0
+    assert found[0]["airlock kicks"] < found[1]["airlock kicks"]
+    assert found[1]["airlock kicks"] == pytest.approx(1, abs=0.05)

@@ -51,6 +51,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     extras: list[ExtraRow] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 def main() -> int:
@@ -74,6 +75,9 @@ def main() -> int:
         status = 1
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
+        status = 1
+    for failure in results.failures:
+        print(f"bench: {failure}", file=sys.stderr)
         status = 1
     # What was measured before something failed is not lost.
     results.rows = summarize(results.runs, DIRECT)
@@ -100,6 +104,7 @@ def measure_all(
                 bench = Bench(fronts, found, options.patience)
                 for run in bench.measure_all(loads, options.rounds, progress):
                     results.runs.append(run)
+                results.failures += bench.failures
         if "goals" in options.parts:
             for goal in measure_goals(programs, folder):
                 progress(goal.name)

@@ -23,7 +23,9 @@ ATTEMPTS = 3
 QUIET = 0.2
 """Seconds in which nothing else ran: so the machine is quiet again."""
 PATIENCE = 60.0
-"""Seconds that a load may take beyond its time."""
+"""Seconds that a load may take, beside its time: the machine may be busy."""
+HOPELESS = 3
+"""Cases that may fail in a row."""
 
 
 class Bench:
@@ -36,15 +38,30 @@ class Bench:
         self.targets = targets
         self.patience = patience
         """Seconds left to lose to other programs: for disturbed runs and waiting."""
+        self.failures: list[str] = []
 
     def measure_all(
         self, cases: Sequence[Case], rounds: int, progress: Callable[[str], None]
     ) -> Iterator[Run]:
-        """Go through all cases in each round."""
+        """Go through all cases in each round.
+
+        A case that fails is left out and noted in `failures`; but when several do so
+        one after the other, it's not the cases.
+        """
         todo = list(product(range(rounds), enumerate(cases)))
+        in_a_row = 0
         for done, (number, (at, case)) in enumerate(todo):
             progress(f"{done}/{len(todo)} {case}")
-            yield from self.measure(case, number, turn=number + at)
+            try:
+                runs = self.measure(case, number, turn=number + at)
+            except (AssertionError, BenchError) as error:
+                in_a_row += 1
+                self.failures.append(f"{case}: {error}")
+                if in_a_row == HOPELESS:
+                    raise BenchError("\n".join(self.failures)) from None
+            else:
+                in_a_row = 0
+                yield from runs
 
     def measure(self, case: Case, number: int, turn: int) -> list[Run]:
         """Run a load on all targets, beginning with another one at each `turn`.

@@ -16,6 +16,7 @@ from bench.extras import ExtraRow, Figure, in_rounds
 from bench.goals import Goal
 from bench.html import page, shade
 from bench.machine import Watched, context_switches, cpu_clock, idle_ns, take_sample
+from bench.measure import Bench
 from bench.runs import (
     BenchError,
     Case,
@@ -287,6 +288,37 @@ def test_options_that_make_no_sense(capsys, option):
     with pytest.raises(SystemExit):
         parse([option])
     assert option.partition("=")[2] in capsys.readouterr().err
+
+
+# Loads that fail.
+
+
+class Failing(Bench):
+    """It measures nothing, and fails at these depths."""
+
+    def __init__(self, *depths: int) -> None:
+        self.failures = []
+        self.depths = depths
+
+    def measure(self, case: Case, number: int, turn: int) -> list[Run]:
+        if case.depth in self.depths:
+            raise BenchError("out of order")
+        return [replace(a_run("direct", number, 1), case=case)]
+
+
+def test_case_that_fails_is_left_out():
+    loads = [Case("randread", 4096, depth) for depth in range(1, 6)]
+    bench = Failing(1, 2, 4, 5)
+    runs = list(bench.measure_all(loads, 1, lambda _: None))
+    assert [run.case.depth for run in runs] == [3]
+    assert bench.failures[0] == "randread-4K-1: out of order"
+    assert len(bench.failures) == 4
+
+
+def test_cases_that_all_fail_end_it():
+    loads = [Case("randread", 4096, depth) for depth in range(1, 6)]
+    with pytest.raises(BenchError, match="randread-4K-4: out of order"):
+        list(Failing(2, 3, 4).measure_all(loads, 1, lambda _: None))
 
 
 # Other devices.

@@ -27,8 +27,8 @@ def long() -> Iterator[Case]:
             MIB: (1, 8, 32),
         }.items():
             yield from (Case(mode, size, depth) for depth in depths)
-    # No deeper: with io_uring and 256 requests in flight, qemu-storage-daemon 11.1 drops
-    # its front-end ("vu_panic: kick eventfd_read()"), whatever that is.
+    # No deeper: with io_uring and 256 requests in flight, qemu-storage-daemon 11.1
+    # drops its front-end ("vu_panic: kick eventfd_read()"), whatever that is.
     for mode in RANDOM:
         yield from (Case(mode, 4 * KIB, depth, queues=2) for depth in (1, 32, 64))
     for mode in RANDOM:

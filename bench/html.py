@@ -40,7 +40,7 @@ h1 { font-size: 26px; margin: 0; } h2 { font-size: 19px; margin: 36px 0 6px; }
 p { margin: 4px 0 10px; color: #4b5563; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0 6px; }
 .tile { border: 1px solid #d1d5db; border-left: 6px solid; border-radius: 6px;
-        padding: 8px 12px; width: 168px; }
+        padding: 8px 10px; width: 156px; }
 .tile b { font-size: 26px; display: block; } .tile small { color: #4b5563; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 600; padding: 3px 10px; }

@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <endian.h>
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -170,6 +171,9 @@ static void flush(struct queue *q)
         if (n < 0) {
             if (errno != EAGAIN)
                 die("send: %s", strerror(errno));
+            struct pollfd wait = { q->fd, POLLIN | POLLOUT, 0 };
+            if (!opt.poll)
+                poll(&wait, 1, -1);
             fill(q, false);
             continue;
         }

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import Watched
+from bench.machine import Watched, wait_for_quiet
 from bench.targets import AIRLOCKS, DIRECT
 from tests.real.airlock import airlock
 from vhost_airlock.bench_report import Spread
+
+MOMENT = 5.0
+"""Seconds to wait for a quiet machine, before each run."""
 
 Measure = Callable[[str], Mapping[str, "Figure"]]
 """Measures once, on the target of that name: figures by case."""
@@ -46,6 +49,7 @@ def in_rounds(names: Sequence[str], rounds: int, measure: Measure) -> list[Extra
     for number in range(rounds):
         first = number % len(names)
         for name in [*names[first:], *names[:first]]:
+            wait_for_quiet(MOMENT)
             for case, figure in measure(name).items():
                 found.setdefault((case, name), []).append(figure)
     return [

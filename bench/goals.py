@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import Watched, take_sample
+from bench.machine import Watched, take_sample, wait_for_quiet
 from bench.runs import KIB, MIB, BenchError
 from tests.real.airlock import airlock
 from tests.real.processes import Process
@@ -35,6 +35,8 @@ RAM = {"1 GiB": 1 << 30, "32 GiB": 32 << 30, "1 TiB": 1 << 40}
 SECONDS = 1.0
 ROUNDS = 3
 TOLERANCE = 1.25
+MOMENT = 2.0
+"""Seconds to wait for a quiet machine, before each run."""
 COPY = 64 * KIB
 COLD = 128 * MIB
 
@@ -157,6 +159,7 @@ def compared(
     for _ in range(ROUNDS):
         for name, plan in plans.items():
             with an_airlock(back, folder, "--poll-us=0") as (proxy, front):
+                wait_for_quiet(MOMENT)
                 found[name].append(cost(proxy, front, plan))
     costs = [statistics.median(each.cpu_us for each in found[name]) for name in plans]
     goals = [

@@ -21,6 +21,10 @@ from tests.real.programs import PROJECT, Programs
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
 SYS_IO_URING_SETUP = 425
+FOREIGN = 0.3
+"""Cores busy with something else that make a run worthless."""
+QUIET = 0.2
+"""Seconds in which nothing else ran: so the machine is quiet again."""
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -69,6 +73,17 @@ def take_sample(watched: Mapping[str, Watched]) -> Sample:
     cpu = {name: each.cpu_ns() for name, each in watched.items()}
     switches = {name: each.switches() for name, each in watched.items()}
     return Sample(now, cpu, now * cores - idle, switches)
+
+
+def wait_for_quiet(limit: float) -> None:
+    """Wait until nothing keeps the machine busy, or no longer than that."""
+    until = time.monotonic() + limit
+    while time.monotonic() < until:
+        before = take_sample({})
+        time.sleep(QUIET)
+        after = take_sample({})
+        if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
+            break
 
 
 def idle_ns(stat: str) -> int:

@@ -9,19 +9,15 @@ from itertools import product
 from typing import Any
 
 from bench.fronts import Fronts
-from bench.machine import Watched, take_sample
+from bench.machine import FOREIGN, Watched, take_sample, wait_for_quiet
 from bench.runs import BenchError, Case, Run, Sample, make_run, steady
 from bench.targets import Target
 from tests.real.processes import Process
 
 TICK = 0.02
 """Seconds between samples of CPU time."""
-FOREIGN = 0.3
-"""Cores busy with something else that make a run worthless."""
 ATTEMPTS = 3
 """Times that runs are made if they are disturbed each time."""
-QUIET = 0.2
-"""Seconds in which nothing else ran: so the machine is quiet again."""
 PATIENCE = 60.0
 """Seconds that a load may take, beside its time: the machine may be busy."""
 HOPELESS = 3
@@ -109,14 +105,3 @@ def watch(load: Process, watched: Mapping[str, Watched]) -> list[Sample]:
         if time.monotonic() > until:
             raise BenchError(f"it takes too long\n{load.describe()}")
     return samples
-
-
-def wait_for_quiet(limit: float) -> None:
-    """Wait until nothing keeps the machine busy, or no longer than that."""
-    until = time.monotonic() + limit
-    while time.monotonic() < until:
-        before = take_sample({})
-        time.sleep(QUIET)
-        after = take_sample({})
-        if (after.machine - before.machine) / (after.at - before.at) < FOREIGN / 2:
-            break

@@ -15,6 +15,7 @@ from bench.runs import MIB, Case
 from tests.real.airlock import airlock
 from tests.real.processes import Process
 from tests.real.programs import Programs
+from tests.real.qmp import QmpError
 from tests.real.storage import Disk, StorageDaemon, storage_daemon
 
 DIRECT, TUNED, NBD = "direct", "tuned", "nbd"
@@ -90,7 +91,7 @@ def targets(
                 Counters(proxy),
             )
         if NBD in names:
-            path = export_nbd(daemon, folder / "nbd.sock")
+            path = stack.enter_context(nbd_export(daemon, folder / "nbd.sock"))
             found[NBD] = Target(NBD, nbd(path), watched, polling(daemon, False))
         yield [found[name] for name in NAMES if name in names]
 
@@ -110,8 +111,13 @@ def polling(daemon: StorageDaemon, long: bool) -> Callable[[], object]:
     return lambda: daemon.qmp("qom-set", **place, value=value)
 
 
-def export_nbd(daemon: StorageDaemon, path: Path) -> Path:
-    """Let the daemon serve the same disk by NBD, from the same iothread."""
+@contextmanager
+def nbd_export(daemon: StorageDaemon, path: Path) -> Iterator[Path]:
+    """Let the daemon serve the same disk by NBD, from the same iothread.
+
+    The export goes before the daemon ends, and once no client is left: QEMU 11.1 aborts
+    when it ends while one is just leaving.
+    """
     address = {"type": "unix", "data": {"path": str(path)}}
     daemon.qmp("nbd-server-start", addr=address, max_connections=QUEUES)
     daemon.qmp(
@@ -123,7 +129,17 @@ def export_nbd(daemon: StorageDaemon, path: Path) -> Path:
         writable=True,
         iothread="io",
     )
-    return path
+    yield path
+
+    def unused() -> bool:
+        try:
+            daemon.qmp("block-export-del", id="nbd", mode="safe")
+        except QmpError:
+            return False
+        return True
+
+    daemon.wait_until(unused)
+    daemon.qmp.wait_for("BLOCK_EXPORT_DELETED", id="nbd")
 
 
 class Counters:

@@ -105,7 +105,7 @@ class Bench:
         return self.private[addr - PRIVATE : addr - PRIVATE + length]
 
     def serve(
-        self, count: int, complete: Complete = well, status: int = 0
+        self, count: int, complete: Complete = well, status: int | None = 0
     ) -> list[tuple[int, int, list[Buffer]]]:
         """Serve so many requests: kinds, sectors and buffers of their data."""
         found: list[tuple[int, int, list[Buffer]]] = []
@@ -117,7 +117,8 @@ class Bench:
                 assert end[1:] == (1, True)
                 kind, _, sector = HEADER.unpack(self.view(header.addr, header.length))
                 found.append((kind, sector, data))
-                self.view(end.addr, 1)[0] = status
+                if status is not None:
+                    self.view(end.addr, 1)[0] = status
                 complete(self.ring, chain.head)
             self.ring.publish()
             if self.ring.call_needed():
@@ -234,9 +235,12 @@ def test_busy_wait_wants_no_calls(start):
     assert (counters["calls"], counters["sleeps"]) == (0, 0)
 
 
-def test_failed_request_ends_it(start):
+@pytest.mark.parametrize("status", [1, 2, None])
+def test_failed_request_ends_it(start, status):
+    """One that no status was written for has failed too, also after good ones."""
     bench = start()
-    bench.serve(1, status=1)
+    bench.serve(8)
+    bench.serve(1, status=status)
     assert isinstance(bench.end(), SessionError)
     assert "failed" in str(bench.error)
 

@@ -146,6 +146,8 @@ def make_run(
     }
     foreign = (last.machine - first.machine) / 1e9 / seconds - sum(cores.values())
     iops = float(said["iops"])
+    if not iops:
+        raise BenchError(f"{target}: no request was done in time")
     latency = said["latency_us"]
     notices = {
         f"front {name}": said[name] / said["requests"]

@@ -116,6 +116,13 @@ def test_context_switches_and_notices_of_a_request():
     )
 
 
+def test_run_in_which_nothing_was_done_has_no_figures():
+    sample = Sample(0, {"front": 0}, 0)
+    said = {**SAID, "iops": 0}
+    with pytest.raises(BenchError, match="nbd: no request"):
+        make_run(CASE, "nbd", 0, said, sample, replace(sample, at=MS), 0.3)
+
+
 def test_ratios_are_paired_by_round():
     """The machine got slower from round to round; the ratio stays what it is."""
     speed = {0: 100.0, 1: 50.0, 2: 10.0}

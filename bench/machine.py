@@ -34,20 +34,23 @@ class Watched:
     def __init__(self, pid: int) -> None:
         self.clock = cpu_clock(pid)
         self._tasks = Path(f"/proc/{pid}/task")
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def cpu_ns(self) -> int:
         """Return the CPU time that it has used."""
         return time.clock_gettime_ns(self.clock)
 
     def switches(self) -> tuple[int, int]:
-        """Return how often its threads waited, and how often they were interrupted."""
-        voluntary = forced = 0
+        """Return how often its threads waited, and how often they were interrupted.
+
+        Threads that have ended since the last look count as they were then.
+        """
         for task in self._tasks.iterdir():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                one, other = context_switches((task / "status").read_text())
-                voluntary += one
-                forced += other
-        return voluntary, forced
+                status = (task / "status").read_text()
+                self._seen[task.name] = context_switches(status)
+        voluntary, forced = zip(*self._seen.values(), strict=True)
+        return sum(voluntary), sum(forced)
 
 
 def context_switches(status: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from bench.runs import Case, Row
 
 HEAD = (
-    f"{'case':<24}{'target':<10}{'IOPS':>8} {'MB/s':>7} {'p50 us':>8} {'p99':>8}"
+    f"{'case':<32}{'target':<10}{'IOPS':>8} {'MB/s':>7} {'p50 us':>8} {'p99':>8}"
     f" {'p99.9':>8} | {'CPU us: front':>13} {'airlock':>8} {'back':>8}"
     f" | {'kicks':>12} {'calls':>12} {'switches':>8} | {'ratio (lowest-highest)'}"
 )
@@ -44,7 +44,7 @@ def line(row: Row, name: str) -> str:
     calls = amount(sent.get("airlock calls", sent.get("front calls")))
     switches = sum(sum(pair) for pair in row.switches.values())
     return (
-        f"{name:<24}{row.target:<10}{row.iops.median:>8.0f} {row.mb_per_s:>7.0f}"
+        f"{name:<32}{row.target:<10}{row.iops.median:>8.0f} {row.mb_per_s:>7.0f}"
         f" {row.p50_us:>8.1f} {row.p99_us:>8.1f} {row.p999_us:>8.1f}"
         f" | {cpu['front']:>13.2f} {amount(cpu.get('airlock')):>8}"
         f" {amount(cpu.get('back')):>8}"

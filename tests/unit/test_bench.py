@@ -232,7 +232,7 @@ def test_context_switches_of_all_threads_are_seen():
             os.read(ping[0], 1)
             os.write(pong[1], b"x")
         ready.set()
-        go.wait()  # a thread that has ended counts no more
+        go.wait()
 
     watched = Watched(os.getpid())
     thread = threading.Thread(target=answer)
@@ -245,6 +245,7 @@ def test_context_switches_of_all_threads_are_seen():
     after = watched.switches()
     go.set()
     thread.join()
+    assert watched.switches() >= after, "what a thread has done is not undone"
     for fd in (*ping, *pong):
         os.close(fd)
     assert after[0] - before[0] >= 100

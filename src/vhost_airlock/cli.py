@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import bench, demo, watch
+from .attack import command as attack
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
 from .dataplane.pump import POLICIES
@@ -68,6 +69,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     bench_parser = commands.add_parser("bench", help="measure a block device")
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(run=bench.run)
+    attack_parser = commands.add_parser(
+        "attack", help="be a hostile guest, VMM or back-end, and see what holds"
+    )
+    attack.add_arguments(attack_parser)
+    attack_parser.set_defaults(run=attack.run)
     options = parser.parse_args(argv)
     options.command = tuple(command)
     return options

@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 from typing import Self
 
 from ..errors import DeadlineExceeded, RingFault, SessionError
+from ..vhost.channel import TIMEOUT as MESSAGE_TIMEOUT
 from ..vhost.channel import Channel
 from ..vhost.fds import notify
 from ..vhost.frontend import Frontend
@@ -48,7 +49,10 @@ WANTED_PROTOCOL = (
 
 
 class BlkGuest:
-    """The guest. `without` are features that it would use otherwise."""
+    """The guest. `without` are features that it would use otherwise, `also` others.
+
+    `timeout` is what the back-end has to answer a message.
+    """
 
     def __init__(
         self,
@@ -58,15 +62,18 @@ class BlkGuest:
         queue_size: int = 128,
         seg_max: int = SEG_MAX,
         without: Collection[Feature | ProtocolFeature] = (),
+        also: Collection[ProtocolFeature] = (),
+        timeout: float = MESSAGE_TIMEOUT,
     ) -> None:
         self.ram = ram or GuestRam()
+        self.timeout = timeout
         self.queues = [
             GuestQueue(self.ram, i, queue_size, seg_max) for i in range(num_queues)
         ]
         self.features = 0
         self.capacity = 0
         self._wanted = int(WANTED) | int(WANTED_BLK)
-        self._wanted_protocol = int(WANTED_PROTOCOL)
+        self._wanted_protocol = int(WANTED_PROTOCOL) | sum(also)
         for feature in without:
             if isinstance(feature, ProtocolFeature):
                 self._wanted_protocol &= ~int(feature)
@@ -104,7 +111,7 @@ class BlkGuest:
             if isinstance(path_or_channel, str)
             else path_or_channel
         )
-        front = self._front = Frontend(channel)
+        front = self._front = Frontend(channel, timeout=self.timeout)
         self._memory_is_shared = False
         offered = front.get_features()
         self.features = offered & self._wanted

@@ -11,6 +11,7 @@ import pytest
 
 from tests.real.processes import Process, listening
 from vhost_airlock import cli
+from vhost_airlock.attack.command import GROUPS
 from vhost_airlock.back import Back
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import FAULTS, POLICIES, Pump
@@ -389,6 +390,17 @@ def test_tests_that_are_named_exist(path):
         r"`(?:[\w/]+\.py::)?(?:\w+::)?(test_\w+)`", path.read_text()
     ):
         assert f"def {name}(" in TESTS, name
+
+
+@pytest.mark.parametrize(
+    ("title", "attacks"),
+    list(zip(("As a guest", "As a VMM", "As a back-end"), GROUPS, strict=True)),
+)
+def test_attacks_are_those_of_the_catalogue(title, attacks):
+    told = [
+        (names(row[0])[0], row[1]) for row in rows(section(doc("attacks.md"), title))
+    ]
+    assert told == [(attack.name, attack.what) for attack in attacks[1]]
 
 
 def test_modules_of_the_architecture_exist():

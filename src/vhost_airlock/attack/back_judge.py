@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..errors import Disconnected
 from ..peers.disk import SECTOR, BlkType
 from ..peers.events import clear
 from ..peers.guest import BlkGuest
@@ -180,8 +181,10 @@ def _both_rings(watched: WatchedGuest, guest: BlkGuest) -> tuple[Verdict, str]:
         for queue in guest.queues:
             watched.transfer(queue.index, BlkType.IN, 0)
         guest.stop()
-    except FAILURES as error:
+    except Disconnected as error:
         return Verdict.CONNECTION_LOST, f"set up anew: {error}"
+    except FAILURES as error:
+        return Verdict.RING_LOST, f"set up anew: {error}"
     return (Verdict.RING_STOPPED if stopped else Verdict.HELD), ""
 
 

@@ -8,6 +8,7 @@ import select
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,29 +60,31 @@ class BackScene(DeviceServer):
         try:
             super().run()
         finally:
-            self.ended.set()
-            for thread in self._threads:
-                thread.join()
+            self._calm_down()
             close_all(self.fds)
             if self.asking is not None:
                 self.asking.close()
 
     def spawn(self, step: Callable[[], None], seconds: float = 0.3) -> None:
-        """Take a step over and over in a thread, for a while."""
+        """Take a step over and over in a thread, for a while.
+
+        It ends before ring 0 stops, or before the connection does.
+        """
 
         def go() -> None:
-            timer = threading.Timer(seconds, over.set)
-            timer.start()
+            end = time.monotonic() + seconds
             with contextlib.suppress(OSError, ValueError, AirlockError):
-                while not over.is_set() and not self.ended.is_set():
+                while time.monotonic() < end and not self.ended.is_set():
                     step()
-            timer.cancel()
-            timer.join()
 
-        over = threading.Event()
         thread = threading.Thread(target=go, name="hostile")
         self._threads.append(thread)
         thread.start()
+
+    def _calm_down(self) -> None:
+        self.ended.set()
+        while self._threads:
+            self._threads.pop().join()
 
     # Messages.
 
@@ -139,6 +142,8 @@ class BackScene(DeviceServer):
 
     def _on_get_base(self, payload: VringState, fds: list[Fd]) -> VringState:
         if payload.index == 0:
+            self._calm_down()
+            self.ended.clear()
             self.behave()
             if self.on_stop is not None:
                 self.on_stop(self)

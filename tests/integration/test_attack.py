@@ -1,0 +1,102 @@
+"""All of `vhost-airlock attack` against the airlock: every attack holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import weak
+from vhost_airlock.attack.command import GROUPS
+from vhost_airlock.attack.program import listens
+from vhost_airlock.peers.blk_process import BlkProcess
+
+PYTHON = sys.executable
+AIRLOCK = [PYTHON, "-m", "vhost_airlock", "run", "--drain-timeout=0.3"]
+ATTACK = [PYTHON, "-m", "vhost_airlock", "attack", "--json", "--timeout=20"]
+PATIENCE = 110.0
+
+Result = dict[str, Any]
+
+
+class Attack:
+    """The command, which runs."""
+
+    def __init__(self, out: Path, *arguments: str) -> None:
+        self._out = out
+        with out.open("wb") as file:
+            self.process = subprocess.Popen([*ATTACK, *arguments], stdout=file)
+
+    def result(self) -> Result:
+        status = self.process.wait(PATIENCE)
+        found: Result = json.loads(self._out.read_text())
+        assert status == (0 if found["held"] else 1)
+        return found
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def verdicts(found: Result) -> dict[str, str]:
+    return {each["name"]: each["verdict"] for each in found["attacks"]}
+
+
+@pytest.fixture(scope="module")
+def running(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Attack]]:
+    """All groups at once: most of their time is waiting."""
+    folder = tmp_path_factory.mktemp("a")
+    disk = folder / "disk"
+    disk.write_bytes(bytes(4 << 20))
+    with ExitStack() as stack:
+        running = {}
+        for title, _ in GROUPS:
+            front, back = folder / f"{title}.front", folder / f"{title}.back"
+            airlock = [*AIRLOCK, f"--socket-path={front}", f"--backend={back}"]
+            if title == "--as-backend":
+                airlock.append("--timeout=1")
+                arguments = [f"{title}={back}", f"--front={front}"]
+            else:
+                stack.enter_context(BlkProcess(str(disk), str(back), num_queues=2))
+                arguments = [f"{title}={front}"]
+            out = folder / f"{title}.json"
+            running[title] = Attack(out, *arguments, "--", *airlock)
+            stack.callback(running[title].close)
+        yield running
+
+
+@pytest.mark.parametrize("title", [title for title, _ in GROUPS])
+def test_the_airlock_holds(running: dict[str, Attack], title: str):
+    found = running[title].result()
+    assert [each for each in found["attacks"] if not each["held"]] == []
+    names = [each.name for each in dict(GROUPS)[title]]
+    assert [each["name"] for each in found["attacks"]] == names
+
+
+def test_flaw_that_a_race_finds_is_out_of_reach_behind_the_airlock(tmp_path: Path):
+    """The back-end reads a next twice. Directly, it is gone; here, it never ends."""
+    back, front = tmp_path / "back", tmp_path / "front"
+    flawed = [PYTHON, weak.__file__, "double-fetch", str(back)]
+    names = ("race-table-next", "race-next")
+    direct = Attack(tmp_path / "direct", f"--as-guest={back}", *names, "--", *flawed)
+    assert verdicts(direct.result()) == dict.fromkeys(reversed(names), "process gone")
+    with subprocess.Popen(flawed) as process:
+        try:
+            while not listens(str(back)):
+                assert process.poll() is None
+            airlock = [*AIRLOCK, f"--socket-path={front}", f"--backend={back}"]
+            behind = Attack(
+                tmp_path / "behind", f"--as-guest={front}", *names, "--", *airlock
+            )
+            assert behind.result()["held"]
+            assert process.poll() is None
+        finally:
+            process.kill()

@@ -216,6 +216,8 @@ def with_memory(deed: Callable[[Fd], None]) -> Deed:
         for fd in scene.fds:
             with contextlib.suppress(OSError):
                 deed(fd)
+        for other in filter(None, (scene.vring(index).ring for index in (0, 1))):
+            other.arm()  # or the back-end would have lost its own kicks
         scene.complete(ring, chain)
 
     on_chain.__name__, on_chain.__doc__ = deed.__name__, deed.__doc__

@@ -3,7 +3,7 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 
-.PHONY: develop lint types test test-asan stress demo bench clean
+.PHONY: develop lint types test test-asan stress fuzz demo bench clean
 
 develop: .venv/ready                    ## .venv with the tools and the compiled package
 	python setup.py --quiet build_ext --inplace
@@ -17,7 +17,7 @@ lint: develop                           ## style, formatting, likely mistakes
 	cython-lint src
 
 types: develop                          ## annotations; stubs against compiled modules
-	mypy src tests bench
+	mypy src tests bench fuzz
 	stubtest --ignore-unused-allowlist --allowlist tools/stubtest.allow $(STUBS)
 
 test: lint types                        ## everything, with real programs where possible
@@ -31,6 +31,9 @@ stress: develop                         ## property tests, races and endurance, 
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
 	    tests/unit/test_races.py tests/unit/test_mutators.py \
 	    tests/integration/test_endurance.py
+
+fuzz: develop                           ## parsers and rings, for hours
+	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

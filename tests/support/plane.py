@@ -73,7 +73,7 @@ class Memory:
 
     def intact(self) -> bool:
         guards = self._whole[:PAGE], self._whole[PAGE + self.size :]
-        return all(guard == GUARD for guard in guards)
+        return all(bytes(guard) == GUARD for guard in guards)  # quicker than a view
 
 
 class AddressSpace:

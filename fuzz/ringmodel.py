@@ -1,0 +1,413 @@
+"""One ring through a real pump, and beside it what has to come of it.
+
+Guest and back both are hostile here: a target writes what it likes into guest memory
+and into isolated memory. Before each step the model reads the same memory, by the
+specification and in the plainest way, and foretells all of the guest's memory, the
+chains that the back gets, and whether the ring is broken. Only how many chains find
+room is not foretold.
+
+What comes of it: I1, I3, I4, I5 to I8 (docs/architecture.md), for whatever is there.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+from tests.support.model import TAIL, Request
+from tests.support.plane import PAGE, AddressSpace, Lane, World
+from vhost_airlock.dataplane.pool import Pool
+from vhost_airlock.peers import Buffer
+from vhost_airlock.peers.ring import DESC, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
+
+REGIONS = ((0, 2 * PAGE), (2 * PAGE, 2 * PAGE), (1 << 32, 2 * PAGE))
+"""Two adjacent regions, and one behind a hole."""
+POOL = 48 * PAGE
+LARGEST = 32 * PAGE
+MOST_SEGMENTS = 1024
+TABLE_ENTRIES = 1040
+"""What the memory for the guest's indirect tables can hold in all."""
+PATTERN = bytes(range(1, 252)) * 600
+
+
+class Malformed(Exception):
+    """The guest broke its ring."""
+
+
+class GuestImage:
+    """A copy of the guest's memory, in which the model does what the pump shall do."""
+
+    def __init__(self, ram: AddressSpace) -> None:
+        self.ram = ram
+        self.load()
+
+    def load(self) -> None:
+        """Take over what the guest has changed."""
+        pieces = sorted(self.ram.pieces.items())
+        self.pieces = [(at, bytearray(memory.view)) for at, memory in pieces]
+
+    def check(self) -> None:
+        """The real memory is as foretold."""
+        for at, data in self.pieces:
+            assert bytes(self.ram.pieces[at].view) == data, f"guest memory at {at:#x}"
+
+    def read(self, address: int, size: int) -> bytes:
+        data = b""
+        for start, piece in self.pieces:
+            at = address + len(data) - start
+            if 0 <= at < len(piece):
+                data += piece[at : at + size - len(data)]
+        if len(data) < size:
+            raise Malformed("outside of memory")
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        for start, piece in self.pieces:
+            at = address - start
+            if 0 <= at < len(piece):
+                run = data[: len(piece) - at]
+                piece[at : at + len(run)] = run
+                address += len(run)
+                data = data[len(run) :]
+        assert not data
+
+
+@dataclass(frozen=True)
+class Options:
+    size: int
+    base: int = 0
+    guest_event_idx: bool = False
+    guest_indirect: bool = True
+    back_event_idx: bool = False
+    back_indirect: bool = True
+    policy: str = "full"
+
+
+@cache
+def kept_lane(size: int) -> Lane:
+    """Memory is expensive, so what has one size shares it from run to run."""
+    world = World(pool=POOL, largest=LARGEST, regions=REGIONS)
+    return Lane(world, size=size, entries=-(-TABLE_ENTRIES // size), start=False)
+
+
+class RingModel:
+    """One run of one ring."""
+
+    def __init__(self, options: Options) -> None:
+        self.lane = lane = kept_lane(options.size)
+        self.world = lane.world
+        for memory in self.world.ram.pieces.values():
+            memory.view[:] = PATTERN[: memory.size]
+        lane.ring.desc[:] = bytes(len(lane.ring.desc))
+        lane.ring.avail_flags = 0
+        lane.ring.avail_idx = options.base
+        lane.ring.used_idx = options.base
+        self._renew_pool()
+        lane.policy = options.policy
+        lane.guest_event_idx = options.guest_event_idx
+        lane.guest_indirect = options.guest_indirect
+        lane.back_event_idx = options.back_event_idx
+        lane.back_indirect = options.back_indirect
+        lane.renew()
+        self.image = GuestImage(self.world.ram)
+        self.flight: dict[int, Request] = {}
+        self.quarantine: dict[int, Request] = {}
+        self.broken = False
+        self.violations = 0
+        self.start(options.base)
+
+    def _renew_pool(self) -> None:
+        """The same memory, and no memory of what was there."""
+        self.world.pool = Pool(POOL, largest=LARGEST)
+        back, memory = next(iter(self.world.isolated.pieces.items()))
+        self.pool_memory = memory
+        self.world.pool.add_region(memory.address, back, memory.size)
+
+    def start(self, base: int) -> None:
+        self.lane.start(base)
+        self.image.load()
+        self.seen = self.limit = base
+        self.used_idx = self._guest_word(self.lane.layout.used + 2)
+        self.busy: set[int] = set()
+        self.held: list[Buffer] | None = None
+        self.held_head = 0
+        self.offered = 0
+        self.reaped = self.reap_limit = 0
+        self.strikes = 0
+        self.broken = self.back_broken = False
+
+    # The guest's ring as the specification has it.
+
+    def _guest_word(self, offset: int) -> int:
+        return int.from_bytes(self.image.read(self.lane.ring_at + offset, 2), "little")
+
+    def _next_head(self) -> int | None:
+        """Where the next chain begins; None: there is none."""
+        layout, size = self.lane.layout, self.lane.size
+        if self.seen == self.limit:
+            limit = self._guest_word(layout.avail + 2)
+            if (limit - self.seen) & 0xFFFF > size:
+                raise Malformed("index")
+            self.limit = limit
+            if self.seen == limit:
+                return None
+        head = self._guest_word(layout.avail + 4 + 2 * (self.seen % size))
+        if head >= size or head in self.busy:
+            raise Malformed(f"head {head}")
+        return head
+
+    def _chain(self, head: int) -> list[Buffer]:
+        lane = self.lane
+        table = self.image.read(lane.ring_at + lane.layout.desc, 16 * lane.size)
+        buffers = self._walk(table, head, lane.guest_indirect)
+        if not buffers or len(buffers) > MOST_SEGMENTS:
+            raise Malformed(f"{len(buffers)} buffers")
+        if any(a.writable and not b.writable for a, b in pairwise(buffers)):
+            raise Malformed("order")
+        if sum(buffer.length for buffer in buffers) >= 1 << 32:
+            raise Malformed("too long")
+        return buffers
+
+    def _walk(self, table: bytes, index: int, may_nest: bool) -> list[Buffer]:
+        buffers: list[Buffer] = []
+        count = len(table) // DESC.size
+        for _ in range(count):
+            if index >= count:
+                raise Malformed(f"next {index}")
+            addr, length, flags, index = DESC.unpack_from(table, DESC.size * index)
+            if flags & DESC_F_INDIRECT:
+                entries, odd = divmod(length, DESC.size)
+                possible = 0 < entries <= MOST_SEGMENTS and not odd
+                if not may_nest or flags & DESC_F_NEXT or not possible:
+                    raise Malformed("indirect")
+                return buffers + self._walk(self.image.read(addr, length), 0, False)
+            if length:
+                if length > sum(size for _, size in REGIONS) * 4:
+                    raise Malformed("longer than all memory")
+                self.image.read(addr, length)
+                buffers.append(Buffer(addr, length, bool(flags & DESC_F_WRITE)))
+            if not flags & DESC_F_NEXT:
+                return buffers
+        raise Malformed("loop")
+
+    # A step.
+
+    def step(self) -> None:
+        """Step until nothing moves."""
+        while self._one_step():
+            pass
+
+    def _one_step(self) -> int:
+        lane = self.lane
+        self.image.load()
+        done = 0 if self.back_broken else self._collect()
+        chains = lane.counter("chains")
+        moved, _, _ = lane.pump.step(1 << 15)
+        self.image.check()
+        fresh = lane.counter("chains") - chains
+        if self.broken or self.back_broken:
+            assert fresh == 0
+        else:
+            self._forward(fresh)
+            if fresh:
+                self._check_doubles()
+        assert moved == done + fresh
+        assert bool(lane.pump.fault) == (self.broken or self.back_broken), lane.fault
+        assert lane.counter("violations") == self.violations
+        assert lane.pump.outstanding == len(self.flight)
+        held = [*self.flight.values(), *self.quarantine.values()]
+        pages = sum(r.pool_pages(lane.back_indirect) for r in held)
+        assert self.world.pool.used == PAGE * pages
+        return moved
+
+    def _collect(self) -> int:
+        """What the back says is done, as far as that can be."""
+        lane, shadow = self.lane, self.lane.shadow
+        reaped = done = 0
+        while True:
+            if self.reaped == self.reap_limit:
+                limit = shadow.used_idx
+                if (limit - self.reaped) & 0xFFFF > lane.size:
+                    self.back_broken = True
+                    break
+                self.reap_limit = limit
+                if self.reaped == limit:
+                    break
+            slot, said = shadow.used_entry(self.reaped % lane.size)
+            self.reaped = (self.reaped + 1) & 0xFFFF
+            if slot in self.flight:
+                self._finish(self.flight.pop(slot), said)
+                done += 1
+            elif slot in self.quarantine:
+                del self.quarantine[slot]
+            else:
+                self.violations += 1
+                self.strikes += 1
+                if self.strikes > lane.size:
+                    self.back_broken = True
+                    break
+                continue
+            self.strikes = 0
+            reaped += 1
+        if done:
+            self._set_used(2, self.used_idx.to_bytes(2, "little"))
+        return reaped
+
+    def _set_used(self, offset: int, data: bytes) -> None:
+        self.image.write(self.lane.ring_at + self.lane.layout.used + offset, data)
+
+    def _finish(self, request: Request, said: int) -> None:
+        left = request.room if self.lane.policy == "full" else min(said, request.room)
+        assert request.seen is not None
+        for buffer, double in zip(request.buffers, request.seen.buffers, strict=True):
+            if buffer.writable:
+                size = min(left, buffer.length)
+                left -= size
+                last = buffer is request.buffers[-1]
+                if self.lane.policy == "used+tail" and last and buffer.length <= TAIL:
+                    size = buffer.length
+                data = bytes(self.world.isolated.view(double.addr, buffer.length))
+                self.image.write(buffer.addr, data[:size])
+        element = struct.pack("<II", request.head, min(said, request.room))
+        self._set_used(4 + 8 * (self.used_idx % self.lane.size), element)
+        self.used_idx = (self.used_idx + 1) & 0xFFFF
+        self.busy.discard(request.head)
+
+    def _forward(self, fresh: int) -> None:
+        """So many chains were offered to the back; those must be the guest's next."""
+        lane = self.lane
+        try:
+            while True:
+                if self.held is None:
+                    head = self._next_head()
+                    if head is None:
+                        break
+                    self.held = self._chain(head)
+                    self.held_head = head
+                    self.busy.add(head)
+                    self.seen = (self.seen + 1) & 0xFFFF
+                if self._never_fits(self.held):
+                    raise Malformed("it never fits")
+                if not fresh:
+                    self._check_stall(self.held)
+                    break
+                fresh -= 1
+                self._offered(self.held_head, self.held)
+                self.held = None
+        except Malformed:
+            self.broken = True
+        assert not fresh, f"chains that the guest never offered: {lane.fault}"
+
+    def _needs(self, buffers: list[Buffer]) -> int:
+        return 1 if self.lane.back_indirect else len(buffers)
+
+    def _never_fits(self, buffers: list[Buffer]) -> bool:
+        indirect = self.lane.back_indirect
+        pages = Request(0, buffers, range(0), b"").pool_pages(indirect)
+        blocks = [
+            Request(0, [buffer], range(0), b"").pool_pages(False)
+            for buffer in buffers
+            if buffer.length >= 512
+        ]
+        blocks.append(pages - sum(blocks))
+        too_large = max(blocks) > LARGEST // PAGE or pages > POOL // PAGE
+        return too_large or self._needs(buffers) > self.lane.size
+
+    def _check_stall(self, buffers: list[Buffer]) -> None:
+        taken = sum(self._needs(request.buffers) for request in self.flight.values())
+        free = self.lane.size - taken - len(self.quarantine)
+        assert self._needs(buffers) > free or self.world.pool.used, "it waits in vain"
+
+    def _offered(self, head: int, buffers: list[Buffer]) -> None:
+        """The back sees exactly this chain, and in its memory nothing else."""
+        lane, isolated = self.lane, self.world.isolated
+        chain = lane.device.take()
+        assert chain is not None
+        assert [b[1:] for b in chain.buffers] == [b[1:] for b in buffers]
+        given = b""
+        for buffer, double in zip(buffers, chain.buffers, strict=True):
+            data = bytes(isolated.view(double.addr, double.length))
+            if buffer.writable:
+                assert data == bytes(len(data)), "what the back may write isn't zero"
+            else:
+                given += data
+                assert data == self.image.read(buffer.addr, buffer.length)
+            grain = 64 if buffer.length < 512 else PAGE
+            within = 0 if buffer.length < 512 else buffer.addr % PAGE
+            assert double.addr % grain == within
+        table = None
+        if lane.shadow.read_desc(chain.head).flags & DESC_F_INDIRECT:
+            table = lane.shadow.read_desc(chain.head)[:2]
+        request = Request(head, buffers, range(0), given, self.offered, chain, table)
+        assert chain.head not in self.flight
+        assert chain.head not in self.quarantine
+        self.flight[chain.head] = request
+        self.offered += 1
+
+    def _check_doubles(self) -> None:
+        """I7: no two chains share isolated memory."""
+        held = [*self.flight.values(), *self.quarantine.values()]
+        spans = sorted(span for request in held for span in request.doubles())
+        for (start, length), (after, _) in pairwise(spans):
+            assert start + length <= after, "two chains share isolated memory"
+
+    # Stop and start.
+
+    def stop(self, said: int | None) -> int:
+        """The ring stops; the base for another start."""
+        lane = self.lane
+        positions = {request.position: slot for slot, request in self.flight.items()}
+        end = self.offered
+        while end - 1 in positions:
+            end -= 1
+        if said is not None:
+            claimed = end + ((said - end) & 0xFFFF)
+            end = claimed if claimed <= self.offered else end
+        left = sorted(position for position in positions if position < end)
+        last = left == list(range(end - len(left), end))
+        self.image.load()
+        if lane.guest_event_idx:
+            # The chain that waits for room was taken from the ring, but not offered.
+            event = self.seen.to_bytes(2, "little")
+            self._set_used(4 + 8 * lane.size, event)
+        else:
+            self._set_used(0, bytes(2))
+        base = lane.base
+        assert lane.stop(said) == ((base + end) & 0xFFFF, len(left), last)
+        self.image.check()
+        self.quarantine |= {positions[p]: self.flight[positions[p]] for p in left}
+        self.flight.clear()
+        assert lane.pump.quarantined == len(self.quarantine)
+        return (base + end) & 0xFFFF
+
+    # What a good back does.
+
+    def complete(self, slot: int, said: int, data: bytes = b"") -> None:
+        """Finish the chain of a slot, if it is in flight."""
+        request = self.flight.get(slot)
+        if request is None or request.seen is None:
+            return
+        for view in self.lane.writable(request.seen):
+            run = data[: len(view)]
+            view[: len(run)] = run
+            data = data[len(run) :]
+        self.lane.device.complete(slot, said)
+        self.lane.device.publish()
+
+    def end(self) -> None:
+        """The back ends what it has, if it still can; then nothing is left."""
+        self.step()
+        while self.flight and not self.back_broken:
+            self.lane.device.next_used = self.reaped
+            for slot in list(self.flight):
+                self.complete(slot, 0xFFFFFFFF, PATTERN)
+            before = len(self.flight), self.offered
+            self.step()
+            assert (len(self.flight), self.offered) != before, "nothing moves"
+        self.world.check()
+        lane = self.lane
+        lane.pump.detach(None)
+        lane.renew()
+        assert self.world.pool.used == 0, "blocks of the pool were lost"

@@ -3,7 +3,7 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 
-.PHONY: develop lint types test test-asan stress fuzz demo bench clean
+.PHONY: develop lint types test test-asan coverage stress fuzz demo bench clean
 
 develop: .venv/ready                    ## .venv with the tools and the compiled package
 	python setup.py --quiet build_ext --inplace
@@ -34,6 +34,9 @@ stress: develop                         ## property tests, races and endurance, 
 
 fuzz: develop                           ## parsers and rings, for hours
 	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)
+
+coverage: develop                       ## which lines the tests reach; fails below 95 %
+	tools/coverage
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

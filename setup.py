@@ -7,6 +7,11 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+COUNTED = "--coverage" in os.environ.get("CFLAGS", "")
+"""Is this for tools/coverage? Lines are then counted, as they stand in the source."""
+
+if COUNTED:
+    FLAGS[0] = "-O0"
 
 modules = [
     Extension(
@@ -20,7 +25,8 @@ modules = [
 setup(
     ext_modules=cythonize(
         modules,
-        build_dir="build",
+        build_dir="build/coverage" if COUNTED else "build",
+        emit_linenums=COUNTED,
         include_path=["src"],
         compiler_directives={
             "language_level": 3,

@@ -73,14 +73,14 @@ def test_descriptor_and_mapping_are_one_file(ram, marker):
 
 def test_mapping_without_descriptor(ram, marker):
     # mmap objects keep a duplicate of their descriptor, which is the first one free
-    with holder(ram, f"m = mmap.mmap(ram, {SIZE}); os.closerange(3, 100)") as pid:
+    with holder(ram, f"m = mmap.mmap(ram, {SIZE}); os.closerange(3, 10_000)") as pid:
         (found,) = places(pid, marker)
         assert found[:2] == ("mapping", "memfd:guest-ram")
 
 
 @root_only
 def test_rest_of_a_file_that_is_mapped_in_part(ram, marker):
-    with holder(ram, "m = mmap.mmap(ram, 4096); os.closerange(3, 100)") as pid:
+    with holder(ram, "m = mmap.mmap(ram, 4096); os.closerange(3, 10_000)") as pid:
         assert places(pid, marker) == [("mapping", "memfd:guest-ram", AT)]
 
 
@@ -93,7 +93,7 @@ import ctypes
 call = ctypes.CDLL(None).mmap
 call.argtypes = [ctypes.c_size_t] * 6
 assert call(0x100000, 4096, {mmap.PROT_READ}, {fixed}, ram, 0) & 0xffffffff == 0x100000
-os.closerange(3, 100)"""
+os.closerange(3, 10_000)"""
     with holder(ram, code) as pid:
         assert places(pid, marker) == [("mapping", "memfd:guest-ram", AT)]
         (mapped,) = (each for each in mappings(pid) if each.name == "memfd:guest-ram")

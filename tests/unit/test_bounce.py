@@ -107,6 +107,19 @@ class TestFraming:
         lane.step()
         assert world.pool.used == 0
 
+    def test_that_block_may_have_to_be_waited_for(self):
+        world = World(pool=PAGE, limit=8 * PAGE)
+        lane = Lane(world)
+        lane.offer((0, PAGE))
+        lane.offer(*[(0, 100)] * 5)
+        assert lane.step() == 1
+        assert world.pool.used == PAGE
+        assert world.pool.take_wanted() == PAGE
+        lane.complete(lane.take())
+        lane.step()
+        assert [b.length for b in lane.take().buffers] == [100] * 5
+        world.check()
+
     @pytest.mark.parametrize("back_indirect", [False, True])
     def test_the_areas_of_slots_do_not_touch(self, world, back_indirect):
         """All slots at once, each with its area full to the last byte."""

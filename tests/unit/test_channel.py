@@ -3,7 +3,6 @@
 import array
 import contextlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.limits import no_more_fds
 from vhost_airlock.errors import (
     DeadlineExceeded,
     Disconnected,
@@ -167,15 +167,11 @@ def test_too_many_fds_are_closed_and_refused(peer, null, count):
 
 def test_fds_for_which_the_process_has_no_room_are_refused(peer, null):
     send_raw(peer.sock, GET_FEATURES, [null] * 4)
-    free = os.dup(null)
-    os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, limits[1]))
-    try:
-        with pytest.raises(ProtocolError, match="more fds than we can take"):
-            peer.channel.recv()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with (
+        no_more_fds(room=2),
+        pytest.raises(ProtocolError, match="more fds than we can take"),
+    ):
+        peer.channel.recv()
 
 
 def test_a_closed_peer_is_a_disconnect(peer):
@@ -226,8 +222,13 @@ def test_sending_to_a_closed_peer_raises_no_signal(peer):
     assert signals == []
 
 
-def test_credentials_are_not_asked_for_and_change_nothing(peer):
-    """Whatever else a peer may send beside bytes, only descriptors are looked at."""
+@pytest.mark.parametrize("asked", [False, True])
+def test_credentials_are_not_asked_for_and_change_nothing(peer, asked):
+    """Whatever else a peer may send beside bytes, only descriptors are looked at.
+
+    A socket that is inherited might ask for them.
+    """
+    peer.channel._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, asked)
     identity = array.array("i", [os.getpid(), os.getuid(), os.getgid()])
     control = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, identity)]
     assert peer.sock.sendmsg([GET_FEATURES], control) == len(GET_FEATURES)
@@ -389,6 +390,40 @@ def test_after_stop_one_can_go_on_talking(peer):
         assert drain(stop) == 1  # nobody had read it
     peer.channel.stop = None
     assert peer.channel.recv().request == 1
+
+
+def test_readiness_that_is_none_is_waited_out(peer):
+    """What poll() says may be over by the time that one reads or writes."""
+
+    class Hasty(Channel):
+        early = 3
+
+        def wait(self, events, deadline=None):
+            self.early -= 1
+            if self.early < 0:
+                super().wait(events, deadline)
+
+    with Hasty(peer.sock.dup()) as channel:
+        thread = threading.Timer(SOON, peer.channel.send, [1])
+        thread.start()
+        assert channel.recv().request == 1
+        thread.join()
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += channel._sock.send(bytes(4096), socket.MSG_DONTWAIT)
+        channel.early = 3
+        thread = threading.Timer(SOON, lambda: discard(peer.channel._sock, sent))
+        thread.start()
+        channel.send(12)
+        thread.join()
+    assert peer.channel.recv().request == 12
+
+
+def discard(sock, size):
+    """Receive so many bytes, for nothing."""
+    while size:
+        size -= len(sock.recv(size))
 
 
 def test_all_waiting_is_done_in_one_place(peer):

@@ -3,6 +3,7 @@
 import array
 import contextlib
 import os
+import select
 import socket
 import time
 
@@ -656,6 +657,12 @@ def test_bytes_behind_a_reply_are_noticed_with_the_next_request(pair):
     assert pair.front.get_features() == 1
     with pytest.raises(ProtocolError, match="what nobody asked for"):
         pair.front.get_features()
+
+
+def test_one_can_wait_for_what_nobody_asked_for(pair):
+    assert select.select([pair.front], [], [], 0) == ([], [], [])
+    pair.sock.send(b"x")
+    assert select.select([pair.front], [], [], 10)[0] == [pair.front]
 
 
 def test_unsolicited_tells_what_became_of_an_idle_peer(pair, null):

@@ -153,6 +153,18 @@ def test_shadow_ring_has_no_page_when_it_starts(world: World) -> None:
     assert world.ram.read(lane.ring_at, lane.layout.end) == before
 
 
+def test_shadow_ring_has_no_page_when_the_back_is_asked_for(
+    world: World, lane: Lane
+) -> None:
+    """It can't say how far it has come then."""
+    lane.device.arm()
+    assert lane.pump.tells
+    world.isolated.pieces[lane.area_at].cut()
+    assert not lane.pump.tells
+    lane.step()
+    assert_lost(lane)
+
+
 def test_nothing_else_ends(world: World, lane: Lane) -> None:
     other = Lane(world)
     lane.offer((BAD, SIZE))

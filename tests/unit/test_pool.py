@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 
 import pytest
 
+from tests.support.limits import no_more_fds
 from tests.support.plane import BACK_BASE, MIB, PAGE, Lane, World
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.peers import Chain
@@ -337,6 +340,14 @@ class TestGrowth:
         chains = [must_take(lane, 2) for _ in range(4)]
         regions = [(chain.buffers[0].addr - BACK_BASE) >> 32 for chain in chains]
         assert regions == [0, 0, 1, 1]
+
+
+def test_without_room_for_its_descriptor_there_is_no_shared_pool():
+    before = os.listdir("/proc/self/fd")
+    with no_more_fds(), pytest.raises(OSError, match="cannot make") as told:
+        Pool(MIB, largest=MIB, shared=True)
+    assert told.value.errno == errno.EMFILE
+    assert os.listdir("/proc/self/fd") == before
 
 
 class TestRegions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.limits import no_more_fds
 from tests.support.plane import MIB, PAGE, Wired, World
 from vhost_airlock.dataplane.worker import Worker
+from vhost_airlock.errors import DeadlineExceeded
 
 QUIET = 0.15
 """Seconds in which an idle worker must not wake."""
@@ -586,6 +589,13 @@ class TestPause:
             raise KeyError
         one_request(lane, b"goes on")
 
+    def test_one_that_is_not_had_in_time_changes_nothing(self, wire, worker):
+        lane = wire()
+        one_request(lane, b"it runs")
+        with pytest.raises(DeadlineExceeded), worker.pause(0):
+            pytest.fail("no time, but a pause")
+        one_request(lane, b"goes on")
+
     def test_before_the_worker_runs(self, events):
         worker = Worker(events)
         with worker.pause():
@@ -773,6 +783,14 @@ class TestDescriptors:
             del worker
         assert len(os.listdir("/proc/self/fd")) == fds
         assert threading.active_count() == threads
+
+    def test_without_room_for_them_there_is_no_worker(self, events):
+        before = os.listdir("/proc/self/fd")
+        for room in range(2):
+            with no_more_fds(room), pytest.raises(OSError, match="cannot make") as told:
+                Worker(events)
+            assert told.value.errno == errno.EMFILE
+        assert os.listdir("/proc/self/fd") == before
 
     def test_regression_a_worker_that_was_not_made_closes_nothing(self, events):
         """It had 0 for its descriptors then, and closed stdin."""

@@ -70,7 +70,7 @@ cdef int place(
     if chain.count > FEW:
         slot.buffer = <Buffer *> malloc(chain.count * sizeof(Buffer))
         if slot.buffer == NULL:
-            return OUT_OF_MEMORY
+            return OUT_OF_MEMORY  # not reached: no memory
     slot.head = chain.head
     slot.count = chain.count
     slot.readable = chain.readable

@@ -78,4 +78,4 @@ cdef bint guarded(Job job, void *what, int number, int *result) noexcept nogil:
 
 
 if catch_sigbus() != 0:
-    raise OSError(errno, "cannot catch SIGBUS")
+    raise OSError(errno, "cannot catch SIGBUS")  # not reached: it always can

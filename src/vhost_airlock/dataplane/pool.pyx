@@ -216,8 +216,8 @@ cdef class Pool:
         region.order = <int8_t *> malloc(region.pages)
         region.next = <int32_t *> malloc(region.pages * sizeof(int32_t))
         if region.order == NULL or region.next == NULL:
-            self._forget(region)
-            raise MemoryError
+            self._forget(region)  # not reached: no memory
+            raise MemoryError  # not reached: no memory
         region.host = <uint8_t *> host
         region.back = back
         region.used = 0

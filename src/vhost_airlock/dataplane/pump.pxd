@@ -73,7 +73,7 @@ cdef class Pump:
     cdef PumpState state
     cdef GuestMemory memory
     cdef Pool pool
-    cdef readonly int index
+    cdef int index
     cdef int kick_in
     cdef int call_out
     cdef int kick_out

@@ -14,7 +14,6 @@ def shadow_parts(size: int) -> tuple[int, int, int]: ...
 
 @disjoint_base
 class Pump:
-    index: int
     attached: bool
     fault: int
     drained: bool

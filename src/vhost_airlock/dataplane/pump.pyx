@@ -344,7 +344,7 @@ cdef class Pump:
         self.state.guest.memory = &memory.table
         self.state.guest.table = <Desc *> calloc(MAX_SEGMENTS, sizeof(Desc))
         if self.state.guest.table == NULL:
-            raise MemoryError
+            raise MemoryError  # not reached: no memory
         self.kick_in = self.call_out = self.kick_out = self.call_in = -1
 
     def __dealloc__(self):
@@ -673,7 +673,7 @@ cdef void *grown(void *memory, size_t old, size_t new, size_t each) except NULL:
     cdef char *bigger = <char *> realloc(memory, new * each)
 
     if bigger == NULL:
-        raise MemoryError
+        raise MemoryError  # not reached: no memory
     memset(bigger + old * each, 0, (new - old) * each)
     return bigger
 

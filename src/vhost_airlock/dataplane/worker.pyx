@@ -427,5 +427,5 @@ cdef void *resized(void *route, size_t count) except NULL:
     cdef void *bigger = realloc(route, count * sizeof(Route))
 
     if bigger == NULL:
-        raise MemoryError
+        raise MemoryError  # not reached: no memory
     return bigger

@@ -1,0 +1,21 @@
+"""Want of what a process may have only so much of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def no_more_fds(room: int = 0) -> Iterator[None]:
+    """Meanwhile, this process can get no more than `room` new descriptors."""
+    free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

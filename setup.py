@@ -7,11 +7,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 FLAGS = ["-O3", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-COUNTED = "--coverage" in os.environ.get("CFLAGS", "")
-"""Is this for tools/coverage? Lines are then counted, as they stand in the source."""
-
-if COUNTED:
-    FLAGS[0] = "-O0"
+if "--coverage" in os.environ.get("CFLAGS", ""):
+    FLAGS[0] = "-O0"  # what tools/coverage counts are the lines as they are written
 
 modules = [
     Extension(
@@ -25,8 +22,7 @@ modules = [
 setup(
     ext_modules=cythonize(
         modules,
-        build_dir="build/coverage" if COUNTED else "build",
-        emit_linenums=COUNTED,
+        build_dir="build",
         include_path=["src"],
         compiler_directives={
             "language_level": 3,

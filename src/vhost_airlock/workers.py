@@ -50,5 +50,8 @@ class Workers:
             worker.stop()
         for thread in self._threads:
             thread.join()
-        # Their descriptors go with them now, not whenever garbage is collected.
+        # Now, and not when the last that has one goes: an error in a record of the log
+        # may hold half of a session.
+        for worker in self._workers:
+            worker.close()
         self._workers.clear()

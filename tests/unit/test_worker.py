@@ -792,6 +792,20 @@ class TestDescriptors:
             assert told.value.errno == errno.EMFILE
         assert os.listdir("/proc/self/fd") == before
 
+    def test_i9_a_closed_one_has_none_though_somebody_holds_it(self, events):
+        """As an error that was logged does, as long as the log keeps its record."""
+        fds = os.listdir("/proc/self/fd")
+        worker = Worker(events)
+        with running(worker):
+            pass
+        worker.close()
+        assert os.listdir("/proc/self/fd") == fds
+        others = [os.eventfd(0), os.eventfd(0)]  # they have the same numbers now
+        worker.close()
+        del worker
+        for fd in others:
+            os.close(fd)
+
     def test_regression_a_worker_that_was_not_made_closes_nothing(self, events):
         """It had 0 for its descriptors then, and closed stdin."""
         spare = os.dup(0) if os.path.exists("/proc/self/fd/0") else None

@@ -130,10 +130,7 @@ cdef class Worker:
         self._watch(self.wake, EPOLLIN)
 
     def __dealloc__(self):
-        if self.epoll >= 0:
-            close(self.epoll)
-        if self.wake >= 0:
-            close(self.wake)
+        close_both(self)
         free(self.route)
         pthread_cond_destroy(&self.changed)
         pthread_mutex_destroy(&self.mutex)
@@ -163,6 +160,10 @@ cdef class Worker:
         store_int(&self.stopping, 1)
         signal_fd(self.wake)
         let_go(self)
+
+    def close(self):
+        """Give back its descriptors, when run() has returned or never was called."""
+        close_both(self)
 
     @contextmanager
     def pause(self, timeout=5.0):
@@ -236,6 +237,14 @@ cdef class Worker:
         event.data.u64 = fd == self.wake
         if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) != 0 and errno != EEXIST:
             raise ValueError(f"descriptor {fd} cannot be waited for (errno {errno})")
+
+
+cdef void close_both(Worker worker) noexcept:
+    if worker.epoll >= 0:
+        close(worker.epoll)
+    if worker.wake >= 0:
+        close(worker.wake)
+    worker.epoll = worker.wake = -1
 
 
 cdef int go_round(Worker worker) noexcept nogil:

@@ -1,46 +1,60 @@
 """Whole sessions: a front that may say anything, a guest with good and bad requests,
-and a back that does what it likes in its memory. Of the invariants, at the end:
+and a back that does what it likes in its memory. All of them act when the session waits
+and in its thread, so nobody waits for anybody, and what an input does, it always does.
+Of the invariants, at the end:
 
 - I1, I2: the back has no byte of the guest's but what it may read, and no address.
 - I3: the guest finds each request completed once at most, and nothing else.
-- I4, I5, I6: guest memory is what it was, but for rings and writable buffers.
-- I8, I9: the session ends in time, and no thread and no descriptor is left.
+- I4, I5, I6: guest memory is what it was, but for rings and writable buffers; what was
+  taken away is not touched.
+- I9: no descriptor is left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import select
 import socket
-import threading
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
 
 from fuzz.playedback import PROTOCOL, PlayedBack
+from fuzz.playedworker import PlayedWorkers
 from fuzz.source import Source
-from fuzz.talk import PAGE, all_closed, memory, open_fds, send_any
-from fuzz.targets.front_messages import CONFIG, P, good, send_good
+from fuzz.talk import PAGE, all_closed, memory, open_fds, replies, send_any
+from fuzz.targets.front_messages import P, good, send_good
+from vhost_airlock.config import Config
 from vhost_airlock.errors import RingFault
 from vhost_airlock.peers.driver import DriverRing
-from vhost_airlock.peers.ring import Buffer, SplitRing
+from vhost_airlock.peers.ring import Buffer, Chain, SplitRing
+from vhost_airlock.peers.vring import Vring
 from vhost_airlock.session import Session
 from vhost_airlock.vhost.channel import Channel
-from vhost_airlock.vhost.fds import eventfd, notify
+from vhost_airlock.vhost.fds import Fd, eventfd, notify
 from vhost_airlock.vhost.rules import RULES
-from vhost_airlock.vhost.wire import Header, Payload, Request
+from vhost_airlock.vhost.wire import MemoryRegion, MemoryTable, Payload, Request
 
+CONFIG = Config(timeout=0, drain_timeout=0, poll_us=0, pool_limit=1 << 20)
+"""What has not come when the session looks for it never comes."""
+Step = tuple[Request, Payload, str]
 SIZE = 16
 RING = range(0x1000, 0x2000)
 """Where front_messages.good() says that the ring is."""
+USED = 0x1C00
+"""From here on only the airlock writes to it."""
 SCRATCH = range(15 * PAGE, 16 * PAGE)
 """What a guest that misbehaves points at, other than outside."""
 BUFFERS = 2 * PAGE
 SECRET = b"not for any back"
 LENGTHS = (16, 1, 64, 512, 513, 2000)
-PATIENCE = 20.0
+ACTS_AT_MOST = 40
 START = [step for step in good(0) if step[0] is not Request.SET_VRING_BASE]
 """The airlock knows by itself where a ring goes on."""
 STOP = START.pop()
-KICK = START[-2]
-"""An eventfd that was signalled: it takes the old one's place."""
+AGAIN = START[[step[0] for step in START].index(Request.SET_MEM_TABLE) :]
+"""What it takes when features were chosen."""
 
 
 class Guest:
@@ -56,17 +70,51 @@ class Guest:
         parts = (self.view[start:] for start in (0x1000, 0x1800, 0x1C00))
         self.ring = SplitRing(SIZE, *parts)
         self.driver = DriverRing(self.ring)
-        self.writable: list[Buffer] = []
+        self.requests: dict[int, tuple[int, Buffer]] = {}
+        """By head: the number of each request, and where the device may write."""
+        self.ended: set[int] = set()
         self.next = BUFFERS
+        self.offered = 0
         self.hostile = False
         """Did it break its own ring? Then what is in there means nothing."""
         self.misled = False
         """Did the front say where memory is? Then nobody knows."""
+        self.gone_from = 16 * PAGE
+        self.gone = bytearray()
+        """What was in memory when it was taken away, from there on."""
+
+    def leave(self, size: int) -> None:
+        """So much of the memory, from its start, has the airlock from here on."""
+        self.check()
+        self.gone_from = max(size, USED)
+        self.gone = bytearray(self.view[self.gone_from :])
+
+    def put(self, at: int, data: bytes) -> None:
+        self.view[at : at + len(data)] = data
+        self.before[at : at + len(data)] = data
+        if at >= self.gone_from:
+            at -= self.gone_from
+            self.gone[at : at + len(data)] = data
 
     def reap(self) -> None:
-        """Take back what was completed. RingFault: it was not outstanding."""
-        if not (self.hostile or self.misled):
-            list(self.driver.used())
+        """Take back what was completed; it must have been outstanding."""
+        if self.hostile or self.misled:
+            return
+        try:
+            used = list(self.driver.used())
+        except RingFault as fault:
+            raise AssertionError(fault) from None  # of a kind that nobody catches
+        for head, written in used:
+            number, buffer = self.requests.pop(head)
+            assert written <= buffer.length, "more was written than there is room"
+            self.ended.add(number)
+            span = slice(buffer.addr, buffer.addr + buffer.length)
+            self.before[span] = self.view[span]
+
+    def taken(self, number: int) -> None:
+        """The back has taken this request."""
+        self.reap()
+        assert self.hostile or self.misled or number not in self.ended, "it had ended"
 
     def offer(self, source: Source) -> None:
         self.reap()
@@ -74,11 +122,10 @@ class Guest:
             return
         out, into = source.choice(LENGTHS), source.choice(LENGTHS)
         chain = [Buffer(self.next, out), Buffer(self.next + out, into, True)]
-        self.before[self.next : self.next + out] = b"r" * out
-        self.view[self.next : self.next + out] = b"r" * out
+        self.put(self.next, bytes([self.offered]) * out)
         self.next += out + into
-        self.writable.append(chain[1])
-        self.driver.offer(chain)
+        self.requests[self.driver.offer(chain)] = self.offered, chain[1]
+        self.offered += 1
         self.driver.publish()
 
     def misbehave(self, source: Source) -> None:
@@ -94,12 +141,16 @@ class Guest:
     def check(self) -> None:
         """Each request ended once at most; bytes changed where they may have."""
         self.reap()
+        if self.misled:
+            return
+        assert self.view[self.gone_from :] == self.gone, "memory was taken away"
         may_change = [RING, SCRATCH]
-        may_change += [range(b.addr, b.addr + b.length) for b in self.writable]
+        for _, buffer in self.requests.values():
+            may_change.append(range(buffer.addr, buffer.addr + buffer.length))
         after = bytearray(self.view)
         for span in may_change:
             after[span.start : span.stop] = self.before[span.start : span.stop]
-        assert self.misled or after == self.before, "guest memory was changed"
+        assert after == self.before, "guest memory was changed"
 
     def close(self) -> None:
         self.ring.release()
@@ -107,102 +158,62 @@ class Guest:
         self.map.close()
 
 
-class Play:
-    """One session, and the hands of all who take part."""
+class BusyBack(PlayedBack):
+    """A back that works, or does harm, in its rings."""
 
-    def __init__(self, source: Source) -> None:
-        self.stop = eventfd()
-        self.guest = Guest()
-        self.back = PlayedBack(
-            PROTOCOL if source.flag() else P.MQ | P.CONFIG, self.stop
-        )
-        self.failures: list[BaseException] = []
-        self.inbox = bytearray()
-        self.asked = self.answered = 0
-        ours, self.front = socket.socketpair()
-        channel = Channel(ours, stop=self.stop, peer="front", timeout=CONFIG.timeout)
-        self.session = Session(
-            channel,
-            CONFIG,
-            lambda changed: self.back.connect(CONFIG, changed),
-            self.stop,
-        )
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
+    def __init__(
+        self, protocol: int, stop: Fd, source: Source, took: Callable[[int], None]
+    ) -> None:
+        super().__init__(protocol, stop)
+        self.source = source
+        self.took = took
+        self.served = 0
+        self.hostile = False
 
-    def _run(self) -> None:
-        try:
-            assert self.session.run() is None
-        except BaseException as error:
-            self.failures.append(error)
+    def act_on_ring(
+        self, request: Request, vring: Vring, payload: Any, fds: list[Fd]
+    ) -> Payload | None:
+        if request is Request.GET_VRING_BASE and self.source.flag():
+            self.work()
+        return super().act_on_ring(request, vring, payload, fds)
 
-    def say(self, *steps: tuple[Request, Payload, str]) -> None:
-        """Send messages, and wait until all have been served, or the session ends."""
-        steps = (*steps, START[0])
-        self.asked += steps.count(START[0])
-        send_good(self.front, list(steps))
-        self.front.settimeout(PATIENCE)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            while self.answered < self.asked and (data := self.front.recv(1 << 16)):
-                self.inbox += data
-                self.count()
-
-    def count(self) -> None:
-        while len(self.inbox) >= Header.LAYOUT.size:
-            header = Header.unpack(bytes(self.inbox[: Header.LAYOUT.size]))
-            if len(self.inbox) < Header.LAYOUT.size + header.size:
-                break
-            del self.inbox[: Header.LAYOUT.size + header.size]
-            self.answered += header.request == Request.GET_FEATURES
-
-    # What may happen.
-
-    def front_starts(self, source: Source) -> None:
-        self.say(*START)
-
-    def front_stops(self, source: Source) -> None:
-        self.say(STOP)
-
-    def front_speaks(self, source: Source) -> None:
-        """A part of what is right, or anything."""
-        if source.below(8):
-            first = source.below(len(START))
-            self.say(*START[first : first + 1 + source.below(4)])
-        else:
-            self.guest.misled = True
-            send_any(self.front, source, RULES)
-            self.say()
-
-    def guest_offers(self, source: Source) -> None:
-        for _ in range(1 + source.below(3)):
-            self.guest.offer(source)
-        self.say(KICK)
-
-    def guest_misbehaves(self, source: Source) -> None:
-        self.guest.misbehave(source)
-        self.say(KICK)
-
-    def back_works(self, source: Source) -> None:
-        for vring in list(self.back.vrings.values()):
+    def work(self) -> None:
+        """Serve what there is, or only some of it, or take one more and leave it."""
+        for vring in self.vrings.values():
             ring, call = vring.ring, vring.call
             if ring is None or call is None:
                 continue
             with contextlib.suppress(RingFault, LookupError, ValueError):
-                while chain := ring.take():
-                    if source.below(8) == 7:
+                while self.source.below(8) != 6 and (chain := ring.take()):
+                    self.look_at(chain)
+                    if self.source.below(8) == 7:
                         break
-                    for address, length, writable in chain.buffers:
-                        if writable:
-                            for view in self.back.memory.views(address, length):
-                                view[:] = b"w" * len(view)
-                    ring.complete(chain.head, source.choice((513, 0, 0xFFFFFFFF)))
+                    self.write_to(chain)
+                    length = self.source.choice((513, 0, 0xFFFFFFFF))
+                    ring.complete(chain.head, length)
                 ring.publish()
                 notify(call)
 
-    def back_misbehaves(self, source: Source) -> None:
-        for vring in list(self.back.vrings.values()):
-            ring, call = vring.ring, vring.call
-            if ring is None or call is None:
+    def look_at(self, chain: Chain) -> None:
+        """Whoever ends what it has not taken may find anything in its ring."""
+        address, _, writable = chain.buffers[0]
+        if not (writable or self.hostile):
+            self.took(self.memory.view(address, 1)[0])
+
+    def write_to(self, chain: Chain) -> None:
+        """Not twice the same."""
+        self.served += 1
+        for address, length, writable in chain.buffers:
+            if writable:
+                for view in self.memory.views(address, length):
+                    view[:] = bytes([self.served & 0xFF]) * len(view)
+
+    def misbehave(self) -> None:
+        """In a ring that was stopped too."""
+        self.hostile = True
+        for vring in self.vrings.values():
+            ring, source = vring.ring, self.source
+            if ring is None:
                 continue
             with contextlib.suppress(ValueError):
                 kind = source.below(4)
@@ -215,45 +226,122 @@ class Play:
                     ring.ring.desc[:] = source.take(16) * SIZE
                 else:
                     ring.ring.avail_event = source.number(2)
-                notify(call)
+
+
+class Play(Session):
+    """A session that lets all others act before it waits."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.stop_event = eventfd()
+        self.guest = Guest()
+        protocol = PROTOCOL if source.flag() else P.MQ | P.CONFIG
+        self.busy_back = BusyBack(protocol, self.stop_event, source, self.guest.taken)
+        ours, self.peer = socket.socketpair()
+        channel = Channel(ours, stop=self.stop_event, peer="front", timeout=0)
+        with patch("vhost_airlock.device.Workers", PlayedWorkers):
+            super().__init__(
+                channel,
+                CONFIG,
+                lambda changed: self.busy_back.connect(CONFIG, changed),
+                self.stop_event,
+            )
+        self.acts = 0
+
+    def _wait(self) -> set[int]:
+        while not self._has_message():
+            replies(self.peer)
+            self.turn()
+            if not self.source.more or self.acts == ACTS_AT_MOST:
+                self.peer.close()
+                break
+            self.acts += 1
+            self.source.choice(ACTS)(self)
+        return super()._wait()
+
+    def _has_message(self) -> bool:
+        poll = select.poll()
+        poll.register(self.front.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def turn(self) -> None:
+        workers = self.device.workers
+        assert isinstance(workers, PlayedWorkers)
+        workers.turn()
+
+    def say(self, *steps: Step) -> None:
+        for request, payload, _ in steps:
+            if request is Request.SET_MEM_TABLE:
+                assert isinstance(payload, MemoryTable)
+                self.guest.leave(payload.regions[0].size)
+        send_good(self.peer, list(steps))
+
+    # What may happen.
+
+    def front_starts(self) -> None:
+        """For the first time, or again, which needs a stop before it."""
+        ring = self.device.rings.get(0)
+        stop = [STOP] if ring is not None and ring.attached else []
+        self.say(*stop, *(AGAIN if self.device.features else START))
+
+    def front_stops(self) -> None:
+        self.say(STOP)
+
+    def front_speaks(self) -> None:
+        """A part of what is right, or anything."""
+        if self.source.below(8):
+            first = self.source.below(len(START))
+            self.say(*START[first : first + 1 + self.source.below(4)])
+        else:
+            self.guest.misled = True
+            send_any(self.peer, self.source, RULES)
+
+    def front_takes_memory(self) -> None:
+        """That of the ring too, or of the buffers, or of some of them."""
+        size = self.source.choice((PAGE, BUFFERS, 8 * PAGE))
+        table = MemoryTable((MemoryRegion(0, size, 0),))
+        self.say((Request.SET_MEM_TABLE, table, "memory"))
+
+    def guest_offers(self) -> None:
+        for _ in range(1 + self.source.below(3)):
+            self.guest.offer(self.source)
+
+    def guest_misbehaves(self) -> None:
+        self.guest.misbehave(self.source)
+
+    def back_works(self) -> None:
+        self.busy_back.work()
+
+    def back_misbehaves(self) -> None:
+        self.busy_back.misbehave()
 
     def end(self) -> None:
-        self.front.close()
-        self.thread.join(PATIENCE)
-        assert not self.thread.is_alive(), "the session goes on"
-        if self.failures:
-            raise self.failures[0]
+        self.peer.close()
         self.guest.check()
-        for data in self.back.all_it_has():
+        for data in self.busy_back.all_it_has():
             assert self.guest.misled or SECRET not in data, "the back has a secret"
-        self.back.close()
+        self.busy_back.close()
         self.guest.close()
-        self.stop.close()
+        self.stop_event.close()
 
 
 ACTS = (
-    Play.front_starts,
-    Play.guest_offers,
-    Play.back_works,
-    Play.front_speaks,
-    Play.front_stops,
-    Play.back_works,
+    *[Play.guest_offers] * 6,
+    *[Play.front_starts] * 4,
+    *[Play.back_works] * 6,
+    *[Play.front_stops] * 4,
+    *[Play.front_speaks] * 2,
+    *[Play.front_takes_memory] * 2,
     Play.back_misbehaves,
     Play.guest_misbehaves,
 )
+"""After harm is done there is less to find, so most acts do none."""
 
 
 def one(data: bytes) -> None:
-    source = Source(data)
-    before, threads = open_fds(), threading.active_count()
-    play = Play(source)
-    try:
-        for _ in range(30):
-            if not source.more:
-                break
-            source.choice(ACTS)(play, source)
-    finally:
-        play.end()
+    before = open_fds()
+    play = Play(Source(data))
+    assert play.run() is None
+    play.end()
     del play
-    assert threading.active_count() == threads
     all_closed(before)

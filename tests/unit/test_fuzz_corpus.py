@@ -3,7 +3,6 @@ what nothing else does. This is the ordinary build; see fuzz/run.py for the othe
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from pathlib import Path
 
@@ -11,14 +10,6 @@ import pytest
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
 TARGETS = sorted(path.stem for path in (FUZZ / "targets").glob("[a-z]*.py"))
-
-
-@pytest.fixture(autouse=True)
-def silence():
-    """A record of the log keeps the error in it, and that a whole session."""
-    logging.disable()
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def inputs(name: str) -> list[Path]:

@@ -50,7 +50,7 @@ def fuzz(name: str, seconds: int) -> bool:
         "-timeout=60",
         "-rss_limit_mb=3000",
         "-max_len=1500",
-        "-len_control=5",
+        "-len_control=20",
         "-print_final_stats=1",
         corpus,
         *filter(Path.exists, [ROOT / "fuzz" / "corpus" / name]),

@@ -377,6 +377,18 @@ def test_ends_on_sigterm_and_removes_its_socket(image: Path, tmp_path: Path) -> 
     assert not path.exists()
 
 
+def test_regression_signal_that_comes_late_is_passed_over(tmp_path: Path) -> None:
+    """While the interpreter ended it was an error, since the eventfd was closed."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert main([f"--socket-path={tmp_path / 's'}", "--blk-file=/nowhere"]) == 1
+        for number in before:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_connected_socket_may_be_inherited(image: Path) -> None:
     ours, theirs = socket.socketpair()
     with theirs:

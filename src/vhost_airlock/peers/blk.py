@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Collection, Sequence
+from types import FrameType
 
 from ..errors import SessionError, StartError, Stopped
 from ..sockets import Listener, inherited
@@ -128,8 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="blk: %(message)s")
     with eventfd() as stop:
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if not stop.closed:  # we may be ending already
+                notify(stop)
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: notify(stop))
+            signal.signal(number, on_signal)
         try:
             _run(args, stop)
         except StartError as error:

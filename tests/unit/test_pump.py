@@ -18,6 +18,7 @@ from vhost_airlock.dataplane.pump import (
 )
 from vhost_airlock.dataplane.regions import GuestMemory
 from vhost_airlock.peers import Buffer
+from vhost_airlock.peers.ring import SplitRing
 
 READ = (0x1000, 512)
 WRITE = (0x8000, 512, True)
@@ -767,6 +768,30 @@ class TestMove:
         assert bytes(here) == before
         used = world.ram.read(there + layout.used, 12)
         assert used[2:4] == b"\1\0"
+
+    @pytest.mark.parametrize("event_idx", [True, False])
+    def test_regression_a_ring_that_rests_asks_for_kicks_where_it_is(
+        self, world, event_idx
+    ):
+        """It had asked at the old place, after that was copied: no kick ever came."""
+        lane = Lane(world, guest_event_idx=event_idx)
+        assert not lane.pump.rest()
+        lane.offer(READ)
+        lane.step()
+        lane.complete(lane.take())
+        lane.step()
+        there = world.add_ram(lane.layout.end)
+        here = world.ram.view(lane.ring_at, lane.layout.end)
+        world.ram.view(there, lane.layout.end)[:] = here
+        assert not lane.pump.rest()
+        host, layout = world.ram.host(there), lane.layout
+        lane.pump.move((host + layout.desc, host + layout.avail, host + layout.used))
+        assert not lane.pump.rest()
+        moved = SplitRing.at(world.ram.view(there, layout.end), layout)
+        if event_idx:
+            assert moved.avail_event == lane.driver.next_avail
+        else:
+            assert moved.used_flags == 0
 
     def test_a_ring_without_memory_is_faulty_and_left_alone(self, world):
         lane = Lane(world)

@@ -30,7 +30,6 @@ cdef void start_split(
     ring.split.seen = base
     ring.split.avail_idx = base
     ring.split.called = False
-    ring.armed = False
     move_split(ring, desc, avail, used)
 
 
@@ -42,10 +41,11 @@ cdef void resume_split(GuestRing *ring) noexcept nogil:
 cdef void move_split(
     GuestRing *ring, Desc *desc, Avail *avail, Used *used
 ) noexcept nogil:
-    """The same ring is at other addresses now."""
+    """The same ring is at other addresses now, where it has yet to be armed."""
     ring.split.desc = desc
     ring.split.avail = avail
     ring.split.used = used
+    ring.armed = False
 
 
 cdef bint pending(GuestRing *ring) noexcept nogil:

@@ -21,7 +21,7 @@ from ..vhost.wire import ProtocolFeature
 from .back_scene import BackScene, HostileBack
 from .catalogue import Attack, Outcome, Verdict
 from .driving import await_done, connected
-from .front_judge import FAILURES, PAUSE, is_set
+from .front_judge import FAILURES, PAUSE, is_set, outcomes
 from .guest_scene import SETTLE
 from .program import Program
 
@@ -117,12 +117,9 @@ def run(
 ) -> Iterator[Outcome]:
     """Run attacks one after the other, as the back-end at a path."""
     with HostileBack(path) as back, program:
-        for attack in attacks:
-            began = time.monotonic()
-            verdict, why = _judge(program, back, attack)
-            yield Outcome(attack, verdict, why, time.monotonic() - began)
-            if verdict in (Verdict.HANGS, Verdict.PROCESS_GONE):
-                program.restart()
+        yield from outcomes(
+            program, attacks, lambda attack: _judge(program, back, attack)
+        )
 
 
 def _judge(

@@ -25,18 +25,27 @@ PAUSE = 0.05
 """Seconds between two tries to be served by a program that may be ending."""
 
 
+def outcomes(
+    program: Program,
+    attacks: Sequence[Attack[Any]],
+    judge: Callable[[Attack[Any]], tuple[Verdict, str]],
+) -> Iterator[Outcome]:
+    """Judge attacks one after the other, each on a program that is there."""
+    for attack in attacks:
+        began = time.monotonic()
+        verdict, why = judge(attack)
+        yield Outcome(attack, verdict, why, time.monotonic() - began)
+        if verdict in (Verdict.HANGS, Verdict.PROCESS_GONE):
+            program.restart()
+
+
 def run(
     program: Program,
     attacks: Sequence[Attack[Any]],
     scene: Callable[[BlkGuest], GuestScene],
 ) -> Iterator[Outcome]:
     """Run attacks one after the other."""
-    for attack in attacks:
-        began = time.monotonic()
-        verdict, why = _judge(program, attack, scene)
-        yield Outcome(attack, verdict, why, time.monotonic() - began)
-        if verdict in (Verdict.HANGS, Verdict.PROCESS_GONE):
-            program.restart()
+    return outcomes(program, attacks, lambda attack: _judge(program, attack, scene))
 
 
 def _judge(

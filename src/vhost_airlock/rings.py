@@ -253,6 +253,8 @@ class Ring:
 
         Requests in flight have until `deadline`, of time.monotonic(), to end. After
         this, the memory of the guest's ring and of its requests is not touched.
+        SessionError if no base can say which ones ended. Of a broken ring, then, those
+        that did not are lost: the guest has to reset it, and no request is done twice.
         """
         pump = self.pump
         if pump is None or not pump.attached:
@@ -341,12 +343,13 @@ class Ring:
             log.warning(
                 "ring %d: stopped with %d requests unfinished", self.index, unfinished
             )
-            if not last and not broken and fetched is not None:
+            if last:
+                done -= unfinished
+            elif not broken and fetched is not None:
                 raise SessionError(
                     f"ring {self.index}: {unfinished} requests did not end in time,"
                     " and later ones did: no base says that"
                 )
-            done -= unfinished
         return (self.vring.base + done) & 0xFFFF
 
     def _drop_kick(self) -> None:

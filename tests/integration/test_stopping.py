@@ -25,7 +25,7 @@ from vhost_airlock.peers.guest_queue import Io
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
 from vhost_airlock.rings import Ring
-from vhost_airlock.vhost.fds import Fd, drain
+from vhost_airlock.vhost.fds import Fd, drain, notify
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (
     Feature,
@@ -319,6 +319,28 @@ def test_i8_order_that_no_base_can_tell_ends_the_session(
     before = everything(guest)
     assert first.head not in (second.head, third.head)
     assert everything(guest) == before
+
+
+def test_i3_broken_ring_does_no_request_twice(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The same order, but the back gave up the ring: the session goes on."""
+    queue = guest.queues[0]
+    submit(guest, 3)
+    _, second, _ = take(back, 3)
+    back.complete(second)
+    await_reaped(queue)
+    err = back.vrings[0].err
+    assert err is not None
+    notify(err)
+    assert readable(queue.err_fd)
+    guest.stop()
+    assert queue.base == 3
+    guest.start()
+    fourth = queue.submit(BlkType.FLUSH)
+    queue.kick()
+    back.complete(back.take())
+    assert await_reaped(queue) == [fourth]
 
 
 @pytest.mark.parametrize("how", ["front leaves", "signal"])

@@ -15,15 +15,11 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from .demo_report import Display, Proof, Report
 from .errors import AirlockError, SessionError
@@ -33,6 +29,7 @@ from .peers.guest import BlkGuest
 from .peers.scan import descriptors, mappings, search
 from .peers.workload import STAGES, Workload, disk_size
 from .sandbox_calls import available
+from .signals import ending_on_signals
 from .sockets import Listener
 from .vhost.fds import Fd
 
@@ -56,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     report = Report()
     display = Display(silent=options.json)
     started = time.monotonic()
-    with _ending_on_signals():
+    with ending_on_signals():
         try:
             _demo(report, display)
         except (AirlockError, OSError) as error:
@@ -182,21 +179,3 @@ class _Airlock:
                 f"{error or 'the guest was served'}; the airlock ended with status"
                 f" {status} and said: {said[-1] if said else 'nothing'}"
             ) from error
-
-
-@contextlib.contextmanager
-def _ending_on_signals() -> Iterator[None]:
-    """Clean up when we're told to end, which a signal alone wouldn't do."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def on_signal(number: int, frame: FrameType | None) -> NoReturn:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

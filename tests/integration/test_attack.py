@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support import weak
+from tests.support.backs import wait_until
 from vhost_airlock.attack.command import GROUPS
 from vhost_airlock.attack.program import listens
 from vhost_airlock.peers.blk_process import BlkProcess
@@ -100,3 +102,16 @@ def test_flaw_that_a_race_finds_is_out_of_reach_behind_the_airlock(tmp_path: Pat
             assert process.poll() is None
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_program_that_it_started_ends_with_it(tmp_path: Path, number: signal.Signals):
+    back, front, disk = (tmp_path / name for name in ("back", "front", "disk"))
+    disk.write_bytes(bytes(4 << 20))
+    airlock = [*AIRLOCK, f"--socket-path={front}", f"--backend={back}"]
+    with BlkProcess(str(disk), str(back)):
+        attack = Attack(tmp_path / "out", f"--as-guest={front}", "--", *airlock)
+        wait_until(lambda: listens(str(front)), "the airlock listens")
+        attack.process.send_signal(number)
+        assert attack.process.wait(PATIENCE) == 128 + number
+    assert not listens(str(front))

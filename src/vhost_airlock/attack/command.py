@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import UsageError
+from ..signals import ending_on_signals
 from . import back_judge, front_judge
 from .back_messages import BACK_MESSAGES
 from .back_rings import BACK_RINGS
@@ -91,8 +92,9 @@ def run(options: argparse.Namespace) -> int:
     # Our own peers complain of what we do to them.
     logging.getLogger("vhost_airlock").setLevel(logging.CRITICAL)
     report = Report(chosen, None if options.json else sys.stdout)
-    for outcome in _outcomes(options, chosen):
-        report.add(outcome)
+    with ending_on_signals():
+        for outcome in _outcomes(options, chosen):
+            report.add(outcome)
     if options.json:
         print(json.dumps(report.as_dict(), indent=2))
     else:

@@ -2,6 +2,7 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
+IN_PARALLEL = --numprocesses auto --dist loadgroup
 
 .PHONY: develop lint types test test-asan coverage stress fuzz demo bench clean
 
@@ -22,10 +23,10 @@ types: develop                          ## annotations; stubs against compiled m
 
 test: lint types                        ## everything, with real programs where possible
 	tools/real-root --or-say-why
-	pytest
+	pytest $(IN_PARALLEL)
 
 test-asan: develop                      ## the data plane under ASan and UBSan
-	tools/test-asan
+	tools/test-asan $(IN_PARALLEL)
 
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \

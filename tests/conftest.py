@@ -1,12 +1,17 @@
-"""What all tests share: where real programs come from, and an end that is one."""
+"""What all tests share: real programs, who runs with whom, folders, a real end."""
 
 import faulthandler
 import os
+import tempfile
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.real.programs import find
+
+REAL = Path(__file__).parent / "real"
 
 
 def pytest_report_header():
@@ -14,6 +19,23 @@ def pytest_report_header():
     if isinstance(found, str):
         return f"real programs: left out ({found})"
     return f"real programs: in {found.root}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes that run tests, one has those with real programs, and begins
+    with them: guests and loads want the machine's cores, and take the longest. The
+    tests of another module share its fixtures, and so a process."""
+    items.sort(key=lambda item: REAL not in item.path.parents)
+    for item in items:
+        real = REAL in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("real" if real else str(item.path)))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Instead of pytest's own: its short name leaves room for sockets."""
+    with tempfile.TemporaryDirectory(prefix="airlock-") as name:
+        yield Path(name)
 
 
 @pytest.hookimpl(trylast=True)

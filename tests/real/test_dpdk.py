@@ -13,11 +13,15 @@ from tests.real.airlock import reach
 from tests.real.testpmd import PacketFiles, Testpmd
 
 COUNT = 3000
+COUNT_OF_GUEST = 1500
+"""An emulated guest takes its time."""
 
 
-def some_frames(seed: int, queues: int, largest: int) -> list[list[bytes]]:
+def some_frames(
+    seed: int, queues: int, largest: int, count: int = COUNT
+) -> list[list[bytes]]:
     """Frames for each queue."""
-    return [list(frames.frames(seed + i, COUNT, largest)) for i in range(queues)]
+    return [list(frames.frames(seed + i, count, largest)) for i in range(queues)]
 
 
 def vhost(path: Path, queues: int = 1) -> str:
@@ -79,7 +83,7 @@ def test_packets_are_the_same(programs, folder, via, mode, queues, largest, opti
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
     """QEMU stops ten times, while both ends send. Nobody sends anything again."""
-    theirs = PacketFiles(folder / "theirs", some_frames(1, pairs, 1514))
+    theirs = PacketFiles(folder / "theirs", some_frames(1, pairs, 1514, COUNT_OF_GUEST))
     path = folder / "back.sock"
     devices_of_back = [vhost(path, pairs), theirs.device]
     with (
@@ -90,9 +94,9 @@ def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
         guest.sh("ip link set eth0 up")
         guest.call(frames.listen)
         back("start")
-        total = COUNT * pairs
+        total = COUNT_OF_GUEST * pairs
         incoming = [1 + i for i in range(pairs)]
-        call = guest.begin(frames.exchange, incoming, 10, COUNT, 1514)
+        call = guest.begin(frames.exchange, incoming, 10, COUNT_OF_GUEST, 1514)
         for part in range(10):
             back.wait_until(partial(back.has_sent, total * part // 10), timeout=60)
             guest.qmp("stop")

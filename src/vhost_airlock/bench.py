@@ -9,17 +9,17 @@ each other. Never both at once: they may lead to the same device.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import re
 import sys
 
+from .arguments import number, seconds, size
 from .bench_report import Measured, heading, table
 from .errors import UsageError
 from .peers.blk_load import MODES, LoadPlan, measure
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+SIZE = size("512", "16T")
+NUMBER = number(1, 1024)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="requests in flight in each queue (default: 1,8,32,128)",
     )
-    parser.add_argument("--queues", type=number, default=1, metavar="N")
-    parser.add_argument("--rounds", type=number, default=3, metavar="N")
+    parser.add_argument("--queues", type=NUMBER, default=1, metavar="N")
+    parser.add_argument("--rounds", type=NUMBER, default=3, metavar="N")
     parser.add_argument(
         "--seconds",
-        type=duration,
+        type=seconds,
         default=0.5,
         metavar="S",
         help="of each measurement (default: %(default)s)",
@@ -76,21 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--segment",
-        type=size,
+        type=SIZE,
         default=0,
         metavar="SIZE",
         help="cut requests into these",
     )
     parser.add_argument(
         "--span",
-        type=size,
+        type=SIZE,
         default=0,
         metavar="SIZE",
         help="memory of each queue that requests walk through, so that it is in no"
         " cache (default: as little as they need)",
     )
     parser.add_argument(
-        "--ram", type=size, default=0, metavar="SIZE", help="of the guest, untouched"
+        "--ram", type=SIZE, default=0, metavar="SIZE", help="of the guest, untouched"
     )
     parser.add_argument(
         "--json", action="store_true", help="print all measurements as JSON"
@@ -146,38 +146,12 @@ def modes(text: str) -> list[str]:
 
 def sizes(text: str) -> list[int]:
     """Return sizes that are apart by commas."""
-    return [size(part) for part in text.split(",")]
+    return [SIZE(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> list[int]:
     """Return numbers that are apart by commas."""
-    return [number(part) for part in text.split(",")]
-
-
-def size(text: str) -> int:
-    """Return a number of bytes."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)i?B?", text, re.IGNORECASE)
-    value = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-    if not 512 <= value <= 1 << 44:
-        raise argparse.ArgumentTypeError(f"{text}: no size from 512 to 16T")
-    return value
-
-
-def number(text: str) -> int:
-    """Return a number from 1 to what a device can have of anything."""
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"{text}: no number from 1 to 1024")
-    return int(text)
-
-
-def duration(text: str) -> float:
-    """Return a positive number of seconds up to an hour."""
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: no number of seconds up to 3600")
-    return value
+    return [NUMBER(part) for part in text.split(",")]
 
 
 def _progress(text: str) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from . import bench, demo, watch
+from .arguments import number, seconds, size, switch
 from .attack import command as attack
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
@@ -21,7 +20,6 @@ from .devices import find_type
 from .errors import AirlockError, StartError, UsageError
 
 LEVELS = ("debug", "info", "warning", "error")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,21 +122,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=thread_count,
+        type=number(1, 64),
         default=Config.workers,
         metavar="N",
         help="threads over which the queues are spread (default: %(default)s)",
     )
     parser.add_argument(
         "--pool-limit",
-        type=size,
+        type=size("4K", "4G"),
         default=Config.pool_limit,
         metavar="SIZE",
         help="the most memory for bounce buffers, as 64M or 1G (default: 256M)",
     )
     parser.add_argument(
         "--poll-us",
-        type=microseconds,
+        type=number(0, 1_000_000),
         default=Config.poll_us,
         metavar="N",
         help="poll so long before sleeping, where it pays (default: %(default)s)",
@@ -217,46 +215,6 @@ def print_capabilities(options: argparse.Namespace) -> int:
     except OSError as error:
         raise StartError(f"can't start {command[0]}: {error.strerror}") from None
     return done.returncode
-
-
-def size(text: str) -> int:
-    """Return a number of bytes, from a page to what the pool can manage."""
-    match = re.fullmatch(r"(\d+)([KMG]?)i?B?", text, re.IGNORECASE)
-    value = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-    if not 4096 <= value <= 4 << 30:
-        raise argparse.ArgumentTypeError(f"{text}: no size from 4K to 4G")
-    return value
-
-
-def microseconds(text: str) -> int:
-    """Return a number of microseconds up to a second."""
-    if not text.isdecimal() or int(text) > 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text}: no number from 0 to 1000000")
-    return int(text)
-
-
-def thread_count(text: str) -> int:
-    """Return a number of threads."""
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text}: no number from 1 to 64")
-    return int(text)
-
-
-def switch(text: str) -> bool:
-    """Return whether it is on."""
-    if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"{text}: neither on nor off")
-    return text == "on"
-
-
-def seconds(text: str) -> float:
-    """Return a positive number of seconds up to an hour."""
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
-    if not 0 < value <= 3600:
-        raise argparse.ArgumentTypeError(f"{text}: no number of seconds up to 3600")
-    return value
 
 
 def _exactly_one(options: argparse.Namespace, names: Sequence[str]) -> None:

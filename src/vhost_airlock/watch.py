@@ -13,6 +13,7 @@ from datetime import timedelta
 from itertools import islice, pairwise
 from typing import Any, Self
 
+from .arguments import number, seconds
 from .errors import StartError, UsageError
 
 MIB = 1 << 20
@@ -113,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prometheus", action="store_true", help="print the text format of Prometheus"
     )
     form.add_argument(
-        "--interval", type=_seconds, metavar="S", help="print rates, every S seconds"
+        "--interval", type=seconds, metavar="S", help="print rates, every S seconds"
     )
     parser.add_argument(
-        "--count", type=_number, metavar="N", help="so many times; default: for ever"
+        "--count", type=number(1), metavar="N", help="so many times; default: for ever"
     )
 
 
@@ -147,8 +148,8 @@ def _watch(path: str, interval: float, count: int | None) -> None:
             time.sleep(due - now)
 
     pairs = islice(pairwise(documents()), count)
-    for number, (before, after) in enumerate(pairs):
-        if number % HEADING == 0:
+    for line, (before, after) in enumerate(pairs):
+        if line % HEADING == 0:
             print(" ".join(f"{name:>{width}}" for name, width, _ in RATES), flush=True)
         print(rates_line(Rates.between(before, after)), flush=True)
 
@@ -274,18 +275,3 @@ def _row(name: str, values: list[Any]) -> str:
 def _label(group: str) -> str:
     kind, _, number = group.partition(" ")
     return f'{{{kind}="{number}"}}' if number else ""
-
-
-def _seconds(text: str) -> float:
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
-    if not 0.01 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text}: no number of seconds up to a day")
-    return value
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: no number from 1")
-    return int(text)

@@ -126,7 +126,7 @@ UNUSABLE: list[tuple[list[str], str]] = [
             *("", "M", "64 M", "0x1000", "much", "64MM", "1e6", "inf", "nan"),
         )
     ),
-    (["run", *WAYS, f"--pool-limit={'9' * 5000}"], "--pool-limit: invalid size"),
+    (["run", *WAYS, f"--pool-limit={'9' * 5000}"], "no size from 4K to 4G"),
     *(
         (["run", *WAYS, f"--poll-us={bad}"], f"--poll-us: {bad}: no number from 0 to")
         for bad in ("-1", "1000001", "1.5", "", "soon")

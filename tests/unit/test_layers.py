@@ -52,13 +52,16 @@ LAYERS = """
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard
                                         dataplane.layout  dataplane.sys
-    sockets  signals
+    sockets  signals  arguments
     errors  __init__  dataplane.__init__
 """
 """A module may import what stands on a line below its own."""
 
 COLUMNS = {
-    "attack": {"attack", "peers", "vhost", "sockets", "signals", "errors"},
+    "attack": {
+        *("attack", "peers", "vhost"),
+        *("arguments", "sockets", "signals", "errors"),
+    },
     "vhost": {"vhost", "errors"},
     "dataplane": {"dataplane", "errors"},
     "peers": {"peers", "vhost", "sockets", "errors"},

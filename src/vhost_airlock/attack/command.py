@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..arguments import seconds
 from ..errors import UsageError
 from ..signals import ending_on_signals
 from . import back_judge, front_judge
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=TIMEOUT,
         metavar="S",
         help="what the program has to serve a good request; more than its own"

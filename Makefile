@@ -2,7 +2,7 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
-IN_PARALLEL = --numprocesses auto --dist loadgroup
+IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: develop lint types test test-asan coverage stress fuzz demo bench clean
 

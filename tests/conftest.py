@@ -6,12 +6,14 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.real.programs import find
 
-REAL = Path(__file__).parent / "real"
+REAL = "tests/real/"
 
 
 def pytest_report_header():
@@ -21,14 +23,22 @@ def pytest_report_header():
     return f"real programs: in {found.root}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Scheduler(LoadFileScheduling):  # type: ignore[misc]
     """Of several processes that run tests, one has those with real programs, and begins
     with them: guests and loads want the machine's cores, and take the longest. The
     tests of another module share its fixtures, and so a process."""
-    items.sort(key=lambda item: REAL not in item.path.parents)
-    for item in items:
-        real = REAL in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("real" if real else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "real" if file.startswith(REAL) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(REAL))
 
 
 @pytest.fixture

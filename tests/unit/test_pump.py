@@ -69,7 +69,7 @@ class TestStep:
         world = World(pool=16 * MIB)
         lane = Lane(world, size=64)
         for _ in range(12):
-            lane.offer((1 << 32, MIB, True))
+            lane.offer((1 << 32, MIB // 4, True))
         assert lane.step() == 4
         assert lane.step() == 4
         assert lane.step() == 4

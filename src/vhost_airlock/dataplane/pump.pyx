@@ -79,7 +79,7 @@ BACK_SIGNALLED = BACK_ERROR
 
 cdef enum:
     # A step ends after moving so much: other rings want their turn.
-    BYTES_A_STEP = 4 << 20
+    BYTES_A_STEP = 1 << 20
 
 
 cdef int step(PumpState *pump, int budget) noexcept nogil:

@@ -140,6 +140,10 @@ UNUSABLE: list[tuple[list[str], str]] = [
         for name in ("", "drain-")
         for bad in ("0", "-1", "3601", "inf", "nan", "soon", "")
     ),
+    *(
+        (["attack", "--as-guest=/s", f"--timeout={bad}"], f"{bad}: no number of sec")
+        for bad in ("-1", "nan")
+    ),
     (["run", *WAYS, "--copy=all"], "--copy: .*'all'"),
     (["run", *WAYS, "--log-level=loud"], "--log-level: .*'loud'"),
     (["run", *WAYS, "--device-type=toaster"], "--device-type toaster: not one of net"),

@@ -1,4 +1,4 @@
-"""What all tests share: real programs, who runs with whom, folders, a real end."""
+"""What all tests share: real programs, their order, folders, an end that is one."""
 
 import faulthandler
 import os
@@ -6,14 +6,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from tests.real.programs import find
-
-REAL = "tests/real/"
 
 
 def pytest_report_header():
@@ -23,22 +19,10 @@ def pytest_report_header():
     return f"real programs: in {found.root}"
 
 
-class Scheduler(LoadFileScheduling):  # type: ignore[misc]
-    """Of several processes that run tests, one has those with real programs, and begins
-    with them: guests and loads want the machine's cores, and take the longest. The
-    tests of another module share its fixtures, and so a process."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "real" if file.startswith(REAL) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
-    return Scheduler(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.startswith(REAL))
+    """Those with real programs first, when several processes run tests: they take the
+    longest, and the short ones fill what is left of the time."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/real/"))
 
 
 @pytest.fixture

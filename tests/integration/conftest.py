@@ -1,4 +1,4 @@
-"""Whatever a test does, it leaves nothing behind."""
+"""What tests begin with; and whatever one does, it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.backs import ScriptedBack
+from tests.support.program import listening
 
 
 def held() -> dict[str, object]:
@@ -31,3 +34,21 @@ def nothing_is_left(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.get_records("call").clear()
     caplog.clear()
     assert held() == before
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Path:
+    """Where an airlock can listen."""
+    return tmp_path / "front.sock"
+
+
+@pytest.fixture
+def back() -> ScriptedBack:
+    return ScriptedBack()
+
+
+@pytest.fixture
+def where(back: ScriptedBack, tmp_path: Path) -> Iterator[Path]:
+    """Where the back listens."""
+    with listening(back, tmp_path / "back.sock") as path:
+        yield path

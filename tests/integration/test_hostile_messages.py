@@ -47,11 +47,6 @@ R = Request
 
 
 @pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
 def airlock(back: ScriptedBack) -> Iterator[Airlock]:
     with Airlock(back, timeout=TIMEOUT, drain_timeout=TIMEOUT) as airlock:
         yield airlock

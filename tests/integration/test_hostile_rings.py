@@ -28,11 +28,6 @@ from vhost_airlock.vhost.fds import drain, notify
 
 
 @pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
 def airlock(back: ScriptedBack) -> Iterator[Airlock]:
     with Airlock(back, drain_timeout=TIMEOUT) as airlock:
         yield airlock

@@ -27,16 +27,6 @@ UNFINISHED = "vhost-airlock: ring 0: stopped with 1 requests unfinished"
 
 
 @pytest.fixture
-def front(tmp_path: Path) -> Path:
-    return tmp_path / "front.sock"
-
-
-@pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
 def program(front: Path, back: ScriptedBack, tmp_path: Path) -> Iterator[Program]:
     with (
         listening(back, tmp_path / "back.sock") as where,

@@ -36,11 +36,6 @@ def make_guest(without: tuple[ProtocolFeature, ...] = ()) -> BlkGuest:
 
 
 @pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
 def airlock(back: ScriptedBack) -> Iterator[Airlock]:
     with Airlock(back, drain_timeout=0.2) as airlock:
         yield airlock

@@ -31,23 +31,6 @@ BLK = (sys.executable, "-m", "vhost_airlock.peers.blk")
 
 
 @pytest.fixture
-def front(tmp_path: Path) -> Path:
-    return tmp_path / "front.sock"
-
-
-@pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
-def where(back: ScriptedBack, tmp_path: Path) -> Iterator[Path]:
-    """Where the back listens."""
-    with listening(back, tmp_path / "back.sock") as path:
-        yield path
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(SECTOR * 128))

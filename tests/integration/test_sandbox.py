@@ -16,30 +16,13 @@ from pathlib import Path
 import pytest
 
 from tests.support.backs import ScriptedBack, wait_until
-from tests.support.program import Program, listening
+from tests.support.program import Program
 from tests.support.sessions import serve, small_guest
 from vhost_airlock.peers.guest import BlkGuest
 
 BLK = (sys.executable, "-m", "vhost_airlock.peers.blk")
 SOMEBODY = 65534
 """Whom root becomes where only an ordinary user will do."""
-
-
-@pytest.fixture
-def front(tmp_path: Path) -> Path:
-    return tmp_path / "front.sock"
-
-
-@pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
-
-
-@pytest.fixture
-def where(back: ScriptedBack, tmp_path: Path) -> Iterator[Path]:
-    """Where the back listens."""
-    with listening(back, tmp_path / "back.sock") as path:
-        yield path
 
 
 def status(pid: int) -> dict[str, str]:

@@ -31,11 +31,6 @@ STATUS = 1
 
 
 @pytest.fixture
-def front(tmp_path: Path) -> Path:
-    return tmp_path / "front.sock"
-
-
-@pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "stats.sock"
 
@@ -43,11 +38,6 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PATIENCE", PATIENCE)
-
-
-@pytest.fixture
-def back() -> ScriptedBack:
-    return ScriptedBack()
 
 
 @pytest.fixture

@@ -11,11 +11,8 @@ while chains go round. All the time:
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -63,19 +60,6 @@ N, W, T = DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT
 @pytest.fixture(scope="module")
 def racers(tmp_path_factory: pytest.TempPathFactory) -> Racers:
     return Racers(tmp_path_factory.mktemp("racers"))
-
-
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    worker = Worker(events, poll_us=50)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    yield worker
-    worker.stop()
-    thread.join(10)
-    assert not thread.is_alive()
-    os.close(events)
 
 
 class Arena:

@@ -23,19 +23,6 @@ from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import DriverRing
 
 
-@pytest.fixture
-def worker() -> Iterator[Worker]:
-    events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    worker = Worker(events, poll_us=50)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    yield worker
-    worker.stop()
-    thread.join(10)
-    assert not thread.is_alive()
-    os.close(events)
-
-
 @pytest.fixture(autouse=True)
 def often() -> Iterator[None]:
     """Let Python's threads take turns more often than every 5 ms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import select
@@ -793,6 +794,7 @@ class TestDescriptors:
 
     def test_i9_a_closed_one_has_none_though_somebody_holds_it(self, events):
         """As an error that was logged does, as long as the log keeps its record."""
+        gc.collect()
         fds = os.listdir("/proc/self/fd")
         worker = Worker(events)
         with running(worker):

@@ -155,7 +155,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench", description="Measure the airlock against a direct connection."
     )
-    parser.add_argument("--long", action="store_true", help="everything: 30 minutes")
+    parser.add_argument("--long", action="store_true", help="everything: an hour")
     parser.add_argument("--rounds", type=int, help="runs of each case and target")
     parser.add_argument("--ms", type=int, help="length of a run in milliseconds")
     parser.add_argument(

@@ -1,15 +1,20 @@
-"""What all tests share: real programs, their order, folders, an end that is one."""
+"""What all tests share: real programs, who runs with whom, folders, a real end."""
 
 import faulthandler
 import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.real.programs import find
+
+ROOT = Path(__file__).parents[1]
 
 
 def pytest_report_header():
@@ -19,10 +24,28 @@ def pytest_report_header():
     return f"real programs: in {found.root}"
 
 
+@cache
+def has_guests(file: str) -> bool:
+    """Do tests of this file boot guests, as far as its imports say?"""
+    return "from tests.guest" in (ROOT / file).read_text()
+
+
+class Scheduler(LoadFileScheduling):  # type: ignore[misc]
+    """Of several processes that run tests, one has those with guests, and begins with
+    them: a guest wants a core of its own, and takes the longest. The tests of another
+    module share its fixtures, and so a process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "guests" if has_guests(file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those with real programs first, when several processes run tests: they take the
-    longest, and the short ones fill what is left of the time."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/real/"))
+    items.sort(key=lambda item: not has_guests(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture

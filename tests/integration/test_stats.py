@@ -113,8 +113,9 @@ def test_numbers_are_those_of_the_work_done(
         assert (ring["chains"], ring["completions"]) == (done, done)
         assert ring["bytes_in"] == done * HEADER + writes * size
         assert ring["bytes_out"] == done * STATUS + reads * size
-        # One at a time: none can share a notification, nor be without a call.
-        assert ring["calls"] == done
+        # One at a time: none can share a notification, but the other end may have
+        # looked before it was due.
+        assert 0 < ring["calls"] <= done
         assert 0 < ring["kicks"] <= done
         assert (ring["outstanding"], ring["quarantined"], ring["faults"]) == (0, 0, 0)
         assert (ring["used"], ring["high_water"]) == (0, size)

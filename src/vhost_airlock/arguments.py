@@ -13,13 +13,14 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 def size(least: str, most: str) -> Callable[[str], int]:
     """A number of bytes, as 512, 64K or 1GiB."""
 
+    low, high = _bytes(least), _bytes(most)
+
     def parse(text: str) -> int:
         value = _bytes(text)
-        if value is None or not bounds[0] <= value <= bounds[1]:
+        if not low <= value <= high:
             raise ArgumentTypeError(f"{text}: no size from {least} to {most}")
         return value
 
-    bounds = _bytes(least) or 0, _bytes(most) or 0
     return parse
 
 
@@ -38,11 +39,17 @@ def number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def seconds(text: str) -> float:
     """A positive number of seconds up to an hour."""
-    value = 0.0
-    with contextlib.suppress(ValueError):
-        value = float(text)
+    value = _float(text)
     if not 0 < value <= 3600:
         raise ArgumentTypeError(f"{text}: no number of seconds up to 3600")
+    return value
+
+
+def interval(text: str) -> float:
+    """A number of seconds from a hundredth to a day."""
+    value = _float(text)
+    if not 0.01 <= value <= 86400:
+        raise ArgumentTypeError(f"{text}: no number of seconds up to a day")
     return value
 
 
@@ -53,6 +60,13 @@ def switch(text: str) -> bool:
     return text == "on"
 
 
-def _bytes(text: str) -> int | None:
+def _bytes(text: str) -> int:
+    """Less than any size, if it is none."""
     match = re.fullmatch(r"(\d{1,18})([KMGT]?)i?B?", text, re.IGNORECASE)
-    return int(match[1]) * UNITS[match[2].upper()] if match else None
+    return int(match[1]) * UNITS[match[2].upper()] if match else -1
+
+
+def _float(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return 0.0

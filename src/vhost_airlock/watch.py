@@ -13,7 +13,7 @@ from datetime import timedelta
 from itertools import islice, pairwise
 from typing import Any, Self
 
-from .arguments import number, seconds
+from .arguments import interval, number
 from .errors import StartError, UsageError
 
 MIB = 1 << 20
@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prometheus", action="store_true", help="print the text format of Prometheus"
     )
     form.add_argument(
-        "--interval", type=seconds, metavar="S", help="print rates, every S seconds"
+        "--interval", type=interval, metavar="S", help="print rates, every S seconds"
     )
     parser.add_argument(
         "--count", type=number(1), metavar="N", help="so many times; default: for ever"

@@ -40,12 +40,6 @@ def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PATIENCE", PATIENCE)
 
 
-@pytest.fixture
-def where(back: ScriptedBack, tmp_path: Path) -> Iterator[Path]:
-    with listening(back, tmp_path / "back.sock") as path:
-        yield path
-
-
 @contextmanager
 def running(front: Path, where: Path, path: Path, *options: str) -> Iterator[Program]:
     """A program that ends well, and takes its sockets with it."""

@@ -662,12 +662,13 @@ class TestTurns:
             busy, other = Wired(world, worker, size=64), Wired(world, worker)
             with worker.pause():
                 for _ in range(60):
-                    busy.offer((1 << 32, MIB))
+                    busy.offer((1 << 32, MIB // 4))
                 other.offer((0, 16))
             seen = set()
             while busy.shadow.avail_idx < 60:
                 with worker.pause():
                     moved = busy.shadow.avail_idx
+                    assert moved % 4 == 0
                     assert moved == 0 or other.shadow.avail_idx
                     seen.add(moved)
             assert seen - {0, 60}, "never seen in the middle"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
-from tests.support.program import Program, listening
+from tests.support.program import Program, connect, listening
 from tests.support.sessions import await_reaped, serve, small_guest
 from vhost_airlock import stats, watch
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
@@ -45,7 +45,8 @@ def running(front: Path, where: Path, path: Path, *options: str) -> Iterator[Pro
     """A program that ends well, and takes its sockets with it."""
     ways = [f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"]
     with Program(*ways, *options) as program:
-        wait_until(path.exists, "it listens for who wants to know")
+        with connect(path, program) as reader:  # the path is there before it listens
+            reader.makefile().read()
         yield program
         assert program.stop() == 0
         assert program.errors() == ""
@@ -72,7 +73,7 @@ def command(path: Path, *options: str) -> str:
     return done.stdout
 
 
-def connect(guest: BlkGuest, program: Program, front: Path) -> None:
+def start(guest: BlkGuest, program: Program, front: Path) -> None:
     guest.connect(program.connect(front))
     guest.start()
 
@@ -86,7 +87,7 @@ def test_numbers_are_those_of_the_work_done(
         running(front, where, path, "--workers=2") as program,
         BlkGuest(num_queues=2) as guest,
     ):
-        connect(guest, program, front)
+        start(guest, program, front)
         buffer = guest.ram.alloc(size)
         for _ in range(writes):
             guest.write(8, [(buffer, size)])
@@ -133,13 +134,13 @@ def test_without_a_vmm_there_is_nothing_to_count(
     with running(front, where, path) as program:
         assert look(path).items() >= {"sessions": 0, **nothing}.items()
         with small_guest() as guest:
-            connect(guest, program, front)
+            start(guest, program, front)
             serve(back, guest)
             assert look(path)["vmm_connected"]
         wait_until(lambda: not look(path)["vmm_connected"], "the session ends")
         assert look(path).items() >= {"sessions": 1, **nothing}.items()
         with small_guest() as guest:
-            connect(guest, program, front)
+            start(guest, program, front)
             serve(back, guest)
             document = look(path)
             assert document["sessions"] == 2
@@ -151,7 +152,7 @@ def test_kept_back_end_is_connected_without_a_vmm(
 ) -> None:
     with running(front, where, path, "--keep-backend") as program:
         with small_guest() as guest:
-            connect(guest, program, front)
+            start(guest, program, front)
             serve(back, guest)
             guest.stop()
         wait_until(lambda: not look(path)["vmm_connected"], "the session ends")
@@ -162,7 +163,7 @@ def test_request_at_the_back_end_is_seen(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
     with running(front, where, path) as program, small_guest() as guest:
-        connect(guest, program, front)
+        start(guest, program, front)
         buffer = guest.ram.alloc(SECTOR)
         queue = guest.queues[1]
         io = queue.submit(BlkType.IN, 0, [(buffer, SECTOR)])
@@ -193,7 +194,7 @@ def test_a_back_that_withholds_its_answer_does_not_withhold_this_one(
         running(front, where, path, "--timeout=3600") as program,
         small_guest() as guest,
     ):
-        connect(guest, program, front)
+        start(guest, program, front)
         serve(back, guest)
         back.instead[Request.GET_CONFIG] = answer
         question = Config(0, 8, data=bytes(8))
@@ -214,7 +215,7 @@ def test_broken_ring_is_named(
     ways = [f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"]
     reason = "the guest's avail index jumps by more than the ring holds"
     with Program(*ways) as program, small_guest() as guest:
-        connect(guest, program, front)
+        start(guest, program, front)
         guest.queues[0].driver.ring.avail_idx = 1000
         notify(guest.queues[0].kick_fd)
         wait_until(
@@ -231,7 +232,7 @@ def test_who_connects_and_never_reads_does_no_harm(
 ) -> None:
     silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
     with running(front, where, path) as program, small_guest() as guest:
-        connect(guest, program, front)
+        start(guest, program, front)
         before = program.holdings()
         for sock in silent:
             sock.connect(str(path))
@@ -248,7 +249,7 @@ def test_command_shows_rates_while_a_session_works(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
     with running(front, where, path) as program, small_guest() as guest:
-        connect(guest, program, front)
+        start(guest, program, front)
         serve(back, guest)
         heading, *lines = command(path, "--interval=0.05", "--count=3").splitlines()
         assert heading.split()[0] == "requests/s"

@@ -1,13 +1,17 @@
 """What all unit tests share."""
 
+from __future__ import annotations
+
 import gc
 import os
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from vhost_airlock.dataplane.worker import Worker
+if TYPE_CHECKING:
+    from vhost_airlock.dataplane.worker import Worker
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,6 +23,9 @@ def no_garbage_of_other_modules():
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     """One that runs, in a thread of its own."""
+    # Not before pytest has set its handler of SIGBUS, which would replace ours.
+    from vhost_airlock.dataplane.worker import Worker
+
     events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     worker = Worker(events, poll_us=50)
     thread = threading.Thread(target=worker.run)

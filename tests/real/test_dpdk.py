@@ -1,31 +1,19 @@
 """DPDK's virtio-user and vhost, direct and through the airlock."""
 
 from functools import partial
-from itertools import chain
-from pathlib import Path
 
 import pytest
 
-from tests.guest import devices
-from tests.guest.inside import frames
-from tests.guest.machine import Guest
+from tests.guest.inside.frames import frames
 from tests.real.airlock import reach
-from tests.real.testpmd import PacketFiles, Testpmd
+from tests.real.testpmd import PacketFiles, Testpmd, vhost
 
 COUNT = 3000
-COUNT_OF_GUEST = 1500
-"""An emulated guest takes its time."""
 
 
-def some_frames(
-    seed: int, queues: int, largest: int, count: int = COUNT
-) -> list[list[bytes]]:
+def some_frames(seed: int, queues: int, largest: int) -> list[list[bytes]]:
     """Frames for each queue."""
-    return [list(frames.frames(seed + i, count, largest)) for i in range(queues)]
-
-
-def vhost(path: Path, queues: int = 1) -> str:
-    return f"net_vhost0,iface={path},queues={queues}"
+    return [list(frames(seed + i, COUNT, largest)) for i in range(queues)]
 
 
 @pytest.mark.parametrize(
@@ -78,37 +66,3 @@ def test_packets_are_the_same(programs, folder, via, mode, queues, largest, opti
     else:
         assert ours.kept() == theirs.packets
         assert theirs.kept() == ours.packets
-
-
-@pytest.mark.parametrize("pairs", [1, 2])
-def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
-    """QEMU stops ten times, while both ends send. Nobody sends anything again."""
-    theirs = PacketFiles(folder / "theirs", some_frames(1, pairs, 1514, COUNT_OF_GUEST))
-    path = folder / "back.sock"
-    devices_of_back = [vhost(path, pairs), theirs.device]
-    with (
-        Testpmd(programs, folder / "back.log", devices_of_back, queues=pairs) as back,
-        reach(via, path, "--device-type=net", f"--workers={pairs}") as front,
-        Guest(programs, folder, devices.net(front, pairs), cpus=pairs) as guest,
-    ):
-        guest.sh("ip link set eth0 up")
-        guest.call(frames.listen)
-        back("start")
-        total = COUNT_OF_GUEST * pairs
-        incoming = [1 + i for i in range(pairs)]
-        call = guest.begin(frames.exchange, incoming, 10, COUNT_OF_GUEST, 1514)
-        for part in range(10):
-            back.wait_until(partial(back.has_sent, total * part // 10), timeout=60)
-            guest.qmp("stop")
-            guest.qmp("cont")
-        call.result()
-        guest.power_off()
-        back.quit()
-    sent = list(frames.frames(10, total, 1514))
-    places = {frame: place for place, frame in enumerate(sent)}
-    kept = [
-        [places[packet] for packet in packets if packet in places]
-        for packets in theirs.kept()
-    ]
-    assert sorted(chain.from_iterable(kept)) == list(range(total))
-    assert kept == [sorted(places_of_queue) for places_of_queue in kept]

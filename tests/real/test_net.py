@@ -36,10 +36,19 @@ class Net:
     network: Network
     server: streams.Server
     router: str
+    pauses: bool
+    """passt ends when a packet comes between SET_VRING_KICK and SET_VRING_CALL, which
+    QEMU sends in this order. The airlock does not, and so only there QEMU may stop."""
 
     @property
     def to_host(self) -> streams.Address:
         return ["inet", self.router, TO_HOST]
+
+    def pause(self) -> None:
+        """QEMU stops, and with it the rings with all that is posted; and goes on."""
+        if self.pauses:
+            self.guest.qmp("stop")
+            self.guest.qmp("cont")
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -57,7 +66,7 @@ def net(request, programs) -> Iterator[Net]:
             server = streams.Server(socket.create_server((HERE, TO_HOST)))
         _, router, mtu = guest.call(interface.configure)
         assert mtu == "65520"
-        yield Net(guest, network, server, router)
+        yield Net(guest, network, server, router, pauses=via == "airlock")
         server.close()
         assert server.failures == []
         counters = guest.call(interface.counters)
@@ -90,15 +99,14 @@ def test_traffic_of_all_kinds(net):
 
 @pytest.mark.parametrize("function", [streams.give_to, streams.take_from])
 def test_pauses_during_a_transfer(net, function):
-    """QEMU stops at ten points, and with it the rings with all that is posted."""
+    """At ten points."""
     size = 128 * MIB
     transfer = net.guest.begin(function, net.to_host, 1, size)
     start = net.server.moved
     for part in range(10):
         due = start + size * part // 10
         net.guest.wait_until(partial(net.server.has_moved, due))
-        net.guest.qmp("stop")
-        net.guest.qmp("cont")
+        net.pause()
     transfer.result()
 
 

@@ -17,6 +17,11 @@ FILE = struct.Struct("=IHHiIII")
 PACKET = struct.Struct("=IIII")
 
 
+def vhost(path: Path, queues: int = 1) -> str:
+    """A device that is a back-end."""
+    return f"net_vhost0,iface={path},queues={queues}"
+
+
 class PacketFiles:
     """A device on files: receives these packets, a list for each queue, and no more.
 

@@ -343,3 +343,58 @@ class TestSingleCopy:
         assert lane.ring.used_entry(0) == (0, lane.layout.end)
         assert lane.step() == 0
         assert lane.fault is not None
+
+
+class TestPastTheCaches:
+    """From 256 KiB in a chain and 4 MiB in a ring on, other instructions copy."""
+
+    LARGE = 256 * 1024
+
+    @pytest.fixture
+    def world(self):
+        world = World(pool=32 * MIB, regions=[(0, 32 * MIB)])
+        yield world
+        world.check()
+
+    @pytest.mark.parametrize("count", [1, 12])
+    @pytest.mark.parametrize("length", [LARGE - 1, LARGE, LARGE + 65])
+    def test_each_byte_arrives_and_no_other_changes(self, world, count, length):
+        """At all offsets in a line, and over the end of a line or not."""
+        lane = Lane(world, size=64)
+        ram = bytearray(random.Random(1).randbytes(32 * MIB))
+        world.ram.write(0, bytes(ram))
+        places = [
+            (2 * i * MIB + 7 * i, (2 * i + 1) * MIB + 5 * i) for i in range(count)
+        ]
+        for read, written in places:
+            lane.offer((read, length), (written, length, True))
+        while lane.step():
+            pass
+        assert (world.pool.used > 4 * MIB) == (count > 1)
+        for i, (read, written) in enumerate(places):
+            chain = lane.take()
+            assert lane.bytes_of(chain) == ram[read : read + length]
+            data = random.Random(i).randbytes(length)
+            lane.complete(chain, data)
+            ram[written : written + length] = data
+        while lane.step():
+            pass
+        assert world.ram.read(0, 32 * MIB) == ram
+
+    def test_memory_may_end_in_the_middle(self, world):
+        world.ram.add(64 * MIB, MIB)
+        world.set_regions()
+        lane = Lane(world, size=64)
+        for i in range(10):
+            lane.offer((2 * i * MIB, MIB, True))
+        while lane.step():
+            pass
+        lane.offer((64 * MIB, MIB))
+        world.ram.pieces[64 * MIB].cut(MIB // 2)
+        assert lane.step() == 0
+        assert (
+            lane.fault
+            == "a page of memory that the ring or a request is in can't be had"
+        )
+        assert world.pool.used == 10 * MIB
+        world.ram.pieces[64 * MIB].mend()

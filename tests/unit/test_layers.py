@@ -51,6 +51,7 @@ LAYERS = """
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard
+                                        dataplane.copying
                                         dataplane.layout  dataplane.sys
     sockets  signals  arguments
     errors  __init__  dataplane.__init__

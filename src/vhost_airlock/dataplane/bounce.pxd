@@ -14,6 +14,10 @@ cdef enum:
     SMALL = 512
     FEW = 4
     TAIL = 64
+    # Pages of the pool: of a chain that counts as large, and of all that a ring has in
+    # flight when it is more than caches hold.
+    LARGE = 64
+    CACHED = 1024
 
 cdef enum CopyPolicy:
     COPY_FULL = 0
@@ -52,9 +56,12 @@ cdef struct Slot:
 cdef int place(
     Slot *slot, const Chain *chain, bint table, PoolState *pool, Share *share
 ) noexcept nogil
-cdef bint copy_to_back(Slot *slot, RegionTable *memory, int *hint) noexcept nogil
+cdef bint copy_to_back(
+    Slot *slot, const Share *share, RegionTable *memory, int *hint
+) noexcept nogil
 cdef uint64_t copy_to_guest(
-    Slot *slot, uint32_t length, CopyPolicy policy, RegionTable *memory, int *hint
+    Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
+    RegionTable *memory, int *hint,
 ) noexcept nogil
 cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil
 cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil

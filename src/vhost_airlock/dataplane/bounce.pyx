@@ -175,25 +175,35 @@ cdef void lay_out(Slot *slot, bint table, uint64_t small) noexcept nogil:
             buffer.back = buffer.block.back + offset
 
 
-cdef bint copy_to_back(Slot *slot, RegionTable *memory, int *hint) noexcept nogil:
+cdef inline bint past_caches(const Slot *slot, const Share *share) noexcept nogil:
+    """Is a large chain's ring at work with more than caches hold?"""
+    return slot.pages >= LARGE and share.used >= CACHED
+
+
+cdef bint copy_to_back(
+    Slot *slot, const Share *share, RegionTable *memory, int *hint
+) noexcept nogil:
     """Fill the doubles: what the device reads is copied, what it writes is zeroed.
 
     False: a part of the guest's memory is not there any more.
     """
+    cdef bint past = past_caches(slot, share)
     cdef Buffer *buffer
     cdef int i
 
     for i in range(slot.count):
         buffer = &slot.buffer[i]
         if i >= slot.readable:
+            # The back is about to write there: that belongs into the caches.
             memset(buffer.host, 0, buffer.len)
-        elif not copy_in(memory, hint, buffer.host, buffer.guest, buffer.len):
+        elif not copy_in(memory, hint, buffer.host, buffer.guest, buffer.len, past):
             return False
     return True
 
 
 cdef uint64_t copy_to_guest(
-    Slot *slot, uint32_t length, CopyPolicy policy, RegionTable *memory, int *hint
+    Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
+    RegionTable *memory, int *hint,
 ) noexcept nogil:
     """Copy back what the device wrote, by the policy. Returns the number of bytes.
 
@@ -203,6 +213,7 @@ cdef uint64_t copy_to_guest(
     """
     cdef uint64_t left = min(<uint64_t> length, slot.writable)
     cdef uint64_t copied = 0
+    cdef bint past = past_caches(slot, share)
     cdef uint64_t size
     cdef Buffer *buffer
     cdef int i
@@ -215,7 +226,7 @@ cdef uint64_t copy_to_guest(
         left -= size
         if policy == COPY_USED_TAIL and i + 1 == slot.count and buffer.len <= TAIL:
             size = buffer.len
-        if size and copy_out(memory, hint, buffer.guest, buffer.host, size):
+        if size and copy_out(memory, hint, buffer.guest, buffer.host, size, past):
             copied += size
     return copied
 

@@ -124,7 +124,7 @@ cdef int walk_table(GuestRing *ring, Chain *chain, const Desc *table) noexcept n
     if entries == 0 or entries > MAX_SEGMENTS or table.len % sizeof(Desc):
         return BAD_INDIRECT
     if not copy_in(
-        ring.memory, &ring.hint, <uint8_t *> ring.table, table.addr, table.len
+        ring.memory, &ring.hint, <uint8_t *> ring.table, table.addr, table.len, False
     ):
         return BAD_ADDRESS
     forget()

@@ -177,7 +177,7 @@ cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept
     """Copy back and complete one chain in the guest's ring."""
     cdef Slot *slot = &pump.slot[number]
     cdef uint64_t copied = copy_to_guest(
-        slot, length, pump.policy, pump.memory, &pump.hint
+        slot, length, pump.policy, &pump.share, pump.memory, &pump.hint
     )
 
     if length > slot.writable:
@@ -245,7 +245,7 @@ cdef int bounce(PumpState *pump) noexcept nogil:
         pump.stalled = rc == 0
         return rc
     pump.at_hand = slot
-    if not copy_to_back(slot, pump.memory, &pump.hint):
+    if not copy_to_back(slot, &pump.share, pump.memory, &pump.hint):
         pump.at_hand = NULL
         release(slot, pump.pool, &pump.share)
         give_slot(&pump.shadow, number)

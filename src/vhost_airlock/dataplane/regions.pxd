@@ -65,10 +65,12 @@ cdef inline bint mapped(
 
 
 cdef bint copy_in(
-    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size
+    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size,
+    bint past_caches,
 ) noexcept nogil
 cdef bint copy_out(
-    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size,
+    bint past_caches,
 ) noexcept nogil
 
 

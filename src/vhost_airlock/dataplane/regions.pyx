@@ -5,11 +5,13 @@ table outlives it: a buffer in a region that went away is simply not there any m
 """
 
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
-from libc.string cimport memcpy
+
+from vhost_airlock.dataplane.copying cimport copy
 
 
 cdef bint copy_in(
-    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size
+    RegionTable *table, int *hint, uint8_t *to, uint64_t guest, uint64_t size,
+    bint past_caches,
 ) noexcept nogil:
     """Copy guest memory into ours: each byte is read once. False: not all is there."""
     cdef Region *region
@@ -20,7 +22,7 @@ cdef bint copy_in(
         if region == NULL:
             return False
         run = min(size, region.size - (guest - region.guest))
-        memcpy(to, region.host + (guest - region.guest), run)
+        copy(to, region.host + (guest - region.guest), run, past_caches)
         to += run
         guest += run
         size -= run
@@ -28,7 +30,8 @@ cdef bint copy_in(
 
 
 cdef bint copy_out(
-    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size,
+    bint past_caches,
 ) noexcept nogil:
     """Copy our memory into the guest's. False: not all is there."""
     cdef Region *region
@@ -39,7 +42,7 @@ cdef bint copy_out(
         if region == NULL:
             return False
         run = min(size, region.size - (guest - region.guest))
-        memcpy(region.host + (guest - region.guest), source, run)
+        copy(region.host + (guest - region.guest), source, run, past_caches)
         source += run
         guest += run
         size -= run

@@ -1,0 +1,53 @@
+"""Copies bytes: through the processor's caches, or past them.
+
+What is more than caches hold is better written past them, by non-temporal stores: no
+line is read only to be overwritten, and what the others work with stays where it is.
+The source is asked for a KiB ahead, beyond its end too: that is no access. Such stores
+are ordered with no others. So a fence ends each of these copies: whatever is published
+later is seen later. Where there are no such stores, it is memcpy().
+"""
+
+from libc.stdint cimport uint8_t, uint64_t
+
+cdef extern from * nogil:
+    """
+    #include <stdint.h>
+    #include <string.h>
+    #ifdef __SSE2__
+    #include <emmintrin.h>
+    #endif
+
+    static inline void airlock_copy(
+        uint8_t *to, const uint8_t *from, uint64_t size, int past_caches)
+    {
+    #ifdef __SSE2__
+        uint64_t head = -(uintptr_t)to & 63;
+
+        if (past_caches && size > head) {
+            memcpy(to, from, head);
+            to += head;
+            from += head;
+            for (size -= head; size >= 64; size -= 64) {
+                __m128i a = _mm_loadu_si128((const __m128i *)from);
+                __m128i b = _mm_loadu_si128((const __m128i *)from + 1);
+                __m128i c = _mm_loadu_si128((const __m128i *)from + 2);
+                __m128i d = _mm_loadu_si128((const __m128i *)from + 3);
+
+                _mm_prefetch(from + 1024, _MM_HINT_NTA);
+                _mm_stream_si128((__m128i *)to, a);
+                _mm_stream_si128((__m128i *)to + 1, b);
+                _mm_stream_si128((__m128i *)to + 2, c);
+                _mm_stream_si128((__m128i *)to + 3, d);
+                to += 64;
+                from += 64;
+            }
+            _mm_sfence();
+        }
+    #endif
+        (void)past_caches;
+        memcpy(to, from, size);
+    }
+    """
+    void copy "airlock_copy"(
+        uint8_t *to, const uint8_t *source, uint64_t size, bint past_caches
+    )

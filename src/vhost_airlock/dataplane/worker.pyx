@@ -61,6 +61,10 @@ cdef enum:
     # many milliseconds the worker then is deaf to notifications.
     STORM = 64
     NAP = 1
+    # Nanoseconds after which who got the core is taken to poll on it; and for how long
+    # then nobody is given way to.
+    TURN = 2_500_000
+    RIVALRY = 100_000_000
     # Nanoseconds that a worker has to stand still before it is interrupted.
     PATIENCE = 100_000_000
 
@@ -108,6 +112,8 @@ cdef class Worker:
     """It was notified, and has moved nothing since."""
     cdef uint64_t slept
     """For so long, in ns, since something moved the last time."""
+    cdef uint64_t rivalry
+    """Until then, by the clock, somebody on our core is taken to poll."""
     cdef Route *route
     cdef int routes
     cdef list pumps
@@ -304,7 +310,10 @@ cdef void idle(Worker worker) noexcept nogil:
         worker.vain += 1
         if worker.vain - worker.vain_since > STORM:
             nap(worker)
-    elif worker.window and poll(worker):
+    elif worker.window:
+        if poll(worker):
+            return
+    elif give_way(worker):
         return
 
     for i in range(worker.routes):
@@ -351,6 +360,24 @@ cdef bint poll(Worker worker) noexcept nogil:
             now = now_ns()
     worker.polled += now - start
     return found
+
+
+cdef bint give_way(Worker worker) noexcept nogil:
+    """Let who is runnable on this core go first: that may spare a sleep. True: it did.
+
+    But who polls there keeps the core for as long as it may: it is better asked for a
+    notification, which wakes us sooner.
+    """
+    cdef uint64_t start = now_ns()
+    cdef uint64_t now
+
+    if start < worker.rivalry:
+        return False
+    sched_yield()
+    now = now_ns()
+    if now - start > TURN:
+        worker.rivalry = now + RIVALRY
+    return is_pending(worker)
 
 
 cdef void learn(Worker worker) noexcept nogil:

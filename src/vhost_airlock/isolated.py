@@ -183,7 +183,7 @@ class IsolatedMemory:
                 address = taken.guest_addr + taken.size
         fd = sealed_memfd(name, size)
         try:
-            mapping = Mapping(fd.fileno(), size)
+            mapping = Mapping(fd.fileno(), size, huge_pages=True)
         except BaseException:
             fd.close()
             raise

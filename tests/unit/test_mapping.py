@@ -68,14 +68,31 @@ def test_offset_and_size_may_be_any(fd, size, offset, count):
     mapping.close()
 
 
+def flags(part: str | None) -> list[str]:
+    """What the kernel notes of a mapping, in two letters each (proc_pid_smaps(5))."""
+    assert part is not None
+    found = re.search(r"VmFlags: (.*)", part)
+    assert found is not None
+    return found[1].split()
+
+
 def test_it_is_shared_writable_and_not_dumped(fd):
     mapping = Mapping(fd, PAGE)
     part = mapped(mapping.address)
     assert part is not None
     assert " rw-s " in part.split("\n")[0]
-    flags = re.search(r"VmFlags: (.*)", part)
-    assert flags is not None
-    assert "dd" in flags[1].split()
+    assert "dd" in flags(part)
+    mapping.close()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this kernel has no transparent huge pages",
+)
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_huge_pages_are_asked_for_if_wanted(fd, huge_pages):
+    mapping = Mapping(fd, PAGE, huge_pages=huge_pages)
+    assert ("hg" in flags(mapped(mapping.address))) == huge_pages
     mapping.close()
 
 

@@ -5,8 +5,8 @@ from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 
 from vhost_airlock.dataplane.layout cimport PAGE
 from vhost_airlock.dataplane.sys cimport (
-    HUGETLBFS_MAGIC, MADV_DONTDUMP, MAP_FAILED, MAP_NORESERVE, MAP_SHARED, PROT_READ,
-    PROT_WRITE, fstatfs, madvise, mmap, munmap, statfs_t,
+    HUGETLBFS_MAGIC, MADV_DONTDUMP, MADV_HUGEPAGE, MAP_FAILED, MAP_NORESERVE,
+    MAP_SHARED, PROT_READ, PROT_WRITE, fstatfs, madvise, mmap, munmap, statfs_t,
 )
 
 
@@ -14,8 +14,9 @@ cdef class Mapping:
     """`size` bytes of the file behind `fd` from byte `offset`, read and write.
 
     The offset may be any number: the pages around are mapped with it (huge pages, if
-    the file is made of them). The memory is left out of core dumps. OSError when the
-    kernel refuses.
+    the file is made of them). The memory is left out of core dumps. With `huge_pages`
+    the kernel is asked for such, which it heeds as it is set up. OSError when it
+    refuses to map the file.
     """
 
     cdef void *_start
@@ -23,7 +24,7 @@ cdef class Mapping:
     cdef readonly object address
     cdef readonly object size
 
-    def __init__(self, int fd, uint64_t size, uint64_t offset=0):
+    def __init__(self, int fd, uint64_t size, uint64_t offset=0, bint huge_pages=False):
         cdef uint64_t page = page_size(fd)
         cdef uint64_t before = offset % page
         cdef void *start
@@ -42,6 +43,8 @@ cdef class Mapping:
         self.address = <uintptr_t> start + before
         self.size = size
         madvise(start, self._length, MADV_DONTDUMP)
+        if huge_pages:
+            madvise(start, self._length, MADV_HUGEPAGE)
 
     def close(self):
         """Unmap. Nothing may use the memory any more; a second call does nothing."""

@@ -15,6 +15,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_SHARED
         MAP_NORESERVE
         MADV_DONTDUMP
+        MADV_HUGEPAGE
 
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs_t "statfs":

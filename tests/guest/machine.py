@@ -16,6 +16,9 @@ from tests.real.qmp import Qmp
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+PATIENCE = 150.0
+"""Seconds that an emulated machine has to answer: others may want the processors."""
+
 
 class Call(Generic[T]):
     """A function that runs in the guest meanwhile."""
@@ -24,7 +27,7 @@ class Call(Generic[T]):
         self.guest = guest
         self.name = name
 
-    def result(self, timeout: float = 60) -> T:
+    def result(self, timeout: float = PATIENCE) -> T:
         """What it returns, having come through JSON; what it raises fails the test."""
         answer = self.guest.hear(timeout)
         if "error" in answer:
@@ -71,7 +74,7 @@ class Guest(Process):
         self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
-            Call[str](self, "boot").result(timeout=90)
+            Call[str](self, "boot").result()
         except OSError as error:
             self.kill()
             raise AssertionError(f"{error}\n{self.describe()}") from None
@@ -97,7 +100,9 @@ class Guest(Process):
         self.agent.send([function.__module__, name, args])
         return Call(self, name)
 
-    def call(self, function: Callable[[*Ts], T], *args: *Ts, timeout: float = 60) -> T:
+    def call(
+        self, function: Callable[[*Ts], T], *args: *Ts, timeout: float = PATIENCE
+    ) -> T:
         """The same, and wait for the result."""
         return self.begin(function, *args).result(timeout)
 
@@ -107,7 +112,7 @@ class Guest(Process):
 
     def reboot(self) -> None:
         self.qmp("system_reset")
-        Call[str](self, "reboot").result(timeout=90)
+        Call[str](self, "reboot").result()
 
     def power_off(self) -> None:
         self.begin(sh, "poweroff -f")

@@ -15,7 +15,9 @@ COUNT = 1500
 """An emulated guest takes its time."""
 
 
-@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize(
+    ("via", "pairs"), [("direct", 2), ("airlock", 1), ("airlock", 2)]
+)
 def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
     """QEMU stops ten times, while both ends send. Nobody sends anything again."""
     packets = [list(frames.frames(1 + i, COUNT, 1514)) for i in range(pairs)]

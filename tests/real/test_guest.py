@@ -30,7 +30,10 @@ def files_on(programs, image: Path, folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("cpus", "queue_size"), [(1, 128), (2, 1024)])
+@pytest.mark.parametrize(
+    ("via", "cpus", "queue_size"),
+    [("direct", 2, 1024), ("airlock", 1, 128), ("airlock", 2, 1024)],
+)
 def test_guest_keeps_a_file_system_over_a_reboot(
     serve, programs, folder, via, same_as_direct, cpus, queue_size
 ):

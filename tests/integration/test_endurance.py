@@ -98,7 +98,6 @@ def assert_constant(before: Holdings, after: Holdings) -> None:
     assert after.heap < before.heap + SLACK
 
 
-@pytest.mark.timeout(300)
 def test_i9_thousand_sessions(setting: Setting) -> None:
     """Every other front-end leaves without a word, and with a request in flight."""
     with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest:
@@ -190,7 +189,6 @@ def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], N
     ]
 
 
-@pytest.mark.timeout(300)
 def test_i9_repeated_messages(setting: Setting) -> None:
     """Twenty kinds, a thousand times each, with a ring that works in between."""
     setting.lines = {"vhost-airlock: front: refused: nobody knows request 45"}
@@ -309,7 +307,6 @@ class Mill:
         return self.batch
 
 
-@pytest.mark.timeout(300)
 def test_i9_million_requests_on_24_queues(setting: Setting) -> None:
     setting.back.offered = int(RING_FEATURES & ~Feature.EVENT_IDX)
     with BlkGuest(

@@ -44,7 +44,6 @@ def check_crowd(share: Path, threads: int) -> None:
         assert found == files.crowd_content(number)
 
 
-@pytest.mark.timeout(300)
 def test_guest_and_host_see_the_same(programs, folder, via, reference):
     """A tree in both directions, a large file, and 200 threads at once."""
     share = new_share(folder, "share")
@@ -79,7 +78,6 @@ MODES = {
 }
 
 
-@pytest.mark.timeout(300)
 def test_cache_modes(programs, folder, via, reference):
     """One guest with a file system for each mode; one passes O_DIRECT on."""
     with ExitStack() as stack:

@@ -29,7 +29,6 @@ def files_on(programs, image: Path, folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("via", "cpus", "queue_size"),
     [("direct", 2, 1024), ("airlock", 1, 128), ("airlock", 2, 1024)],

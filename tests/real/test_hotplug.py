@@ -59,7 +59,6 @@ def holes(image: Path, start: int, size: int) -> bool:
             return True
 
 
-@pytest.mark.timeout(300)
 def test_disk_is_used_while_memory_and_disk_change(serve, programs, folder, via, image):
     served = serve(Disk(image, queues=QUEUES), "--workers=2", "--log-level=info")
     mapped_by = (served.proxy or served.backend).pid

@@ -48,7 +48,6 @@ def boot(programs, folder):
     return boot_one
 
 
-@pytest.mark.timeout(300)
 def test_whole_life_of_a_disk(serve, boot, disk):
     """Requests are in flight whenever something happens, but nothing kept is lost."""
     front = serve(disk, "--workers=2").front
@@ -108,7 +107,6 @@ def plug(guest: Guest, front: Path) -> None:
     guest.qmp("device_add", id="disk", **device)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("qemu", ["connects", "listens"])
 def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
     """The guest notices nothing but the time that it takes."""

@@ -121,7 +121,6 @@ def test_pauses_lose_no_datagram(net):
         content = noise.data(0, size - 8)
         for number in range(count):
             if number % (count // 10) == 0:
-                net.guest.qmp("stop")
-                net.guest.qmp("cont")
+                net.pause()
             assert receiver.recv(65536) == number.to_bytes(8, "little") + content
         call.result()

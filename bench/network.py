@@ -17,6 +17,7 @@ from bench.extras import Figure, way_to
 from bench.runs import BenchError
 from tests.real.processes import Process, listening
 from tests.real.programs import Programs
+from tests.real.testpmd import vhost
 
 CASES = {
     "net, to the back-end": ("txonly", "rxonly"),
@@ -49,8 +50,8 @@ class Network:
         folder = self.folder / f"net-{self.runs}"
         folder.mkdir()
         path = folder / "back.sock"
-        device = f"net_vhost0,iface={path},queues=1"
-        with self.testpmd(folder / "back.log", device, back_mode, core=0) as back:
+        log = folder / "back.log"
+        with self.testpmd(log, vhost(path), back_mode, core=0) as back:
             back.wait_until(lambda: listening(path), PATIENCE)
             with way_to(name, path, "--device-type=net") as (front_path, proxy):
                 device = f"net_virtio_user0,path={front_path},queues=1,queue_size=1024"

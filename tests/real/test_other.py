@@ -16,7 +16,7 @@ from tests.real.airlock import reach
 from tests.real.backends import passt, vhost_device_vsock, virtiofsd
 from tests.real.network import Network
 from tests.real.processes import Process
-from tests.real.testpmd import Testpmd
+from tests.real.testpmd import Testpmd, vhost
 from tests.support.client import Client
 from tests.support.fuse import QUEUES, Fuse, Op
 from vhost_airlock.peers.scan import search
@@ -191,9 +191,8 @@ def test_net_of_dpdk(programs, folder, via):
     """A frame that comes back, the announcement of a move, and an MTU."""
     frame = BROADCAST + US + b"\x88\xb5" + data(1, 500)
     protocol = ProtocolFeature.RARP | ProtocolFeature.NET_MTU
-    device = f"net_vhost0,iface={folder}/net.sock"
     with (
-        Testpmd(programs, folder / "back.log", [device]) as process,
+        Testpmd(programs, folder / "back.log", [vhost(folder / "net.sock")]) as process,
         reach(via, folder / "net.sock", "--device-type=net") as front,
         Client(front, 2, features=1 << 15, protocol=protocol) as client,
     ):

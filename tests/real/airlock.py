@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tests.real.processes import Process, listening
 
+PATIENT = "--timeout=60"
+"""Beside all else that runs here, a program may stand still for more than 5 s."""
+
 
 @contextmanager
 def airlock(
@@ -24,7 +27,7 @@ def airlock(
     log; but the test may kill it.
     """
     side = "--front-connect" if dials else "--socket-path"
-    run = (sys.executable, "-m", "vhost_airlock", "run", f"{side}={front}")
+    run = (sys.executable, "-m", "vhost_airlock", "run", f"{side}={front}", PATIENT)
     to = (f"--backend={back}",) if back else ("--", *command)
     log = front.with_suffix(".airlock.log")
     with Process([*run, *options, *to], log) as process:

@@ -66,8 +66,12 @@ class Process:
         """The command, how it is, and the end of what it said."""
         status = self.popen.poll()
         state = "running" if status is None else f"status {status}"
-        lines = self.output().splitlines()[-40:]
+        lines = [line for line in self.output().splitlines() if self.tells(line)][-40:]
         return "\n".join([f"$ {' '.join(self.argv)}   [{state}]", *lines])
+
+    def tells(self, line: str) -> bool:
+        """Is this line of its output worth quoting?"""
+        return True
 
     def ended(self, timeout: float = 0) -> bool:
         return bool(select.select([self.pidfd], [], [], timeout)[0])
@@ -97,6 +101,8 @@ class Process:
         if self.pidfd >= 0:
             self.popen.kill()
             self.popen.wait()
+            if self.popen.stdin is not None:
+                self.popen.stdin.close()
             os.close(self.pidfd)
             self.pidfd = -1
 

@@ -12,6 +12,7 @@ from tests.real.programs import Programs
 
 COUNTS = re.compile(r"RX-packets: (\d+).*?TX-packets: (\d+)", re.DOTALL)
 LAST_LINE = "Tx-pps:"
+STATISTICS = re.compile(r"####|pps:|-packets:|-errors:|-nombuf:|Throughput|^ *$")
 FOR_EVER = 0xFFFFFFFF
 FILE = struct.Struct("=IHHiIII")
 PACKET = struct.Struct("=IIII")
@@ -89,6 +90,10 @@ class Testpmd(Process):
         assert self.popen.stdin is not None
         self.popen.stdin.write(command.encode() + b"\n")
         self.popen.stdin.flush()
+
+    def tells(self, line: str) -> bool:
+        """Statistics, asked for again and again, would push out all else."""
+        return not STATISTICS.search(line)
 
     def counted(self) -> list[tuple[int, int]]:
         """The packets that each device has received, and those that it has sent.

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from ..errors import PeerRefused, ProtocolError, RequestRefused
+from ..errors import DeadlineExceeded, PeerRefused, ProtocolError, RequestRefused
 from .channel import TIMEOUT, Answer, Channel, Message
 from .fds import Fd, HasFileno
 from .rules import RULES, Ack, AnyRequest, AnyRules, Rule, check_reply, permit
@@ -105,12 +105,15 @@ class Requester:
         if waits and rule.ack in (Ack.ASKED, Ack.ALWAYS):
             flags |= HeaderFlag.NEED_REPLY
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-        self.channel.send(request, payload.pack(), fds, flags=flags, deadline=deadline)
-        if not waits:
-            return Answer(Empty())
-
-        self._owed = request
-        message = self.channel.recv(deadline, lambda _: rule.reply.MAX_SIZE)
+        try:
+            data = payload.pack()
+            self.channel.send(request, data, fds, flags=flags, deadline=deadline)
+            if not waits:
+                return Answer(Empty())
+            self._owed = request
+            message = self.channel.recv(deadline, lambda _: rule.reply.MAX_SIZE)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{error} ({request.name})") from None
         try:
             reply = self._check(request, rule, message)
         except BaseException:

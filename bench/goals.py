@@ -6,12 +6,13 @@ Each is measured on an airlock before a back-end in a process of its own.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import re
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from tests.real.airlock import airlock
 from tests.real.processes import Process
 from tests.real.programs import Programs
 from tests.real.storage import Disk, storage_daemon
+from tests.support.plane import Lane, World
+from vhost_airlock.dataplane.pump import Pump
+from vhost_airlock.peers import Buffer
 from vhost_airlock.peers.blk_load import LoadPlan, LoadResult, measure
 from vhost_airlock.peers.guest import BlkGuest
 
@@ -37,6 +41,13 @@ ROUNDS = 3
 TOLERANCE = 1.25
 MOMENT = 2.0
 """Seconds to wait for a quiet machine, before each run."""
+RING = 256
+BATCHES = 100
+WARM = 8
+"""Buffers in use, so that they stay in caches."""
+HEADER = 12
+SEGMENTS = ((HEADER + 64,), (HEADER, 64))
+PACKET_NS = 120
 COPY = 64 * KIB
 COLD = 128 * MIB
 
@@ -58,6 +69,7 @@ def measure_goals(programs: Programs, folder: Path) -> Iterator[Goal]:
         yield from idle(back, folder)
         yield from rings(back, folder)
         yield from guest_memory(back, folder)
+    yield from packets()
     yield from copying()
 
 
@@ -205,6 +217,49 @@ def cost(proxy: Process, front: Path, plan: LoadPlan) -> Cost:
     spent = last.cpu["airlock"] - first.cpu["airlock"]
     requests = (last.at - first.at) / 1e9 * result.iops
     return Cost(spent / 1000 / requests, resident, result.iops)
+
+
+def packets() -> Iterator[Goal]:
+    """Small packets through the pump alone, to the back and back: nobody waits."""
+    batches = [packet_ns(World(), segments) for segments in SEGMENTS]
+    for segments, found in zip(SEGMENTS, batches, strict=True):
+        each = statistics.median(found)
+        yield Goal(
+            f"packet of {sum(segments) - HEADER} bytes in {len(segments)} descriptors,"
+            " pump alone",
+            f"{each:.0f} ns of CPU time each, {min(found):.0f} at best",
+            f"at most {PACKET_NS} ns",
+            each <= PACKET_NS,
+        )
+
+
+def packet_ns(world: World, segments: Sequence[int]) -> list[float]:
+    """CPU time of a packet, once for each batch."""
+    lane = Lane(world, size=RING, policy="used")
+    found = []
+    for _ in range(BATCHES):
+        for i in range(RING // len(segments)):
+            at = i % WARM * 4 * KIB
+            ends = itertools.accumulate(segments, initial=at)
+            lane.driver.offer(list(map(Buffer, ends, segments)))
+        lane.driver.publish()
+        count, there = timed(lane.pump)
+        while (chain := lane.device.take()) is not None:
+            lane.device.complete(chain.head, 0)
+        lane.device.publish()
+        done, back = timed(lane.pump)
+        if count != RING // len(segments) or done != count:
+            raise BenchError(f"{count} packets went to the back, {done} came back")
+        lane.used()
+        found.append((there + back) / count)
+    return found
+
+
+def timed(pump: Pump) -> tuple[int, int]:
+    """How many chains a step moves, and its CPU time in ns."""
+    begin = time.thread_time_ns()
+    moved = pump.step()[0]
+    return moved, time.thread_time_ns() - begin
 
 
 def copying() -> Iterator[Goal]:

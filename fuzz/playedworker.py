@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vhost_airlock.dataplane.pump import Pump
@@ -54,7 +54,9 @@ class PlayedWorker(Worker):
 
 
 class PlayedWorkers(Workers):
-    def __init__(self, count: int, events: HasFileno, *, poll_us: int) -> None:
+    def __init__(
+        self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
+    ) -> None:
         self._workers = [PlayedWorker(events.fileno()) for _ in range(count)]
         self._threads = []
 

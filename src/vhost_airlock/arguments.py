@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -51,6 +52,20 @@ def interval(text: str) -> float:
     if not 0.01 <= value <= 86400:
         raise ArgumentTypeError(f"{text}: no number of seconds up to a day")
     return value
+
+
+def cpus(text: str) -> tuple[int, ...]:
+    """Numbers of processors that may be used, as 2,4-6: in that order."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ArgumentTypeError(f"{text}: no list of processors, as 2,4-6")
+        found += range(first, last + 1)
+    if surplus := set(found) - os.sched_getaffinity(0):
+        raise ArgumentTypeError(f"{text}: may not run on processor {min(surplus)}")
+    return tuple(found)
 
 
 def switch(text: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import bench, demo, watch
-from .arguments import number, seconds, size, switch
+from .arguments import cpus, number, seconds, size, switch
 from .attack import command as attack
 from .config import CONNECTED_FD, LISTENING_FD, Config
 from .daemon import Daemon
@@ -126,6 +126,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=Config.workers,
         metavar="N",
         help="threads over which the queues are spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--worker-cpus",
+        type=cpus,
+        default=Config.worker_cpus,
+        metavar="LIST",
+        help="bind these threads to processors, in turn, as 2,4-6 (default: any)",
     )
     parser.add_argument(
         "--pool-limit",

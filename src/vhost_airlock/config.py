@@ -44,6 +44,8 @@ class Config:
     """The longest time to poll before sleeping, in microseconds."""
     workers: int = 1
     """Threads of the data plane, over which rings are spread."""
+    worker_cpus: tuple[int, ...] = ()
+    """The numbers of processors that they are bound to, in turn; none: any."""
     timeout: float = 5.0
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0

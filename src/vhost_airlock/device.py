@@ -65,7 +65,12 @@ class Device:
         self.protocol_features = ProtocolFeature(0)
         self.rings: dict[int, Ring] = {}
         self.events = eventfd()
-        self.workers = Workers(config.workers, self.events, poll_us=config.poll_us)
+        self.workers = Workers(
+            config.workers,
+            self.events,
+            poll_us=config.poll_us,
+            cpus=config.worker_cpus,
+        )
         self._connect = connect
         self._back: Back | None = None
         self._front_requests: Requester | None = None

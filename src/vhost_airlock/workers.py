@@ -7,20 +7,34 @@ what rings share: the guest's memory and the pool.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .dataplane.worker import Worker
 from .vhost.fds import HasFileno
 
+log = logging.getLogger(__name__)
+
 
 class Workers:
-    """`count` threads, started at once. They signal `events`, see Worker."""
+    """`count` threads, started at once. They signal `events`, see Worker.
 
-    def __init__(self, count: int, events: HasFileno, *, poll_us: int) -> None:
+    `cpus` are processors that they are bound to, in turn; without, they run on any.
+    """
+
+    def __init__(
+        self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
+    ) -> None:
         self._workers = [Worker(events.fileno(), poll_us=poll_us) for _ in range(count)]
         self._threads = [
-            threading.Thread(target=worker.run, name=f"airlock-{i}", daemon=True)
+            threading.Thread(
+                target=_run,
+                args=(worker, cpus[i % len(cpus)] if cpus else None),
+                name=f"airlock-{i}",
+                daemon=True,
+            )
             for i, worker in enumerate(self._workers)
         ]
         for thread in self._threads:
@@ -55,3 +69,12 @@ class Workers:
         for worker in self._workers:
             worker.close()
         self._workers.clear()
+
+
+def _run(worker: Worker, cpu: int | None) -> None:
+    if cpu is not None:
+        try:
+            os.sched_setaffinity(0, {cpu})
+        except OSError as error:  # it was taken from us, or away, since the start
+            log.warning("processor %d can't be used: %s", cpu, error.strerror)
+    worker.run()

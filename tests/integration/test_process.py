@@ -678,6 +678,27 @@ def test_option(front: Path, tmp_path: Path, options: list[str]) -> None:
         assert program.holdings().threads == 1 + int(workers)
 
 
+def test_workers_are_bound_to_processors(front: Path, tmp_path: Path) -> None:
+    """In turn; the sandbox lets them, and the main thread runs anywhere."""
+    processors = os.sched_getaffinity(0)
+    first, second = max(processors), min(processors)
+    disk = DiskBack(num_queues=3)
+    with (
+        listening(disk, tmp_path / "back.sock") as where,
+        running(
+            front, where, "--workers=3", f"--worker-cpus={first},{second}"
+        ) as program,
+        BlkGuest(num_queues=3, queue_size=16, seg_max=6) as guest,
+    ):
+        connect(guest, program, front)
+        work(guest)
+        tasks = sorted(
+            int(task.name) for task in Path(f"/proc/{program.pid}/task").iterdir()
+        )
+        bound = [processors, {first}, {second}, {first}]
+        wait_until(lambda: [*map(os.sched_getaffinity, tasks)] == bound, "bound")
+
+
 def test_log_tells_of_sessions_if_it_shall(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:

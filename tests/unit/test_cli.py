@@ -39,6 +39,11 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return Recorded.configs
 
 
+@pytest.fixture(autouse=True)
+def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+
+
 def config_of(configs: list[Config], *arguments: str) -> Config:
     assert cli.main(["run", *arguments]) == 7, "the daemon's status is the program's"
     return configs[-1]
@@ -65,6 +70,8 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--poll-us=0"], {"poll_us": 0}),
     (["--poll-us=1000000"], {"poll_us": 1_000_000}),
     (["--workers=64"], {"workers": 64}),
+    (["--worker-cpus=0"], {"worker_cpus": (0,)}),
+    (["--worker-cpus=5,1-3,0"], {"worker_cpus": (5, 1, 2, 3, 0)}),
     (["--timeout=0.5"], {"timeout": 0.5}),
     (["--drain-timeout=3600"], {"drain_timeout": 3600.0}),
     (["--log-level=debug"], {"log_level": "debug"}),
@@ -135,6 +142,11 @@ UNUSABLE: list[tuple[list[str], str]] = [
         (["run", *WAYS, f"--workers={bad}"], f"--workers: {bad}: no number from 1 to")
         for bad in ("0", "65", "-1", "all")
     ),
+    *(
+        (["run", *WAYS, f"--worker-cpus={bad}"], f"--worker-cpus: {bad}: no list of")
+        for bad in ("", "0,", "-1", "0-", "3-2", "0x1", "0 1", "9999999", "any")
+    ),
+    (["run", *WAYS, "--worker-cpus=0-9"], "0-9: may not run on processor 8"),
     *(
         (["run", *WAYS, f"--{name}timeout={bad}"], f"{bad}: no number of seconds")
         for name in ("", "drain-")

@@ -54,6 +54,7 @@ DEADLY = {
     "write another's memory": "call('process_vm_writev', os.getppid(), 0, 0, 0, 0, 0)",
     "signal another": "os.kill(os.getppid(), 0)",
     "signal another's thread": "call('tgkill', os.getppid(), os.getppid(), 0)",
+    "bind another to a processor": "call('sched_setaffinity', os.getppid(), 0, 0)",
     "take another's descriptor": "call('pidfd_open', os.getppid(), 0)",
     "TCP": "socket.socket(socket.AF_INET)",
     "netlink": "socket.socket(socket.AF_NETLINK)",

@@ -166,6 +166,7 @@ def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], N
         front.channel.recv().close()
 
     return [
+        refuse,
         lambda: front.set_vring_call(0, spare[0]),
         lambda: front.set_vring_call(0, queue.call_fd),
         lambda: front.set_vring_call(7, spare[1]),
@@ -184,8 +185,8 @@ def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], N
         lambda: front.remove_mem_region(region),
         lambda: front.set_backend_req_fd(spare[3]),
         lambda: [front.get_config(0, 60)].clear(),
+        # Its answer comes when nothing of the others is held any more.
         lambda: [front.get_vring_base(100)].clear(),
-        refuse,
     ]
 
 

@@ -358,7 +358,7 @@ class Model:
             return 0
         ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
         used_idx, avail_idx = lane.ring.used_idx, lane.shadow.avail_idx
-        reaped, skipped = self._reap_shadow(budget)
+        reaped, skipped = self._reap_shadow()
         done = [request for request in reaped if request.position >= 0]
 
         moved, call, kick = lane.pump.step(budget)
@@ -388,11 +388,14 @@ class Model:
             self.plane.check_doubles()
         return moved
 
-    def _reap_shadow(self, budget: int) -> tuple[list[Request], int]:
-        """What a step will find completed: chains, and how many bad completions."""
+    def _reap_shadow(self) -> tuple[list[Request], int]:
+        """What a step will find completed: chains, and how many bad completions.
+
+        All that the back shows now, whatever the budget is: the guest sees no less.
+        """
         reaped: list[Request] = []
         skipped = 0
-        while len(reaped) < budget and self.finished:
+        while self.finished:
             request = self.finished.popleft()
             if request is None:
                 skipped += 1

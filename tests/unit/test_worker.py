@@ -197,26 +197,6 @@ class TestNotifications:
         assert lane.counter("calls") == 1
         assert len(lane.await_used(50)) == 50
 
-    def test_who_sleeps_is_notified_before_most_of_a_batch_is_copied(
-        self, wire, worker
-    ):
-        """A few chains come first. Flags ask for a notification each time."""
-        lane = wire(size=64, guest_event_idx=False, back_event_idx=False)
-        with worker.pause():
-            for _ in range(50):
-                lane.offer((0, 16))
-            lane.device.arm()
-        at_rest(worker)
-        assert lane.counter("kicks") == 2
-        chains = [lane.await_chain() for _ in range(50)]
-        with worker.pause():
-            for chain in chains:
-                lane.complete(chain)
-            lane.driver.arm()
-        at_rest(worker)
-        assert lane.counter("calls") == 2
-        assert len(lane.await_used(50)) == 50
-
     def test_a_sleeping_worker_is_called_once_for_a_batch(self, wire, worker):
         lane = wire(size=64)
         one_request(lane, b"x")

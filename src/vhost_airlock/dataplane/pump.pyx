@@ -78,12 +78,15 @@ BACK_SIGNALLED = BACK_ERROR
 """The fault to set when the back says by its descriptor that a ring is broken."""
 
 cdef enum:
-    # A step ends after moving so much: other rings want their turn.
+    # A step ends after moving so much, if it may: other rings want their turn.
     BYTES_A_STEP = 1 << 20
 
 
 cdef int step(PumpState *pump, int budget) noexcept nogil:
-    """Move what there is, up to `budget` chains each way; how many were moved."""
+    """Move what there is, up to `budget` chains each way; how many were moved.
+
+    More are completed if the back has shown more at once.
+    """
     return run(pump, move, budget) if pump.attached else 0
 
 
@@ -133,7 +136,11 @@ cdef int move(void *what, int budget) noexcept nogil:
 
 
 cdef int collect(PumpState *pump, int budget) noexcept nogil:
-    """Give the guest what the back has completed, and call it once if it wants."""
+    """Give the guest what the back has completed, and call it once if it wants.
+
+    What the back shows at once the guest sees at once: a network card's packet may be
+    in several chains (VIRTIO_NET_F_MRG_RXBUF), and the guest takes all of them or none.
+    """
     cdef uint16_t slot
     cdef uint32_t length
     cdef uint64_t bytes = 0
@@ -142,7 +149,10 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     cdef int reaped = 0
     cdef int rc
 
-    while reaped < budget and bytes < BYTES_A_STEP:
+    while (
+        (reaped < budget and bytes < BYTES_A_STEP)
+        or pump.shadow.ops.amid(&pump.shadow)
+    ):
         rc = pump.shadow.ops.reap(&pump.shadow, &slot, &length)
         if rc < 0:
             fail(pump, rc)
@@ -488,7 +498,7 @@ cdef class Pump:
         move_split(&self.state.guest, <Desc *> desc, <Avail *> avail, <Used *> used)
 
     def step(self, int budget=256):
-        """One pass: up to `budget` chains each way.
+        """One pass: up to `budget` chains each way, completions in whole batches.
 
         Returns (chains moved, whether the guest is to be called, the back kicked).
         """

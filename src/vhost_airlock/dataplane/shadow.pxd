@@ -31,6 +31,8 @@ cdef struct ShadowOps:
     bint (*publish)(ShadowRing *) noexcept nogil
     # Take a completion: 1 taken, 0 none left, or a Fault.
     int (*reap)(ShadowRing *, uint16_t *slot, uint32_t *len) noexcept nogil
+    # Are there more completions of those that the back showed at once?
+    bint (*amid)(ShadowRing *) noexcept nogil
     # Ask for a call with the next completion. A fence, then pending() must follow.
     void (*arm)(ShadowRing *) noexcept nogil
     void (*disarm)(ShadowRing *) noexcept nogil

@@ -87,7 +87,7 @@ cdef bint publish(ShadowRing *ring) noexcept nogil:
 
 cdef bint pending(ShadowRing *ring) noexcept nogil:
     return (
-        ring.split.used_seen != ring.split.used_idx
+        amid(ring)
         or load16(&ring.split.used.idx) != ring.split.used_seen
     )
 
@@ -122,6 +122,10 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
             return BAD_USED_ID
 
 
+cdef bint amid(ShadowRing *ring) noexcept nogil:
+    return ring.split.used_seen != ring.split.used_idx
+
+
 cdef void arm(ShadowRing *ring) noexcept nogil:
     if ring.event_idx:
         # used_event stands behind the avail ring.
@@ -148,6 +152,7 @@ cdef int fetched(ShadowRing *ring) noexcept nogil:
 OPS.offer = offer
 OPS.publish = publish
 OPS.reap = reap
+OPS.amid = amid
 OPS.arm = arm
 OPS.disarm = disarm
 OPS.pending = pending

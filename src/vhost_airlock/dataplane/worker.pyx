@@ -3,8 +3,7 @@
 While there is work, the worker goes round its pumps and needs no notification from
 anybody, so both sides are left unarmed and send none. When a round moves nothing, it
 polls for a while, then arms both sides of every ring, looks once more (else a chain
-that came in between would be slept over) and sleeps. A ring that had nothing to do
-begins with a few chains: who sleeps at its other end wakes up while we copy the rest.
+that came in between would be slept over) and sleeps.
 
 How long it polls is learned from the sleeps: one that ended within the longest time
 which polling may take would have been saved by polling, so the window grows; after a
@@ -55,8 +54,6 @@ from vhost_airlock.errors import DeadlineExceeded
 cdef enum:
     # Chains that a ring may move each way before the next one's turn.
     BUDGET = 256
-    # And when it had nothing to do the last time.
-    FIRST_FEW = 4
     # Nanoseconds of polling to start from.
     FIRST_WINDOW = 20_000
     MAX_EVENTS = 64
@@ -82,8 +79,6 @@ cdef struct Route:
     int fault
     # The control plane has been told.
     bint drained
-    # Nothing moved in its last turn.
-    bint rested
 
 
 cdef class Worker:
@@ -204,9 +199,7 @@ cdef class Worker:
             self.pumps.append(pump)
             self.routes += 1
         at = self.pumps.index(pump)
-        self.route[at] = Route(
-            &pump.state, pump.kick_out, pump.call_out, 0, drained=False, rested=True
-        )
+        self.route[at] = Route(&pump.state, pump.kick_out, pump.call_out, 0, False)
         if pump.state.pool.shared:
             self.watch(pump.state.pool.room)
 
@@ -264,7 +257,6 @@ cdef int go_round(Worker worker) noexcept nogil:
     """Give every pump its turn and send what is due; how many chains moved."""
     cdef Route *route
     cdef PumpState *pump
-    cdef int count
     cdef int moved = 0
     cdef bint tell = False
     cdef int i
@@ -273,9 +265,7 @@ cdef int go_round(Worker worker) noexcept nogil:
     for i in range(worker.routes):
         route = &worker.route[i]
         pump = route.pump
-        count = step(pump, FIRST_FEW if route.rested else BUDGET)
-        route.rested = count == 0
-        moved += count
+        moved += step(pump, BUDGET)
         if pump.call_due:
             pump.call_due = False
             if route.call_out >= 0:

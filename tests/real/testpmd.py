@@ -12,7 +12,7 @@ from tests.real.programs import Programs
 
 COUNTS = re.compile(r"RX-packets: (\d+).*?TX-packets: (\d+)", re.DOTALL)
 LAST_LINE = "Tx-pps:"
-STATISTICS = re.compile(r"####|pps:|-packets:|-errors:|-nombuf:|Throughput|^ *$")
+STATISTICS = re.compile(r"show port stats|####|pps:|-packets:|-errors:|-nombuf:|Throughput|^ *$")
 FOR_EVER = 0xFFFFFFFF
 FILE = struct.Struct("=IHHiIII")
 PACKET = struct.Struct("=IIII")

@@ -12,7 +12,9 @@ from tests.real.programs import Programs
 
 COUNTS = re.compile(r"RX-packets: (\d+).*?TX-packets: (\d+)", re.DOTALL)
 LAST_LINE = "Tx-pps:"
-STATISTICS = re.compile(r"show port stats|####|pps:|-packets:|-errors:|-nombuf:|Throughput|^ *$")
+STATISTICS = re.compile(
+    r"port stats|####|pps:|-packets:|-errors:|-nombuf:|Throughput|^ *$"
+)
 FOR_EVER = 0xFFFFFFFF
 FILE = struct.Struct("=IHHiIII")
 PACKET = struct.Struct("=IIII")

@@ -85,6 +85,10 @@ cdef bint publish(ShadowRing *ring) noexcept nogil:
     )
 
 
+cdef bint amid(ShadowRing *ring) noexcept nogil:
+    return ring.split.used_seen != ring.split.used_idx
+
+
 cdef bint pending(ShadowRing *ring) noexcept nogil:
     return (
         amid(ring)
@@ -97,7 +101,7 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
     cdef uint32_t id
 
     while True:
-        if ring.split.used_seen == ring.split.used_idx:
+        if not amid(ring):
             # Acquire: elements and data below the index must be read after it.
             ring.split.used_idx = load16_acquire(&ring.split.used.idx)
             waiting = ring.split.used_idx - ring.split.used_seen
@@ -120,10 +124,6 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
         ring.strikes += 1
         if ring.strikes > ring.size:
             return BAD_USED_ID
-
-
-cdef bint amid(ShadowRing *ring) noexcept nogil:
-    return ring.split.used_seen != ring.split.used_idx
 
 
 cdef void arm(ShadowRing *ring) noexcept nogil:

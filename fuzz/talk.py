@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import socket
@@ -40,6 +41,7 @@ def memory() -> Fd:
     """The guest's memory, 16 pages."""
     fd = Fd(os.memfd_create("fuzz-guest", os.MFD_CLOEXEC))
     os.ftruncate(fd.fileno(), 16 * PAGE)
+    atexit.register(fd.close)
     return fd
 
 

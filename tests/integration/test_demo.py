@@ -61,7 +61,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_it_works(report: dict[str, Any]) -> None:
     assert report["ok"]
     assert report["error"] is None
-    assert report["seconds"] < 20
     for direction in ("written", "read"):
         assert report[direction]["bytes"] >= 256 * MIB
         assert len({stage["size"] for stage in report[direction]["stages"]}) > 3

@@ -254,7 +254,7 @@ def packets() -> Iterator[Goal]:
 
 def packet_ns(world: World, segments: Sequence[int]) -> list[float]:
     """The time of a packet, once for each batch."""
-    lane = Lane(world, size=RING, policy="used")
+    lane = Lane(world, size=RING, policy="used", whole_batches=True)
     found = []
     for _ in range(BATCHES):
         for i in range(RING // len(segments)):

@@ -83,6 +83,7 @@ class Options:
     back_event_idx: bool = False
     back_indirect: bool = True
     policy: str = "full"
+    whole_batches: bool = False
 
 
 @cache
@@ -110,6 +111,7 @@ class RingModel:
         lane.guest_indirect = options.guest_indirect
         lane.back_event_idx = options.back_event_idx
         lane.back_indirect = options.back_indirect
+        lane.whole_batches = options.whole_batches
         lane.renew()
         self.image = GuestImage(self.world.ram)
         self.flight: dict[int, Request] = {}
@@ -226,7 +228,8 @@ class RingModel:
         """What the back says is done, as far as that can be."""
         lane, shadow = self.lane, self.lane.shadow
         reaped = done = 0
-        while True:
+        most = max(4, len(self.flight) // 4)
+        while lane.whole_batches or reaped < most:
             if self.reaped == self.reap_limit:
                 limit = shadow.used_idx
                 if (limit - self.reaped) & 0xFFFF > lane.size:

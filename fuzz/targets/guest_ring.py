@@ -23,6 +23,7 @@ def options(source: Source) -> Options:
         back_event_idx=bool(bits & 4),
         back_indirect=not bits & 8,
         policy=("full", "used", "used+tail", "full")[bits >> 4 & 3],
+        whole_batches=bool(bits & 64),
     )
 
 

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import DiskBack
+from tests.support.backs import DiskBack, ScriptedBack
 from tests.support.sessions import await_reaped
 from tests.support.vmm import Qemu
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest_queue import GuestQueue
 from vhost_airlock.vhost.fds import drain
-from vhost_airlock.vhost.wire import U64, Request
+from vhost_airlock.vhost.wire import U64, Feature, Request
 
 QUEUES = 5
+MRG_RXBUF = 1 << 15
 
 
 @pytest.fixture(params=[1, 3])
@@ -124,3 +125,27 @@ def test_some_queues_never_work(vmm: Vmm, airlock: Airlock) -> None:
     back = airlock.back
     started = {seen.payload.index for seen in back.got(Request.SET_VRING_KICK)}
     assert started == {works.index, never_kicked.index, works_too.index}
+
+
+@pytest.mark.parametrize(("feature", "calls"), [(MRG_RXBUF, 1), (0, 4)])
+def test_the_chains_of_a_packet_are_seen_at_once(feature: int, calls: int) -> None:
+    """A guest that asks for it is called once, when all that belongs together is
+    there; another one, who can go on with a part, as soon as there is a part."""
+    wanted = (Vmm.wanted_features | feature) & ~Feature.EVENT_IDX
+    back = ScriptedBack(features=wanted | Feature.PROTOCOL_FEATURES)
+    with Airlock(back) as airlock, Vmm(num_queues=1) as vmm:
+        vmm.wanted_features = wanted
+        vmm.open(airlock.channel())
+        set_up(vmm, 0)
+        vmm.enable(0, True)
+        (queue,) = vmm.queues
+        for _ in range(16):
+            queue.submit(BlkType.FLUSH)
+        queue.kick()
+        for _ in range(16):
+            back.ring().complete(back.take().head, 1)
+        before = airlock.counters()["calls"]
+        back.publish()
+        vmm.get_base(0)
+        assert len(queue.reap()) == 16
+        assert airlock.counters()["calls"] - before == calls

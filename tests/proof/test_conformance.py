@@ -108,6 +108,7 @@ class Twin:
             guest_event_idx=event_idx,
             back_event_idx=event_idx,
             base=base,
+            whole_batches=True,
             start=False,
         )
         self.lane.ring.avail_event = self.lane.ring.used_event = 0
@@ -260,7 +261,7 @@ def events(count: int) -> Iterator[int]:
 @pytest.mark.parametrize("count", range(1, 9))
 def test_a_kick_and_a_call_by_the_naive_rule(count):
     """One is due if the event index is among those that were passed."""
-    lane = Lane(World(), size=8, base=65533)
+    lane = Lane(World(), size=8, base=65533, whole_batches=True)
     lane.offer((0x1000, 16, True))
     lane.step()
     lane.complete(lane.take())

@@ -59,7 +59,7 @@ class PumpMachine(RuleBasedStateMachine):
                 st.sampled_from(SIZES),
                 st.sampled_from(BASES),
                 st.sampled_from(POLICIES),
-                st.lists(st.booleans(), min_size=4, max_size=4),
+                st.lists(st.booleans(), min_size=5, max_size=5),
             ),
             min_size=2,
             max_size=2,
@@ -77,6 +77,7 @@ class PumpMachine(RuleBasedStateMachine):
                 guest_indirect=flags[1],
                 back_event_idx=flags[2],
                 back_indirect=flags[3],
+                whole_batches=flags[4],
                 entries=ENTRIES,
             )
             self.models.append(Model(self.plane, lane, policy))
@@ -201,7 +202,7 @@ def stroll(seed: int, steps: int) -> None:
         seed,
         some(POOLS),
         [
-            (some(SIZES), some(BASES), some(POLICIES), [some([0, 1]) for _ in range(4)])
+            (some(SIZES), some(BASES), some(POLICIES), [some([0, 1]) for _ in range(5)])
             for _ in range(2)
         ],
     )

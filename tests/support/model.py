@@ -358,7 +358,7 @@ class Model:
             return 0
         ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
         used_idx, avail_idx = lane.ring.used_idx, lane.shadow.avail_idx
-        reaped, skipped = self._reap_shadow()
+        reaped, skipped = self._reap_shadow(budget)
         done = [request for request in reaped if request.position >= 0]
 
         moved, call, kick = lane.pump.step(budget)
@@ -388,14 +388,15 @@ class Model:
             self.plane.check_doubles()
         return moved
 
-    def _reap_shadow(self) -> tuple[list[Request], int]:
+    def _reap_shadow(self, budget: int) -> tuple[list[Request], int]:
         """What a step will find completed: chains, and how many bad completions.
 
-        All that the back shows now, whatever the budget is: the guest sees no less.
+        In whole batches all that the back shows now, whatever the budget is.
         """
         reaped: list[Request] = []
         skipped = 0
-        while self.finished:
+        most = min(budget, max(4, len(self.flight) // 4))
+        while self.finished and (self.lane.whole_batches or len(reaped) < most):
             request = self.finished.popleft()
             if request is None:
                 skipped += 1

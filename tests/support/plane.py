@@ -202,6 +202,7 @@ class Lane:
         back_event_idx: bool = True,
         back_indirect: bool = True,
         policy: str = "full",
+        whole_batches: bool = False,
         entries: int = 16,
         start: bool = True,
     ) -> None:
@@ -213,6 +214,7 @@ class Lane:
         self.guest_indirect = guest_indirect
         self.back_event_idx = back_event_idx
         self.back_indirect = back_indirect
+        self.whole_batches = whole_batches
 
         self.layout = SplitLayout(size)
         tables_at = -(-self.layout.end // PAGE) * PAGE
@@ -261,6 +263,7 @@ class Lane:
             shadow=(self.world.isolated.host(self.area_at), self.area_at),
             shadow_event_idx=self.back_event_idx,
             shadow_indirect=self.back_indirect,
+            whole_batches=self.whole_batches,
         )
         self.pump.set_taking(True)
         view = self.world.isolated.view(self.area_at, area_bytes(self.size))

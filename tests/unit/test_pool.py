@@ -45,8 +45,8 @@ def must_take(lane: Lane, *pages: int) -> Chain:
 def give(lane: Lane, *chains: Chain) -> None:
     for chain in chains:
         lane.complete(chain)
-    lane.step()
-    lane.used()
+    while lane.step():
+        lane.used()
 
 
 def page_of(lane: Lane, chain: Chain) -> int:

@@ -195,7 +195,8 @@ class TestControl:
                     completed += 1
                 if chance.random() < 0.2:
                     with swapping, worker.pause():
-                        lane.pump.step(1 << 15)
+                        while lane.pump.step()[0]:
+                            pass
                         base, unfinished, _ = lane.stop(lane.device.next_avail)
                         assert unfinished == 0
                         lane.start(base)

@@ -52,6 +52,8 @@ cdef struct PumpState:
     # Something was completed in the guest's ring that it does not see yet.
     bint untold
     Desc desc[1024]
+    # What the back shows at once the guest is to see at once.
+    bint whole_batches
     # Both rings are set up.
     bint attached
     # Chains of the guest are moved; else only completions are.

@@ -80,12 +80,15 @@ BACK_SIGNALLED = BACK_ERROR
 cdef enum:
     # A step ends after moving so much, if it may: other rings want their turn.
     BYTES_A_STEP = 1 << 20
+    # And after completing one of so many parts of what is in flight, but a few chains.
+    PARTS = 4
+    FEW_CHAINS = 4
 
 
 cdef int step(PumpState *pump, int budget) noexcept nogil:
     """Move what there is, up to `budget` chains each way; how many were moved.
 
-    More are completed if the back has shown more at once.
+    More are completed in whole batches, if the back has shown more at once.
     """
     return run(pump, move, budget) if pump.attached else 0
 
@@ -138,8 +141,8 @@ cdef int move(void *what, int budget) noexcept nogil:
 cdef int collect(PumpState *pump, int budget) noexcept nogil:
     """Give the guest what the back has completed, and call it once if it wants.
 
-    What the back shows at once the guest sees at once: a network card's packet may be
-    in several chains (VIRTIO_NET_F_MRG_RXBUF), and the guest takes all of them or none.
+    In whole batches it sees at once what the back has shown at once. Else it gets a
+    part, and can go on, and so can the back, while the rest is copied.
     """
     cdef uint16_t slot
     cdef uint32_t length
@@ -149,9 +152,11 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     cdef int reaped = 0
     cdef int rc
 
+    if not pump.whole_batches:
+        budget = min(budget, max(<int> FEW_CHAINS, pump.outstanding // PARTS))
     while (
         (reaped < budget and bytes < BYTES_A_STEP)
-        or pump.shadow.ops.amid(&pump.shadow)
+        or (pump.whole_batches and pump.shadow.ops.amid(&pump.shadow))
     ):
         rc = pump.shadow.ops.reap(&pump.shadow, &slot, &length)
         if rc < 0:
@@ -376,6 +381,7 @@ cdef class Pump:
     def attach(
         self, *, uint16_t size, uint16_t base, guest, bint guest_event_idx,
         bint guest_indirect, shadow, bint shadow_event_idx, bint shadow_indirect,
+        bint whole_batches=False,
     ):
         """Set up both rings, `size` entries each; the guest's starts at `base`.
 
@@ -383,6 +389,8 @@ cdef class Pump:
         shadow: (our address, the back's address) of area_bytes(size) bytes of isolated
         memory. It is zeroed here, and no chain of before may lie in it, unless it is
         the same area as the last time.
+
+        whole_batches: what the back shows at once the guest is to see at once.
         """
         cdef PumpState *pump = &self.state
         cdef uintptr_t desc, avail, used, host
@@ -424,6 +432,7 @@ cdef class Pump:
             <Used *> (host + used_offset(size)),
         )
 
+        pump.whole_batches = whole_batches
         pump.offered = pump.done = pump.outstanding = 0
         pump.waiting = False
         pump.stalled = False
@@ -498,7 +507,7 @@ cdef class Pump:
         move_split(&self.state.guest, <Desc *> desc, <Avail *> avail, <Used *> used)
 
     def step(self, int budget=256):
-        """One pass: up to `budget` chains each way, completions in whole batches.
+        """One pass: up to `budget` chains each way, or all of a whole batch.
 
         Returns (chains moved, whether the guest is to be called, the back kicked).
         """

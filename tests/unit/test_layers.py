@@ -53,6 +53,7 @@ LAYERS = """
                                         dataplane.mapping  dataplane.guard
                                         dataplane.copying
                                         dataplane.layout  dataplane.sys
+                                        dataplane.polling
     sockets  signals  arguments
     errors  __init__  dataplane.__init__
 """

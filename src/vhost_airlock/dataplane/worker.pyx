@@ -2,12 +2,8 @@
 
 While there is work, the worker goes round its pumps and needs no notification from
 anybody, so both sides are left unarmed and send none. When a round moves nothing, it
-polls for a while, then arms both sides of every ring, looks once more (else a chain
-that came in between would be slept over) and sleeps.
-
-How long it polls is learned from the sleeps: one that ended within the longest time
-which polling may take would have been saved by polling, so the window grows; after a
-longer one it is zero again. An idle device is never polled.
+polls for a while, if that pays (polling.pyx), then arms both sides of every ring, looks
+once more (else a chain that came in between would be slept over) and sleeps.
 
 The control plane changes pumps, pool and guest memory only under pause(): the worker
 stands still between two rounds then, and has seen the change when it goes on.
@@ -34,6 +30,7 @@ from posix.signal cimport sigaction, sigaction_t
 from posix.time cimport timespec
 
 from vhost_airlock.dataplane.layout cimport fence, load64, load_int, store_int
+from vhost_airlock.dataplane.polling cimport Polling
 from vhost_airlock.dataplane.pool cimport tell_room
 from vhost_airlock.dataplane.pump cimport (
     Pump, PumpState, is_drained, pending, rest, step,
@@ -54,8 +51,6 @@ from vhost_airlock.errors import DeadlineExceeded
 cdef enum:
     # Chains that a ring may move each way before the next one's turn.
     BUDGET = 256
-    # Nanoseconds of polling to start from.
-    FIRST_WINDOW = 20_000
     MAX_EVENTS = 64
     # Wake-ups in vain, one after the other, that are taken for a storm; and for how
     # many milliseconds the worker then is deaf to notifications.
@@ -99,8 +94,9 @@ cdef class Worker:
     cdef int epoll
     cdef int wake
     cdef int events
-    cdef uint64_t longest
-    cdef uint64_t window
+    cdef Polling polling
+    cdef uint64_t moved
+    """Chains, each way."""
     cdef uint64_t sleeps
     cdef uint64_t rounds
     cdef uint64_t spins
@@ -124,7 +120,7 @@ cdef class Worker:
         self.epoll = self.wake = -1     # for __dealloc__, should this fail
         self.pumps = []
         self.events = events
-        self.longest = poll_us * 1000
+        self.polling = Polling(poll_us * 1000)
         pthread_mutex_init(&self.mutex, NULL)
         pthread_condattr_init(&attributes)
         pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
@@ -233,7 +229,7 @@ cdef class Worker:
             "vain": load64(&self.vain),
             "spins": load64(&self.spins),
             "polled": load64(&self.polled),
-            "window": load64(&self.window),
+            "window": self.polling.now,
         }
 
     cdef _watch(self, int fd, uint32_t events):
@@ -289,17 +285,19 @@ cdef int go_round(Worker worker) noexcept nogil:
     if tell:
         signal_fd(worker.events)
     if moved:
+        worker.moved += moved
         worker.woken = False
         worker.vain_since = worker.vain
         if worker.slept:
-            learn(worker)
+            worker.polling.learn(worker.slept)
+            worker.slept = 0
     return moved
 
 
 cdef void idle(Worker worker) noexcept nogil:
     """Nothing moved: poll for as long as that pays, then sleep."""
     cdef epoll_event events[MAX_EVENTS]
-    cdef uint64_t start
+    cdef uint64_t start = now_ns()
     cdef uint64_t count
     cdef int i, n
 
@@ -310,10 +308,10 @@ cdef void idle(Worker worker) noexcept nogil:
         worker.vain += 1
         if worker.vain - worker.vain_since > STORM:
             nap(worker)
-    elif worker.window:
-        if poll(worker):
+    elif worker.polling.pays(start, worker.moved):
+        if poll(worker, start):
             return
-    elif give_way(worker):
+    elif give_way(worker, start):
         return
 
     for i in range(worker.routes):
@@ -344,13 +342,12 @@ cdef void nap(Worker worker) noexcept nogil:
     worker.slept += now_ns() - start
 
 
-cdef bint poll(Worker worker) noexcept nogil:
+cdef bint poll(Worker worker, uint64_t start) noexcept nogil:
     """Look for work as long as the window is. False: there was none in that time."""
-    cdef uint64_t start = now_ns()
     cdef uint64_t now = start
     cdef bint found = False
 
-    while not found and now - start < worker.window:
+    while not found and now - start < worker.polling.window:
         worker.spins += 1
         found = is_pending(worker) or must_look(worker)
         if not found:
@@ -362,13 +359,12 @@ cdef bint poll(Worker worker) noexcept nogil:
     return found
 
 
-cdef bint give_way(Worker worker) noexcept nogil:
+cdef bint give_way(Worker worker, uint64_t start) noexcept nogil:
     """Let who is runnable on this core go first: that may spare a sleep. True: it did.
 
     But who polls there keeps the core for as long as it may: it is better asked for a
     notification, which wakes us sooner.
     """
-    cdef uint64_t start = now_ns()
     cdef uint64_t now
 
     if start < worker.rivalry:
@@ -378,17 +374,6 @@ cdef bint give_way(Worker worker) noexcept nogil:
     if now - start > TURN:
         worker.rivalry = now + RIVALRY
     return is_pending(worker)
-
-
-cdef void learn(Worker worker) noexcept nogil:
-    """Would polling have spared the last sleep? Then poll longer, else not at all."""
-    if worker.slept > worker.longest:
-        worker.window = 0
-    else:
-        worker.window = min(
-            worker.longest, max(<uint64_t> FIRST_WINDOW, 2 * worker.window)
-        )
-    worker.slept = 0
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:

@@ -29,7 +29,7 @@ from bench.extras import ExtraRow, in_rounds
 from bench.fronts import Fronts
 from bench.goals import Goal, measure_goals
 from bench.html import page
-from bench.machine import be_prompt, describe
+from bench.machine import be_prompt, describe, idle_cores_poll
 from bench.measure import Bench
 from bench.network import Network
 from bench.runs import BenchError, Case, Row, Run, summarize
@@ -64,9 +64,21 @@ def main() -> int:
     if "disk" in options.parts and not loads:
         print(f"bench: no case is named like {options.only}")
         return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with idle_cores_poll(options.idle_poll_us):
+            return measure_and_show(programs, loads, options)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+def measure_and_show(
+    programs: Programs, loads: Sequence[Case], options: argparse.Namespace
+) -> int:
+    """Measure, and show what was measured even if something fails; exit status."""
     results = Results(describe(programs), time.strftime("%-d %B %Y"))
     print(heading(results.machine), flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 0
     try:
         measure_all(programs, loads, options, results)
@@ -148,7 +160,8 @@ def show(results: Results, options: argparse.Namespace) -> None:
             results.goals,
             results.extras,
         ):
-            document.update(part, text)
+            polled = options.idle_poll_us is not None
+            document.update(part + document.POLLED * polled, text)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -181,6 +194,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=part_names,
         metavar="NAME,...",
         help=f"of {', '.join(PARTS)} (default: disk; with --long all)",
+    )
+    parser.add_argument(
+        "--idle-poll-us",
+        type=int,
+        metavar="N",
+        help="meanwhile let idle cores of this virtual machine look out for work so"
+        " long before they halt (the kernel's default is 200)",
     )
     parser.add_argument(
         "--out",

@@ -14,6 +14,8 @@ from bench.targets import DIRECT
 from tests.real.programs import PROJECT
 
 DOCUMENT = PROJECT / "docs" / "benchmarks.md"
+POLLED = ", idle cores poll"
+"""Ends the names of parts that were measured so."""
 
 
 def parts(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench.runs import Sample
+from bench.runs import BenchError, Sample
 from tests.real.programs import PROJECT, Programs
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -25,6 +25,8 @@ FOREIGN = 0.3
 """Cores busy with something else that make a run worthless."""
 QUIET = 0.2
 """Seconds in which nothing else ran: so the machine is quiet again."""
+HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
+"""How long idle cores of a virtual machine look out for work before they halt."""
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -110,6 +112,31 @@ def be_prompt() -> None:
         os.sched_setscheduler(0, policy, os.sched_param(1))
 
 
+@contextmanager
+def idle_cores_poll(us: int | None, knob: Path = HALT_POLL) -> Iterator[None]:
+    """Let idle cores look out for work so long meanwhile. None: as they are set up."""
+    if us is None:
+        yield
+        return
+    try:
+        before = knob.read_text()
+        knob.write_text(f"{us * 1000}\n")
+    except OSError as error:
+        raise BenchError(f"cannot let idle cores poll for {us} us: {error}") from error
+    try:
+        yield
+    finally:
+        knob.write_text(before)
+
+
+def idle_poll_us(knob: Path = HALT_POLL) -> int | None:
+    """Return how long idle cores look out for work, in microseconds, if known."""
+    try:
+        return int(knob.read_text()) // 1000
+    except OSError:
+        return None
+
+
 def io_uring_works() -> bool:
     """May programs use it? Containers often forbid it."""
     LIBC.syscall(SYS_IO_URING_SETUP, 0, None)
@@ -144,6 +171,7 @@ def describe(programs: Programs) -> dict[str, object]:
                 r"^flags.*\bhypervisor\b", Path("/proc/cpuinfo").read_text(), re.M
             )
         ),
+        "idle_poll_us": idle_poll_us(),
         "memory": find(r"MemTotal: *(.*)", Path("/proc/meminfo").read_text()),
         "kernel": platform.release(),
         "python": platform.python_version(),

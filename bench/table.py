@@ -87,6 +87,8 @@ def cell(row: Row | None) -> str:
 def heading(machine: Mapping[str, object]) -> str:
     """One line about machine and programs."""
     kind = "virtual cores" if machine["virtual"] else "cores"
+    if (us := machine["idle_poll_us"]) is not None:
+        kind += " that halt at once" if us == 0 else f" that poll {us} us when idle"
     return (
         f"{machine['cpu']}, {machine['cores']} {kind}, kernel {machine['kernel']},"
         f" qemu-storage-daemon {machine['qemu-storage-daemon']},"

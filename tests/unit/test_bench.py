@@ -1,5 +1,6 @@
 """The benchmark's arithmetic: a wrong figure would look like any other."""
 
+import contextlib
 import os
 import threading
 import time
@@ -11,11 +12,19 @@ import pytest
 
 from bench import cases
 from bench.bench import parse
-from bench.document import DOCUMENT, parts, replaced
+from bench.document import DOCUMENT, POLLED, parts, replaced
 from bench.extras import ExtraRow, Figure, in_rounds
 from bench.goals import Goal
 from bench.html import page, shade
-from bench.machine import Watched, context_switches, cpu_clock, idle_ns, take_sample
+from bench.machine import (
+    Watched,
+    context_switches,
+    cpu_clock,
+    idle_cores_poll,
+    idle_ns,
+    idle_poll_us,
+    take_sample,
+)
 from bench.measure import Bench
 from bench.runs import (
     BenchError,
@@ -28,7 +37,7 @@ from bench.runs import (
     summarize,
 )
 from bench.svg import Series, bars, lines, nice, short
-from bench.table import full_table, ratio_table
+from bench.table import full_table, heading, ratio_table
 from bench.targets import NAMES, QUICK, per_request
 from vhost_airlock.bench_report import Spread
 
@@ -199,6 +208,27 @@ def test_idle_time_is_that_of_all_cores():
     assert idle_ns(stat) == 250 * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
+def test_idle_cores_poll_as_long_as_it_is_measured(tmp_path):
+    knob = tmp_path / "knob"
+    knob.write_text("50000\n")
+    with idle_cores_poll(None, knob):
+        assert idle_poll_us(knob) == 50
+    with contextlib.suppress(KeyboardInterrupt), idle_cores_poll(200, knob):
+        assert idle_poll_us(knob) == 200
+        raise KeyboardInterrupt
+    assert knob.read_text() == "50000\n"
+
+
+def test_where_idle_cores_cannot_poll_that_is_said(tmp_path):
+    missing = tmp_path / "missing"
+    assert idle_poll_us(missing) is None
+    with (
+        pytest.raises(BenchError, match=r"idle cores poll for 7 us: .*missing"),
+        idle_cores_poll(7, missing),
+    ):
+        pass
+
+
 def test_samples_see_our_own_work():
     me = {"me": Watched(os.getpid())}
     first = take_sample(me)
@@ -357,6 +387,7 @@ MACHINE = {
     "cpu": "A <CPU>",
     "cores": 2,
     "virtual": True,
+    "idle_poll_us": None,
     "kernel": "6",
     "qemu-storage-daemon": "11",
     "libblkio": "1",
@@ -452,6 +483,18 @@ def test_numbers_are_short():
     assert [nice(figure) for figure in (0, 1, 1.1, 30, 81)] == [1, 1, 2, 40, 100]
 
 
+@pytest.mark.parametrize(
+    ("us", "words"),
+    [
+        (None, "2 virtual cores, kernel"),
+        (0, "2 virtual cores that halt at once, kernel"),
+        (200, "2 virtual cores that poll 200 us when idle, kernel"),
+    ],
+)
+def test_what_idle_cores_do_is_in_the_heading(us, words):
+    assert words in heading({**MACHINE, "idle_poll_us": us})
+
+
 def test_document_gets_the_parts_that_were_measured():
     found = dict(parts(MACHINE, "today", some_rows(), ["airlock"], [], EXTRAS))
     assert set(found) == {"disk", "devices"}
@@ -470,5 +513,6 @@ def test_document_has_a_place_for_each_part():
         once = replaced(content, part, "new \\1 figures")
         assert "new \\1 figures" in once
         assert replaced(once, part, "old") == replaced(content, part, "old")
+    assert "new" in replaced(content, f"disk{POLLED}", "new")
     with pytest.raises(BenchError, match="no place for more"):
         replaced(content, "more", "")

@@ -51,9 +51,8 @@ LAYERS = """
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard
-                                        dataplane.copying
+                                        dataplane.copying  dataplane.polling
                                         dataplane.layout  dataplane.sys
-                                        dataplane.polling
     sockets  signals  arguments
     errors  __init__  dataplane.__init__
 """

@@ -13,6 +13,8 @@ time to time the worker does both in turns, and goes on with what has moved more
 cimport cython
 from libc.stdint cimport uint64_t
 
+from vhost_airlock.dataplane.layout cimport load64, load_int
+
 cdef enum:
     # Nanoseconds of polling to start from.
     FIRST_WINDOW = 20_000
@@ -57,8 +59,8 @@ cdef class Polling:
 
     @property
     def now(self):
-        """How long to poll at present."""
-        return self.window if self.way == POLL else 0
+        """How long to poll at present. Any thread may ask."""
+        return load64(&self.window) if load_int(&self.way) == POLL else 0
 
     cdef void end_slice(self, uint64_t now, uint64_t moved) noexcept nogil:
         """Begin the next one, or a trial, or end it."""

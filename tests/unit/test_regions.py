@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.limits import many_fds
 from tests.support.plane import MIB, PAGE, Lane, World
 from vhost_airlock.dataplane.regions import GuestMemory
 
@@ -149,7 +152,16 @@ class TestCrossing:
         assert lane.fault == ADDRESS
 
 
+@pytest.fixture
+def room_for_regions() -> Iterator[None]:
+    """A file each, which is mapped twice."""
+    with many_fds(2048):
+        yield
+        gc.collect()
+
+
 class TestTable:
+    @pytest.mark.usefixtures("room_for_regions")
     def test_it_may_be_full(self):
         """511 regions and the ring's own, half of them with a hole behind them."""
         shuffled = random.Random(3)

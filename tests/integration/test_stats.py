@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
-from tests.support.program import Program, connect, listening
+from tests.support.program import LOOKED_INTO, Program, connect, listening
 from tests.support.sessions import await_reaped, serve, small_guest
 from vhost_airlock import stats, watch
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
@@ -231,7 +231,10 @@ def test_who_connects_and_never_reads_does_no_harm(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
     silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
-    with running(front, where, path) as program, small_guest() as guest:
+    with (
+        running(front, where, path, *LOOKED_INTO) as program,
+        small_guest() as guest,
+    ):
         start(guest, program, front)
         before = program.holdings()
         for sock in silent:

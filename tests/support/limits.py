@@ -13,20 +13,24 @@ def no_more_fds(room: int = 0) -> Iterator[None]:
     """Meanwhile, this process can get no more than `room` new descriptors."""
     free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, limits[1]))
-    try:
+    with _fds_below(free + room):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @contextlib.contextmanager
 def many_fds(count: int) -> Iterator[None]:
     """Meanwhile, this process may have so many descriptors. Most users get 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with _fds_below(max(soft, count)):
+        yield
+
+
+@contextlib.contextmanager
+def _fds_below(limit: int) -> Iterator[None]:
+    """Meanwhile, numbers of new descriptors are below this."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

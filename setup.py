@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the data plane. Everything else about the package is in pyproject.toml."""
 
 import os

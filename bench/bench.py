@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The airlock against a direct connection, side by side on the same back-end.
 
     python -m bench.bench [--long] [--only PATTERN] [--targets NAME,...]

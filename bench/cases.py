@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loads that are measured, in the short form and in the long one."""
 
 from __future__ import annotations

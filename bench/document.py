@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of docs/benchmarks.md, between marks that say what belongs there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other devices than disks: what their own programs say of a way to a back-end."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from bench.machine import Watched, wait_for_quiet
 from bench.targets import AIRLOCKS, DIRECT
 from tests.real.airlock import airlock
-from vhost_airlock.bench_report import Spread
+from vhost_airlock.cli.bench_report import Spread
 
 MOMENT = 5.0
 """Seconds to wait for a quiet machine, before each run."""

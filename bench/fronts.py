@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs that put a load on a target, and say in JSON what came of it.
 
 libblkio's vhost-user-blk driver is a real front-end, but knows neither indirect

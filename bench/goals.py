@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the airlock keeps to, whatever the load: the demo's time, rest, memory, scale.
 
 Each is measured on an airlock before a back-end in a process of its own.

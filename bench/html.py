@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results as one page that needs nothing else: at a glance first, then all."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from bench.runs import Case, Row
 from bench.svg import Series, bars, lines
 from bench.table import NOTES, STAR, full_table, heading
 from bench.targets import DIRECT, NAMES
-from vhost_airlock.bench_report import Spread
+from vhost_airlock.cli.bench_report import Spread
 
 COLOURS = dict(
     zip(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine that is measured on: what it is, its CPU time, memory for the disk."""
 
 from __future__ import annotations

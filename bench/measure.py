@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs loads on targets in turn, and again when something else disturbed them."""
 
 from __future__ import annotations

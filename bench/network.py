@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packets a second between DPDK's virtio-user and its vhost: both poll, all the time.
 
 Each end has a core of its own, as far as there are two. The airlock's worker has to

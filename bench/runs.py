@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured, and what a number of runs says: plain data and statistics."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vhost_airlock.bench_report import Spread
+from vhost_airlock.cli.bench_report import Spread
 
 KIB, MIB = 1 << 10, 1 << 20
 

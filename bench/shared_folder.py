@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's shared folder: virtiofsd, and a guest under QEMU's own emulation.
 
 The emulated guest takes most of the time, so what an airlock costs shows less here than

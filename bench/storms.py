@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a hostile guest or back costs the other rings of its airlock, and the processor.
 
     python -m bench.storms

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Charts as SVG text: lines over a few steps, and stacked bars. No more than is needed.
 
 Every point and bar has a title, which browsers show when one points at it.
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from vhost_airlock.bench_report import Spread
+from vhost_airlock.cli.bench_report import Spread
 
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 32

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results as text: for a terminal, and for the document."""
 
 from __future__ import annotations

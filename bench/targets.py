@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is measured: one back-end, reached directly and in other ways."""
 
 from __future__ import annotations

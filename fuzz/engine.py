@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One target under libFuzzer: `python -m fuzz.engine TARGET [option or corpus]...`.
 
 What the target does with an input guides the choice of the next ones: the data plane

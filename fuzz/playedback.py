@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A back that needs no thread: it answers well, and what it does in its rings a target
 does. It looks at all that it gets, for what a back must never get."""
 
@@ -12,11 +13,11 @@ from typing import Any
 from fuzz.talk import PlayedChannel, memory
 from tests.support.backs import Seen
 from tests.support.order import check_order
-from vhost_airlock.back import Back
-from vhost_airlock.config import Config as AirlockConfig
 from vhost_airlock.peers.device import DeviceRing
 from vhost_airlock.peers.memory import Memory
 from vhost_airlock.peers.vring import Vring
+from vhost_airlock.proxy.back import Back
+from vhost_airlock.proxy.config import Config as AirlockConfig
 from vhost_airlock.vhost.fds import Fd, close_all
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Workers that need no thread: a target runs their pumps, or a pause that has ended."""
 
 from __future__ import annotations
@@ -7,8 +8,8 @@ from contextlib import contextmanager
 
 from vhost_airlock.dataplane.pump import Pump
 from vhost_airlock.dataplane.worker import Worker
+from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.vhost.fds import HasFileno
-from vhost_airlock.workers import Workers
 
 ROUNDS = 1000
 """Far more than it takes to move all that a ring of these targets can hold."""

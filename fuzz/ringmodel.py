@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One ring through a real pump, and beside it what has to come of it.
 
 Guest and back both are hostile here: a target writes what it likes into guest memory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs targets under libFuzzer, a few at a time: `tools/fuzz [option]... [target]...`.
 
 What an earlier run found worth keeping is in build/fuzz/corpus, and a run starts with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fuzzer's bytes, taken as choices. When they are used up, all choices are 0."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages of a fuzzer's choice, with descriptors, on sockets that nobody waits for."""
 
 from __future__ import annotations

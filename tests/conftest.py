@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all tests share: real programs, who runs with whom, folders, a real end."""
 
 import faulthandler

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a back answers to each request that there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a front sends, to a whole session with a good back."""
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from fuzz.talk import (
     send_any,
     send_raw,
 )
-from vhost_airlock.config import Config
-from vhost_airlock.session import Session
+from vhost_airlock.proxy.config import Config
+from vhost_airlock.proxy.session import Session
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, close_all, eventfd
 from vhost_airlock.vhost.rules import RULES

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a guest writes into its ring, descriptor table and avail ring."""
 
 from __future__ import annotations

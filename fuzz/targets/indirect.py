@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a guest writes into indirect tables, and into descriptors of tables."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory tables of any shape in any order; look-ups, and copies through a pump."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from fuzz.ringmodel import PATTERN
 from fuzz.source import Source
 from tests.support.plane import PAGE, Lane, World
 from vhost_airlock.errors import RequestRefused
-from vhost_airlock.memory import FrontMemory
+from vhost_airlock.proxy.front_memory import FrontMemory
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.wire import MemoryRegion
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests of all sizes on two rings that share a pool, whose regions come and go."""
 
 from __future__ import annotations

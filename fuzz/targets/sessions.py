@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole sessions: a front that may say anything, a guest with good and bad requests,
 and a back that does what it likes in its memory. All of them act when the session waits
 and in its thread, so nobody waits for anybody, and what an input does, it always does.
@@ -26,12 +27,12 @@ from fuzz.playedworker import PlayedWorkers
 from fuzz.source import Source
 from fuzz.talk import PAGE, all_closed, memory, open_fds, replies, send_any
 from fuzz.targets.front_messages import P, good, send_good
-from vhost_airlock.config import Config
 from vhost_airlock.errors import RingFault
 from vhost_airlock.peers.driver import DriverRing
 from vhost_airlock.peers.ring import Buffer, Chain, SplitRing
 from vhost_airlock.peers.vring import Vring
-from vhost_airlock.session import Session
+from vhost_airlock.proxy.config import Config
+from vhost_airlock.proxy.session import Session
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
 from vhost_airlock.vhost.rules import RULES
@@ -254,7 +255,7 @@ class Play(Session):
         self.busy_back = BusyBack(protocol, self.stop_event, source, self.guest.taken)
         ours, self.peer = socket.socketpair()
         channel = Channel(ours, stop=self.stop_event, peer="front", timeout=0)
-        with patch("vhost_airlock.device.Workers", PlayedWorkers):
+        with patch("vhost_airlock.proxy.device.Workers", PlayedWorkers):
             super().__init__(
                 channel,
                 CONFIG,

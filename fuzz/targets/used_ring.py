@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a back writes into isolated memory: used ring, descriptors, buffers, all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every exception of vhost-airlock; its class says how much it ends.
 
     AirlockError

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vhost-user devices of test guests, as QEMU's arguments and the guest's needs."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the initramfs of a test guest out of a Debian's programs and kernel modules.
 
 Besides busybox it has Python, with just the modules that the agent and the functions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Talk to what runs in a machine: lines of JSON through a serial port."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A virtual machine under QEMU's own emulation, with vhost-user devices."""
 
 import socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests begin with; and whatever one does, it leaves nothing behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All of `vhost-airlock attack` against the airlock: every attack holds."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import pytest
 
 from tests.support import weak
 from tests.support.backs import wait_until
-from vhost_airlock.attack.command import GROUPS
 from vhost_airlock.attack.program import listens
+from vhost_airlock.cli.attack import GROUPS
 from vhost_airlock.peers.blk_process import BlkProcess
 
 PYTHON = sys.executable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A front-end that gets messages wrong is told which, and hurts nobody but itself."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from tests.support.airlock import Airlock, hung_up
 from tests.support.backs import DiskBack
 from tests.support.sessions import await_reaped
 from tests.support.vmm import CloudHypervisor
-from vhost_airlock.handlers import REFUSED
 from vhost_airlock.peers.disk import BlkType
+from vhost_airlock.proxy.handlers import REFUSED
 from vhost_airlock.vhost.fds import Fd, eventfd
 from vhost_airlock.vhost.rules import RULES
 from vhost_airlock.vhost.wire import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The demo, as a user starts it: what it shows, how it can fail, what it leaves."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from vhost_airlock import demo
+from vhost_airlock.cli import demo
 from vhost_airlock.peers.disk import SECTOR
 from vhost_airlock.peers.ram import MIB
 from vhost_airlock.peers.scan import search

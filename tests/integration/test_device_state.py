@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device's internal state, saved and loaded through the airlock."""
 
 from __future__ import annotations

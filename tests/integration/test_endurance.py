@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I9: descriptors, threads and memory are constant over any number of everything."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I3, I4: through the airlock is as direct, whatever the back can and can't do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I6: whatever the guest writes into a ring, that ring breaks, and nothing else."""
 
 from __future__ import annotations

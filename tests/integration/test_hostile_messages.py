@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I5: the back may answer as it likes; the airlock lives, in time, and goes on."""
 
 from __future__ import annotations

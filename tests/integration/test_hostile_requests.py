@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I5: what the back says on the socket for requests of its own."""
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from tests.support.sessions import (
     serve,
     small_guest,
 )
-from vhost_airlock.back import REQUESTS_INTERVAL
 from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES
+from vhost_airlock.proxy.back import REQUESTS_INTERVAL
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.rules import BACKEND_RULES

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I5: what the back does in isolated memory and with its eventfds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I1, I2, I7: what the back gets to see, and what one request sees of others."""
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from tests.support.airlock import Airlock
 from tests.support.backs import DiskBack, RecordedBack, ScriptedBack, Seen, readable
 from tests.support.sessions import await_reaped, serve
 from tests.support.vmm import VMMS, Vmm
-from vhost_airlock.isolated import BASE, RINGS_SIZE
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import MIB, GuestRam
 from vhost_airlock.peers.ring import Buffer
+from vhost_airlock.proxy.isolated import BASE, RINGS_SIZE
 from vhost_airlock.vhost.fds import HasFileno, close_all
 from vhost_airlock.vhost.wire import Feature, ProtocolFeature, Request
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests that a back-end completes while, or after, it is told to stop."""
 
 from __future__ import annotations

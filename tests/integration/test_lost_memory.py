@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The VMM cuts short a file with guest memory: rings end, and the process lives on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Guest memory that comes and goes while rings run: in effect before it is acked."""
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from tests.support.backs import DiskBack, ScriptedBack, readable
 from tests.support.sessions import await_reaped, errors, serve, wait_for_errors
 from tests.support.traffic import SECTORS, Plan, Traffic
 from vhost_airlock.errors import PeerRefused
-from vhost_airlock.memory import MAX_REGIONS
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import HIGH, MIB, GuestRam
+from vhost_airlock.proxy.front_memory import MAX_REGIONS
 from vhost_airlock.vhost.fds import Fd, drain
 from vhost_airlock.vhost.wire import MemoryRegion, ProtocolFeature
 

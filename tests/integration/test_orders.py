@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages in every order that front-ends are known for, and in some that they aren't.
 
 Whatever the order, requests are served, and the back gets its messages in the one order

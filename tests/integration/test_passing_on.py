@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What carries no address and no descriptor goes to the back, and its answer back."""
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from tests.support.airlock import Airlock, hung_up
 from tests.support.backs import ScriptedBack
 from tests.support.sessions import errors, serve, small_guest
 from vhost_airlock.errors import PeerRefused, RequestRefused
-from vhost_airlock.handlers import PASSED
 from vhost_airlock.peers.guest import BlkGuest
-from vhost_airlock.state import PASSED_PROTOCOL
+from vhost_airlock.proxy.handlers import PASSED
+from vhost_airlock.proxy.state import PASSED_PROTOCOL
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import (

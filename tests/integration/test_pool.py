@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool grows and shrinks by messages, and in the steady state there are none."""
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import pytest
 from tests.support.airlock import Airlock
 from tests.support.backs import ScriptedBack, wait_until
 from tests.support.sessions import await_reaped, errors, serve
-from vhost_airlock import device
 from vhost_airlock.errors import RequestRefused
-from vhost_airlock.isolated import BASE, REGION_SIZE, RINGS_SIZE
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import MIB, GuestRam
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES
+from vhost_airlock.proxy import device
+from vhost_airlock.proxy.isolated import BASE, REGION_SIZE, RINGS_SIZE
 from vhost_airlock.vhost.wire import MemoryRegion, ProtocolFeature, Request
 
 R = Request

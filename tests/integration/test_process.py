@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock run` as its users have it: a process, its sockets, and its end."""
 
 from __future__ import annotations

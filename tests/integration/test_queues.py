@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many queues, of which some come late, some never work, and some never come."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What other processes, and the kernel, see of an airlock that runs locked in."""
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def gone(pid: int) -> bool:
 
 BECOME = f"""
 import ctypes, os, sys
-from vhost_airlock import cli
+from vhost_airlock.cli import main as cli, run
 libc = ctypes.CDLL(None, use_errno=True)
 if os.geteuid() == 0:
     os.setgroups([])

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`run --stats-path` as its users have it: what it says of the work that is done."""
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import pytest
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
 from tests.support.program import LOOKED_INTO, Program, connect, listening
 from tests.support.sessions import await_reaped, serve, small_guest
-from vhost_airlock import stats, watch
+from vhost_airlock.cli import stats
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.process import stats_server
 from vhost_airlock.vhost.fds import Fd, notify
 from vhost_airlock.vhost.wire import Config, Request
 
@@ -37,7 +39,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(stats, "PATIENCE", PATIENCE)
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def running(front: Path, where: Path, path: Path, *options: str) -> Iterator[Pro
 
 
 def look(path: Path) -> dict[str, Any]:
-    document = json.loads(watch.ask(str(path)))
+    document = json.loads(stats.ask(str(path)))
     assert isinstance(document, dict)
     return document
 
@@ -94,7 +96,7 @@ def test_numbers_are_those_of_the_work_done(
         for _ in range(reads):
             guest.read(8, [(buffer, size)])
         document = look(path)
-        assert document["version"] == stats.version()
+        assert document["version"] == stats_server.version()
         assert document["sessions"] == 1
         assert document["vmm_connected"] is True
         assert document["backend_connected"] is True

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I3, I8: how rings stop, with requests in flight that end, end late, or never end."""
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from tests.support.sessions import (
     serve,
     small_guest,
 )
-from vhost_airlock.back import Back
 from vhost_airlock.dataplane.pump import Pump
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import Io
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
-from vhost_airlock.rings import Ring
+from vhost_airlock.proxy.back import Back
+from vhost_airlock.proxy.ring import Ring
 from vhost_airlock.vhost.fds import Fd, drain, notify
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (

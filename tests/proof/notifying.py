@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model of one ring index and its notifications, and all states that it can be in.
 
 A *producer* moves an index and notifies; a *consumer* follows it, asks for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled data plane does what the model of notifying.py says.
 
 One lane is driven through everything that can happen to it in turns: the guest offers,

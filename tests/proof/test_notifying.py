@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No wake-up is ever lost: all states of the model of notifying.py are looked at.
 
 That the model does what the code does is for test_conformance.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What another side can write is fetched once: proved on the compiled code.
 
 Every load of the data plane from guest and isolated memory is caught as it happens, by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sees every load and store that compiled code makes to some memory, with its width.
 
 watch.c catches them one by one; how wide each is stands in the instruction, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever guest and back do in whatever order, the pump does what a model says.
 
 Two rings share one small pool. Each guest offers random chains; each back takes them,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """vhost-airlock as its users run it: a process between two sockets."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Back-end programs for other devices than disks. Each is ready when it is yielded."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests with real programs: each runs direct and through the airlock."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs that tests start: awaited by events, never left behind."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the real programs are: in the Debian of tools/real-root."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The QEMU Machine Protocol: commands to QEMU's programs, and the events they tell of.
 
 with Qmp.pair() as (ours, theirs):

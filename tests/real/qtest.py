@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """QEMU without a guest: the test itself drives the virtual machine's devices.
 
 This is QEMU's own way to test devices. No processor runs; instead, a socket takes

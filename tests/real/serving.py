@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Back-ends of the test's own, for real programs to connect to."""
 
 import os
@@ -8,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tests.support.backs import RecordedBack, ScriptedBack
-from vhost_airlock.sockets import Listener
+from vhost_airlock.process.sockets import Listener
 
 
 @contextmanager

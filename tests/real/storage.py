@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """qemu-storage-daemon as a vhost-user-blk back-end."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock attack` on qemu-storage-daemon: what holds behind an airlock only."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from tests.real.airlock import airlock
 from tests.real.storage import Disk, storage_daemon
-from vhost_airlock.attack.command import GUEST
+from vhost_airlock.cli.attack import GUEST
 
 ATTACK = [sys.executable, "-m", "vhost_airlock", "attack", "--json", "--timeout=20"]
 

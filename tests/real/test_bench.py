@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark's load programs: what they say they did is what the back-end did."""
 
 import json

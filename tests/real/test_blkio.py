@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """libblkio's vhost-user-blk driver and QEMU's tools on a real back-end."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections between QEMU, the airlock and a back-end that end, and come again.
 
 Of QEMU's own tests/qtest/vhost-user-test.c, these are reconnect, connect-fail,

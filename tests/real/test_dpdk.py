@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DPDK's virtio-user and vhost, direct and through the airlock."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DPDK's example back-ends for crypto and block devices, request by request."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's network: DPDK's vhost, direct and through the airlock."""
 
 from functools import partial

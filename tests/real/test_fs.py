@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's shared file system: virtiofsd, direct and through the airlock."""
 
 from contextlib import ExitStack

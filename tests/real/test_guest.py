@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Linux guest in QEMU on a real back-end, and its disk looked at from outside."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's disk under load while memory comes and goes, and more happens."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """I1 with a real back-end: guest memory is nowhere in what its process holds."""
 
 import secrets

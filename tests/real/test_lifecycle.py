@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What guest, VMM and host do to a disk in use, and what is there after that."""
 
 from contextlib import ExitStack

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's network: passt, direct and through the airlock."""
 
 import socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The library's own front-end and back-end programs of many kinds, request by request.
 
 Each is direct and through the airlock. Meanwhile a marker lies in the guest's memory,

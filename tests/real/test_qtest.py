@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """QEMU's own vhost-user tests, with the airlock in between, and what it must change.
 
 Of its tests/qtest/vhost-user-test.c, these are read-guest-mem, and those that start

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tight and rough conditions, through the airlock only: a direct back-end may die."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's vsock: vhost-device-vsock, direct and through the airlock."""
 
 import socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DPDK's testpmd, as a front-end (virtio-user) or as a back-end (vhost PMD)."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The airlock between a front-end and back-ends of the test's, all in this process.
 
     with Airlock(DiskBack()) as airlock, BlkGuest() as guest:
@@ -16,10 +17,10 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
-from vhost_airlock.back import Back
-from vhost_airlock.config import Config
 from vhost_airlock.errors import Disconnected
-from vhost_airlock.session import Session
+from vhost_airlock.proxy.back import Back
+from vhost_airlock.proxy.config import Config
+from vhost_airlock.proxy.session import Session
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import eventfd, notify
 

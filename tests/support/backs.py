@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Back-ends for the airlock to talk to, in threads, with a record of all they get.
 
 `DiskBack` is the block back-end of the package. `ScriptedBack` only answers messages:

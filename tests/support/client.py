@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A front-end and driver for any device: it says and asks whatever a test wants."""
 
 from __future__ import annotations

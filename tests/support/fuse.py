@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FUSE requests as a guest's kernel makes them, for file system devices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Want of what a process may have only so much of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pump has to do, in plain Python, beside the real one.
 
 A `Model` holds one lane and queues of what should be where in it. Every method does one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of messages that every known back-end takes, checked on what one got."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A world for the data plane: guest memory, isolated memory, and lanes through both.
 
 A `Lane` is one ring with all that is around it: the guest's driver, the pump, and the

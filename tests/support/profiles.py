@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long the property tests and the races run: HYPOTHESIS_PROFILE says it.
 
 "ci" is the default, "stress" is for hours; the "hunt" ones show at once what they find,

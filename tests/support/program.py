@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock run` as a process of its own, and what it holds."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack
-from vhost_airlock.sockets import Listener
+from vhost_airlock.process.sockets import Listener
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest and a back in C, which race with the data plane at its own speed.
 
 Each runs in a thread, and ctypes lets go of the interpreter's lock for it. What they do

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What happens in sessions with a `ScriptedBack`, good ones and bad ones."""
 
 from __future__ import annotations

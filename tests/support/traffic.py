@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan of what a guest does, made of a seed, and what came of it.
 
 The same plan can be carried out in several worlds, and its outcome must be the same in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VMMs that say what real ones say, in the order in which they do.
 
 Each class has the traces of one program, as observed or as its source has it. `Vmm` is

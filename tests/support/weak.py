@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block back-ends with deliberate flaws, as programs: python weak.py FLAW PATH
 
 They show that an attack is real, and that the judges can say so.
@@ -23,7 +24,7 @@ from vhost_airlock.peers.ring import (
     Buffer,
 )
 from vhost_airlock.peers.server import DeviceServer
-from vhost_airlock.sockets import Listener
+from vhost_airlock.process.sockets import Listener
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The judges of `vhost-airlock attack`: what is weak does not pass."""
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import weak
-from vhost_airlock import cli
 from vhost_airlock.attack import back_judge, front_judge
 from vhost_airlock.attack.catalogue import Attack, Outcome, Verdict, select
-from vhost_airlock.attack.command import BACK, GROUPS, GUEST, VMM
 from vhost_airlock.attack.guest_scene import GuestScene
 from vhost_airlock.attack.program import Program
 from vhost_airlock.attack.report import Report
 from vhost_airlock.attack.vmm import VmmScene
+from vhost_airlock.cli import main as cli
+from vhost_airlock.cli.attack import BACK, GROUPS, GUEST, VMM
 from vhost_airlock.errors import UsageError
 
 TIMEOUT = 20.0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The back-end's role: each request is checked, done, and answered as is due."""
 
 import array

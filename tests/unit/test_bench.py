@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark's arithmetic: a wrong figure would look like any other."""
 
 import contextlib
@@ -39,7 +40,7 @@ from bench.runs import (
 from bench.svg import Series, bars, lines, nice, short
 from bench.table import full_table, heading, ratio_table
 from bench.targets import NAMES, QUICK, per_request
-from vhost_airlock.bench_report import Spread
+from vhost_airlock.cli.bench_report import Spread
 
 MS = 1_000_000
 CASE = Case("randread", 4096, 32)

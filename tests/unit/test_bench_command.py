@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock bench`: its arguments, its arithmetic, and the whole of it once."""
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock import cli
-from vhost_airlock.bench import plans_of
-from vhost_airlock.bench_report import Measured, Spread, label, ratios, table, unit
+from vhost_airlock.cli import main as cli
+from vhost_airlock.cli.bench import plans_of
+from vhost_airlock.cli.bench_report import Measured, Spread, label, ratios, table, unit
 from vhost_airlock.peers.blk_load import LoadPlan, LoadResult
 from vhost_airlock.peers.blk_process import BlkProcess
 from vhost_airlock.peers.ram import MIB

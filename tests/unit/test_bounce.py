@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain's doubles: framing, alignment, zeroing, and what is copied back."""
 
 from __future__ import annotations

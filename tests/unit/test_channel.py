@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Channels: whole messages or none, no descriptor lost, no wait without an end."""
 
 import array

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments: what they become, and what is said of those that make no sense."""
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from vhost_airlock import cli
-from vhost_airlock.config import MIB, Config
+from vhost_airlock.cli import main as cli
+from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
-from vhost_airlock.devices import TYPES
+from vhost_airlock.proxy.config import MIB, Config
+from vhost_airlock.proxy.device_types import TYPES
 
 WAYS = ["--socket-path=/front", "--backend=/back"]
 
@@ -34,7 +36,7 @@ class Recorded:
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     Recorded.configs = []
-    monkeypatch.setattr(cli, "Daemon", Recorded)
+    monkeypatch.setattr(run, "Daemon", Recorded)
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
     return Recorded.configs
 

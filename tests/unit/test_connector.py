@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways to the back-end: connecting, waiting, and starting it."""
 
 from __future__ import annotations
@@ -14,15 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock import starter
-from vhost_airlock.config import Config
-from vhost_airlock.connector import (
-    Connector,
-    Dialler,
-    Starter,
-    Waiter,
-    make_connector,
-)
 from vhost_airlock.errors import (
     DeadlineExceeded,
     Disconnected,
@@ -31,6 +23,15 @@ from vhost_airlock.errors import (
     Stopped,
     UsageError,
 )
+from vhost_airlock.process import broker
+from vhost_airlock.process.connector import (
+    Connector,
+    Dialler,
+    Starter,
+    Waiter,
+    make_connector,
+)
+from vhost_airlock.proxy.config import Config
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Request
@@ -298,8 +299,8 @@ def test_starter_ends_a_back_that_does_not(
     handler: str,
     status: int,
 ) -> None:
-    monkeypatch.setattr(starter, "GRACE", 0.05)
-    monkeypatch.setattr(starter, "PATIENCE", 0.05)
+    monkeypatch.setattr(broker, "GRACE", 0.05)
+    monkeypatch.setattr(broker, "PATIENCE", 0.05)
     program = DEAF.format(handler=handler)
     made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
     assert isinstance(made, Starter)
@@ -312,7 +313,7 @@ def test_starter_ends_a_back_that_does_not(
 def test_starter_leaves_no_time_when_we_are_told_to_stop(
     stack: ExitStack, stop: Fd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starter, "GRACE", 3600)
+    monkeypatch.setattr(broker, "GRACE", 3600)
     program = DEAF.format(handler="signal.SIG_DFL")
     made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
     assert isinstance(made, Starter)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents against the code: commands, examples, tables, links and names."""
 
 import argparse
@@ -10,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from tests.real.processes import Process, listening
-from vhost_airlock import cli
-from vhost_airlock.attack.command import GROUPS
-from vhost_airlock.back import Back
+from vhost_airlock.cli import main as cli
+from vhost_airlock.cli import run
+from vhost_airlock.cli.attack import GROUPS
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import FAULTS, POLICIES, Pump
 from vhost_airlock.dataplane.regions import GuestMemory
 from vhost_airlock.dataplane.worker import Worker
-from vhost_airlock.device import Device
-from vhost_airlock.devices import TYPES
-from vhost_airlock.handlers import HANDLED, PASSED
-from vhost_airlock.state import (
+from vhost_airlock.proxy.back import Back
+from vhost_airlock.proxy.device import Device
+from vhost_airlock.proxy.device_types import TYPES
+from vhost_airlock.proxy.handlers import HANDLED, PASSED
+from vhost_airlock.proxy.state import (
     TRANSITIONS,
     back_features,
     back_protocol,
@@ -95,7 +97,7 @@ def test_command_in_the_readme_is_one(command):
     options = cli.parse(argv)
     if options.name != "run":
         return
-    config = cli.config_of(options)
+    config = run.config_of(options)
     assert any((config.backend, config.backend_listen, config.command))
 
 
@@ -105,7 +107,7 @@ def test_commands_are_found():
 
 def test_readme_has_every_option_of_run():
     parser = argparse.ArgumentParser()
-    cli._add_run(parser)
+    run.add_arguments(parser)
     options = {text for action in parser._actions for text in action.option_strings}
     table = section(README, "Options of `vhost-airlock run`")
     described = {names(row[0])[0].split()[0] for row in rows(table)}

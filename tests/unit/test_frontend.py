@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The front-end's role: asks by the rules, and believes only the reply that is due."""
 
 import array

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inputs that fuzzing has kept do no harm: each ran into something once, or covers
 what nothing else does. This is the ordinary build; see fuzz/run.py for the other."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared memory that is cut short while rings run: the ring ends, and nothing else."""
 
 from __future__ import annotations

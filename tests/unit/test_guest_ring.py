@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device side of the guest's ring: what is taken, and what is a fault."""
 
 from __future__ import annotations

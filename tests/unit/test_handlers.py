@@ -1,12 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every request is accounted for, and those that are refused say why."""
 
 import inspect
 
 import pytest
 
-from vhost_airlock.device import Device
 from vhost_airlock.errors import RequestRefused
-from vhost_airlock.handlers import HANDLED, PASSED, REFUSED, bind
+from vhost_airlock.proxy.device import Device
+from vhost_airlock.proxy.handlers import HANDLED, PASSED, REFUSED, bind
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import Empty, Request
 

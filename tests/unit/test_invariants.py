@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The promises of the design, I1 to I9, as far as they are the data plane's.
 
 Each has one test here that says it as directly as it can be said; more of the same is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Isolated memory: sealed for good, far from any guest, and no more than its limit."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from vhost_airlock.dataplane.pump import area_bytes
 from vhost_airlock.errors import RequestRefused
-from vhost_airlock.isolated import (
+from vhost_airlock.proxy.isolated import (
     BASE,
     PAGE,
     REGION_SIZE,
@@ -225,7 +226,7 @@ def test_no_more_regions_than_the_pool_can_manage(
     make: Callable[..., IsolatedMemory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sizes that make way for each other leave remainders, and these add up."""
-    monkeypatch.setattr("vhost_airlock.isolated.REGION_SIZE", PAGE)
+    monkeypatch.setattr("vhost_airlock.proxy.isolated.REGION_SIZE", PAGE)
     memory = make(STEPS * 100 * PAGE)
     chance = random.Random(1)
     for _ in range(3000):

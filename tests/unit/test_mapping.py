@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mappings: what they cover, what they refuse, and that they go away once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """G5, G6, B3: guest and back rewrite everything they can, as fast as the worker looks.
 
 A mutator of either side changes rings, tables and buffers millions of times a second,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block back-end in a process of its own, and the guest, over a real socket."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the block device does with requests."""
 
 from __future__ import annotations

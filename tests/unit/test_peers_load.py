@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load: what it asks of a device, what it counts, and how it ends."""
 
 from __future__ import annotations

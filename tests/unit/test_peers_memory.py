@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Regions of shared memory, and a guest's RAM made of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two ends of the plain Python virtqueue, against each other and a model."""
 
 from __future__ import annotations

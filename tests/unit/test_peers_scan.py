@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search for a marker finds it wherever another process holds it, and only then."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server of any device, with one that sends back what it gets."""
 
 from __future__ import annotations

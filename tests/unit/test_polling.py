@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a worker polls: on hosts that are made up, and whose clock is too."""
 
 from __future__ import annotations

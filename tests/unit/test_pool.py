@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pool: blocks, quotas, exhaustion, growth, and regions that come and go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One ring's pump: passes, budgets, notifications, stop and restart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Storms of notifications, changes of memory, stops and starts, while the worker runs.
 
 What races in memory is in test_mutators.py.

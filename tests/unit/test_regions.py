@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guest's memory as the data plane sees it, through chains that lie in it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules: complete, as the specification says, and applied to the last byte."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process that has locked itself in can do still, each in one of its own."""
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock import sandbox_files
+from vhost_airlock.sandbox import files
 
 BEFORE = """
 import ctypes, errno, fcntl, logging, mmap, os, resource, select, signal, socket, sys
 import threading
-from vhost_airlock import sandbox, sandbox_calls, sandbox_files
-from vhost_airlock.sockets import Listener
+from vhost_airlock.sandbox import enter, files, syscalls
+from vhost_airlock.process.sockets import Listener
 libc = ctypes.CDLL(None, use_errno=True)
-seccomp = ctypes.CDLL(sandbox_calls.LIBRARY)
+seccomp = ctypes.CDLL(syscalls.LIBRARY)
 
 def call(name, *arguments):
     number = seccomp.seccomp_syscall_resolve_name(name.encode())
@@ -29,7 +30,7 @@ one = socket.socket(socket.AF_UNIX)
 two, three = socket.socketpair()
 own = os.open("/", os.O_RDONLY)
 """
-ENTER = "sandbox.enter([])\n"
+ENTER = "enter.enter([])\n"
 OVER = "print('over', flush=True)\n"
 
 
@@ -187,7 +188,7 @@ def test_sockets_that_listen_are_served_and_removed(tmp_path: Path) -> None:
         BEFORE
         + """
 listener = Listener("folder/sock")
-sandbox.enter([listener.path])
+enter.enter([listener.path])
 one.connect("folder/sock")
 listener.accept().send(b"hello")
 assert one.recv(5) == b"hello"
@@ -199,13 +200,13 @@ listener.close()
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-@pytest.mark.skipif(not sandbox_files.version(), reason="this kernel has no Landlock")
+@pytest.mark.skipif(not files.version(), reason="this kernel has no Landlock")
 def test_nothing_else_can_be_removed(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     done = python(
         BEFORE
         + """
-sandbox.enter(["folder/sock"])
+enter.enter(["folder/sock"])
 try:
     os.unlink("precious")
 except PermissionError:
@@ -226,7 +227,7 @@ def test_kernel_without_landlock_is_told_of_and_will_do() -> None:
     done = python(
         BEFORE
         + "logging.basicConfig(level='INFO')\n"
-        + "sandbox_files.version = lambda: 0\n"
+        + "files.version = lambda: 0\n"
         + ENTER
         + OVER
         + "os.fork()"
@@ -252,8 +253,8 @@ def test_it_may_be_in_a_sandbox_already(error: str) -> None:
     done = python(
         BEFORE
         + REFUSES.format(error=error)
-        + "sandbox.log.info = print\n"
-        + "assert not sandbox_files.version()\n"
+        + "enter.log.info = print\n"
+        + "assert not files.version()\n"
         + ENTER
         + "thread = threading.Thread(target=print, args=['served'])\n"
         + "thread.start(); thread.join()\n"
@@ -268,8 +269,8 @@ def test_it_may_be_in_a_sandbox_already(error: str) -> None:
 def test_trouble_names_the_way_without(tmp_path: Path) -> None:
     done = python(
         BEFORE
-        + "sandbox_calls.LIBRARY = 'libno.so.1'\n"
-        + "from vhost_airlock import cli\n"
+        + "syscalls.LIBRARY = 'libno.so.1'\n"
+        + "from vhost_airlock.cli import main as cli\n"
         + "sys.exit(cli.main(['run', '--front-connect=F', '--backend-listen=B']))",
         tmp_path,
     )
@@ -284,10 +285,10 @@ def test_trouble_names_the_way_without(tmp_path: Path) -> None:
 @pytest.mark.parametrize("abi", range(1, 12))
 def test_only_what_a_version_of_landlock_knows_is_handled(abi: int) -> None:
     rights = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 4: 1 << 15}.get(abi, 1 << 16)
-    files, network, scopes = (
-        int.from_bytes(sandbox_files.handled(abi)[at : at + 8], sys.byteorder)
+    of_files, network, scopes = (
+        int.from_bytes(files.handled(abi)[at : at + 8], sys.byteorder)
         for at in (0, 8, 16)
     )
-    assert files == rights - 1
+    assert of_files == rights - 1
     assert network == (3 if abi >= 4 else 0)
     assert scopes == (3 if abi >= 6 else 0)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver side of the shadow ring: what the back sees, and what it may do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets to listen on: made without harm to anybody else's, and cleaned away."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vhost_airlock.errors import StartError
-from vhost_airlock.sockets import Listener, inherited, require_socket
+from vhost_airlock.process.sockets import Listener, inherited, require_socket
 
 
 def bound(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:

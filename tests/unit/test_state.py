@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Features bit by bit, and the life of a ring, every state with every event."""
 
 import itertools
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhost_airlock.errors import ProtocolError, RequestRefused, SessionError
-from vhost_airlock.state import (
+from vhost_airlock.proxy.state import (
     TRANSITIONS,
     Event,
     Phase,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device's state on its way: all of it comes, or it is known that not."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from vhost_airlock.errors import ProtocolError, RequestRefused
-from vhost_airlock.transfer import Transfer
+from vhost_airlock.proxy.transfer import Transfer
 from vhost_airlock.vhost.fds import Fd, eventfd
 
 Ends = tuple[Fd, Fd]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Payloads are packed as the specification says, and unpacked or refused."""
 
 import struct

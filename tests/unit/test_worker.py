@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker: notifications through real eventfds, sleep, pause, turns."""
 
 from __future__ import annotations

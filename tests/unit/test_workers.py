@@ -1,11 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workers' threads."""
 
 from __future__ import annotations
 
 import pytest
 
+from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.vhost.fds import eventfd
-from vhost_airlock.workers import Workers
 
 
 def test_processor_that_has_gone_keeps_nobody_from_work(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock attack`: hostile guests, VMMs and back-ends against any program.
 
 `guest_chains`, `guest_requests` and `guest_races` hold what a guest can do with a ring,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets an airlock have a hostile back-end, and judges what its guest gets to feel.
 
 In the hostile session another ring must still complete requests, and the attacked one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a back-end can say: replies that are none, and requests that nobody wants."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a back-end can do with isolated memory, its rings and its eventfds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block back-end that can be told to misbehave, for as long as it is."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..peers.disk import SECTOR, Disk
 from ..peers.ring import Chain
 from ..peers.server import DeviceServer
 from ..peers.vring import Vring
-from ..sockets import Listener
+from ..process.sockets import Listener
 from ..vhost.backend import Handler, Result
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd, close_all, eventfd, notify

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an attack is, and how bad its outcome can be."""
 
 from __future__ import annotations

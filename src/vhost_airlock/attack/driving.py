@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A well-behaved guest, of which each queue is driven and waited for alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attacks a program that serves front-ends, and judges what is left of it.
 
 After the attack, on the same connection, another ring must still complete a request;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest can write into a ring: chains and indices that must not be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest that rewrites its rings while they are read."""
 
 from __future__ import annotations

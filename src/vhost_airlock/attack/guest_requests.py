@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest can ask for: requests that are none, too many, and the events of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest whose first ring is about to be abused, and what it needs for that."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program under attack: where it is reached, and its process if we start it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attacks came to, for people and for machines."""
 
 from __future__ import annotations

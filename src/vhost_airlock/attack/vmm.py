@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a front-end can say: messages that are none, or must not be."""
 
 from __future__ import annotations

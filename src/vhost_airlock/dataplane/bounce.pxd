@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain's doubles in isolated memory: place, copy in, copy back, release."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chain's doubles in isolated memory.
 
 Each segment of a guest's chain gets one contiguous buffer, since real back-ends look

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies bytes: through the processor's caches, or past them.
 
 What is more than caches hold is better written past them, by non-temporal stores: no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Survive that a page of shared memory is not there: a SIGBUS ends a job, not more."""
 
 ctypedef int (*Job)(void *what, int number) noexcept nogil

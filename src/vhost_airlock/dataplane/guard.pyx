@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Survive that a page of shared memory is not there.
 
 Whoever owns a file can cut it short while it is mapped here, and the kernel can be

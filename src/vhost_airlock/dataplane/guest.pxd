@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device side of a guest ring: what a ring format must offer to the pump.
 
 guest_split.pyx is the one format there is. Another one (packed) is a module with a

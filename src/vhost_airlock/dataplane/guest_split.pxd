@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from libc.stdint cimport uint16_t
 
 from vhost_airlock.dataplane.guest cimport GuestRing

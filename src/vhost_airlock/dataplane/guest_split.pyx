@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device side of a split virtqueue in guest memory (virtio 1.3, 2.7).
 
 The guest is hostile: it can rewrite the ring while we look. Every word is fetched

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies in shared memory, and the only ways in which we read and write it.
 
 Ring structures are those of the virtio specification, 2.7 "Split Virtqueues",

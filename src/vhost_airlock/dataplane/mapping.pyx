@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A shared mapping of a part of a file, which is undone exactly once."""
 
 from libc.errno cimport ENOMEM, errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a worker that has nothing to do polls before it sleeps, and for how long.
 
 For how long is learned from its sleeps: one that ended within the longest time which

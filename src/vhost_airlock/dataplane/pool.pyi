@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from typing import Self
 
 from typing_extensions import disjoint_base

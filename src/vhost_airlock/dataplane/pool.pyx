@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Isolated memory for bounce buffers.
 
 The pool is a handful of regions, each a memfd that the back has mapped. A region is

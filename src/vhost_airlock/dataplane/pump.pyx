@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Moves the chains of one guest ring through one shadow ring and back.
 
 Trust. There is a hostile party at either end. The guest owns its ring and its

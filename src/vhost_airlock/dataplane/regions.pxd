@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guest's memory as the data plane sees it: a sorted table of regions."""
 
 from libc.stdint cimport uint8_t, uint64_t

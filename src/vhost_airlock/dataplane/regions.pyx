@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guest's memory: a table that is replaced whole, while no worker runs.
 
 Addresses are looked up anew for every copy, so nothing that was computed from an old

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver side of a shadow ring: what a ring format must offer to the pump.
 
 shadow_split.pyx is the one format there is. Another one (packed) is a module with a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver side of a split virtqueue in isolated memory (virtio 1.3, 2.7).
 
 The back is hostile: it can rewrite all of the ring at any time. We write descriptors

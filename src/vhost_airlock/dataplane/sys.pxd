@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Declarations of the system calls that the data plane uses; no code."""
 
 from libc.stdint cimport uint32_t, uint64_t

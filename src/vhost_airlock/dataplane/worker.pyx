@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thread that runs pumps: epoll, or polling for as long as that pays.
 
 While there is work, the worker goes round its pumps and needs no notification from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Both ends of a vhost-user device in plain Python, without the airlock.
 
 For users of the library, the demo, the benchmark and the tests: a virtqueue from the

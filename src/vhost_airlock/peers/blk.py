@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vhost-user block back-end over a file, as a program of its own.
 
     python -m vhost_airlock.peers.blk --socket-path=/tmp/blk.sock --blk-file=disk.img
@@ -20,7 +21,7 @@ from collections.abc import Collection, Sequence
 from types import FrameType
 
 from ..errors import SessionError, StartError, Stopped
-from ..sockets import Listener, inherited
+from ..process.sockets import Listener, inherited
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd, HasFileno, eventfd, notify
 from ..vhost.wire import Feature, ProtocolFeature

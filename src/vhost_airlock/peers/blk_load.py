@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A load on a block device, and what it measures: a guest that only asks.
 
 It connects as BlkGuest does; then compiled code drives the rings, a thread for each.

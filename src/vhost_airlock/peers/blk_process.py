@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The block back-end of blk.py, started as a process of its own and ended for sure."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Collection
 from typing import Self
 
-from ..sockets import Listener
+from ..process.sockets import Listener
 
 GRACE = 5.0
 """Seconds that a process has to end after SIGTERM."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device's end of a split virtqueue: what a back-end does.
 
 It keeps its own indices, and looks at each word of the driver's once. The service loop:

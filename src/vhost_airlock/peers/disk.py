@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the requests of a virtio block device mean (virtio 1.x, section 5.2).
 
 Nothing here knows of rings or sockets: a request is the pieces of memory that the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver's end of a split virtqueue: what a guest does.
 
 It keeps its own indices and its own record of the chains, and reads from the ring only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eventfds that another process may have made: nothing is known of their flags."""
 
 from __future__ import annotations

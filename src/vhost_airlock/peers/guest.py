@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest that drives a block device: its memory, its VMM, and its driver, in one.
 
     with BlkGuest(num_queues=2) as guest:

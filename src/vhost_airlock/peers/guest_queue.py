@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's block driver, one queue of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest's block driver that does nothing but ask: as fast as a queue can be driven.
 
 The chains are laid out once, one for each request that may be in flight; from then on a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared memory by region: mapped, and found by guest address or by user address."""
 
 from __future__ import annotations

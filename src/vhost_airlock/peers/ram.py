@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory of a guest, as a VMM has it: pieces of memfds, with holes between."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory of a split virtqueue (virtio 1.x, section 2.7).
 
 `SplitRing` is the memory: every word of it can be read and written as it stands, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process holds, and whether given bytes are anywhere in it.
 
 This is how the isolation is shown rather than claimed: plant a random marker in guest

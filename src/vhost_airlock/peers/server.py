@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A vhost-user back-end for any virtio device that does each request at once.
 
     class Echo:

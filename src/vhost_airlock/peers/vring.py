@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a back-end is told of a vring, and the ring itself when all of that is there."""
 
 from __future__ import annotations

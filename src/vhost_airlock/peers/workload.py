@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a disk full with a guest, reads all of it back, and checks every byte."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vhost-user protocol as a library: both roles, and what they are made of.
 
 `Frontend` asks a back-end, `Backend` serves a front-end. Messages are declared in

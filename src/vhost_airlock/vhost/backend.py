@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The back-end's role: a handler for each request, and the loop that calls them.
 
 A back-end that has nothing to tell but its features:

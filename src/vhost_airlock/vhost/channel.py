@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One vhost-user socket: whole messages with their descriptors, and deadlines.
 
 A channel doesn't know what messages mean. It guarantees:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """File descriptors that are closed exactly once.
 
 Descriptors reach us from peers that we don't trust, at times that they choose. So a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The front-end's role: a method for each request.
 
 Ask a back-end what it offers:

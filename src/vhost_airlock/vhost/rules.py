@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may come with each request, and what is due in return: the one place for both.
 
 `RULES` is the front-end's requests, `BACKEND_RULES` the back-end's own, on its socket.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is on the wire: requests, flags, feature bits, the header and the payloads.
 
 Declarations only, after the vhost-user specification that comes with QEMU 11.1. What

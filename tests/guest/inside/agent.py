@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does in a test guest what the test asks for, on the standard input and output.
 
 A request is a line of JSON, [module, function, arguments]; so is its answer, which has

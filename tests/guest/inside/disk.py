@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A guest fills its disk, and finds the same after a reboot."""
 
 import filecmp

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guest does with a shared file system; the host does the same elsewhere."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ethernet frames that both ends know, on a guest's interface without any protocol."""
 
 import socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verifying I/O on the disk while the test does things to the machine or the device.
 
 fio writes in rounds: blocks of mixed sizes at random, many at a time, from one thread

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data that both ends of a transfer can make and check at the speed of memory."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streams of checked data over sockets of any kind, and a server for them.
 
 A client says what it wants in a line, "take SEED SIZE" or "give SEED SIZE"; the bytes

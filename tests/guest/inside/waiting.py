@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wait in a guest for what has no event to wait for."""
 
 import time

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the command lines' arguments: text to a value within bounds, or why not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def size(least: str, most: str) -> Callable[[str], int]:
+    """A number of bytes, as 512, 64K or 1GiB."""
+
+    low, high = _bytes(least), _bytes(most)
+
+    def parse(text: str) -> int:
+        value = _bytes(text)
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"{text}: no size from {least} to {most}")
+        return value
+
+    return parse
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
+        if value < least or (most is not None and value > most):
+            upto = "" if most is None else f" to {most}"
+            raise ArgumentTypeError(f"{text}: no number from {least}{upto}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds up to an hour."""
+    value = _float(text)
+    if not 0 < value <= 3600:
+        raise ArgumentTypeError(f"{text}: no number of seconds up to 3600")
+    return value
+
+
+def interval(text: str) -> float:
+    """A number of seconds from a hundredth to a day."""
+    value = _float(text)
+    if not 0.01 <= value <= 86400:
+        raise ArgumentTypeError(f"{text}: no number of seconds up to a day")
+    return value
+
+
+def cpus(text: str) -> tuple[int, ...]:
+    """Numbers of processors that may be used, as 2,4-6: in that order."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ArgumentTypeError(f"{text}: no list of processors, as 2,4-6")
+        found += range(first, last + 1)
+    if surplus := set(found) - os.sched_getaffinity(0):
+        raise ArgumentTypeError(f"{text}: may not run on processor {min(surplus)}")
+    return tuple(found)
+
+
+def switch(text: str) -> bool:
+    """Whether it is on."""
+    if text not in ("on", "off"):
+        raise ArgumentTypeError(f"{text}: neither on nor off")
+    return text == "on"
+
+
+def _bytes(text: str) -> int:
+    """Less than any size, if it is none."""
+    match = re.fullmatch(r"(\d{1,18})([KMGT]?)i?B?", text, re.IGNORECASE)
+    return int(match[1]) * UNITS[match[2].upper()] if match else -1
+
+
+def _float(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return 0.0

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a vhost-user block device, or two of them side by side.
+
+A guest that does nothing but ask (peers/blk_load.py) connects to a socket and keeps
+requests in flight. With a second socket, such as that of the back-end itself next to an
+airlock's, both get each load in turn, and what is compared was measured right after
+each other. Never both at once: they may lead to the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from ..errors import UsageError
+from ..peers.blk_load import MODES, LoadPlan, measure
+from .arguments import number, seconds, size
+from .bench_report import Measured, heading, table
+
+SIZE = size("512", "16T")
+NUMBER = number(1, 1024)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vhost-airlock bench`."""
+    parser.description = (
+        "Put loads on a vhost-user block device and measure it. Modes that write"
+        " destroy what is on the disk."
+    )
+    parser.add_argument(
+        "--socket-path", required=True, metavar="PATH", help="the device to measure"
+    )
+    parser.add_argument(
+        "--compare", metavar="PATH", help="another way to it, which ratios refer to"
+    )
+    plan = LoadPlan()
+    parser.add_argument(
+        "--mode",
+        type=modes,
+        default=[plan.mode],
+        metavar="MODE,...",
+        help=f"of {', '.join(MODES)} (default: {plan.mode})",
+    )
+    parser.add_argument(
+        "--size",
+        type=sizes,
+        default=[4096, 65536],
+        metavar="SIZE,...",
+        help="of a request (default: 4K,64K)",
+    )
+    parser.add_argument(
+        "--depth",
+        type=numbers,
+        default=[1, 8, 32, 128],
+        metavar="N,...",
+        help="requests in flight in each queue (default: 1,8,32,128)",
+    )
+    parser.add_argument("--queues", type=NUMBER, default=1, metavar="N")
+    parser.add_argument("--rounds", type=NUMBER, default=3, metavar="N")
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        default=0.5,
+        metavar="S",
+        help="of each measurement (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-indirect",
+        dest="indirect",
+        action="store_false",
+        help="let all descriptors be in the ring itself",
+    )
+    parser.add_argument(
+        "--busy-wait", action="store_true", help="spin for completions, take no calls"
+    )
+    parser.add_argument(
+        "--segment",
+        type=SIZE,
+        default=0,
+        metavar="SIZE",
+        help="cut requests into these",
+    )
+    parser.add_argument(
+        "--span",
+        type=SIZE,
+        default=0,
+        metavar="SIZE",
+        help="memory of each queue that requests walk through, so that it is in no"
+        " cache (default: as little as they need)",
+    )
+    parser.add_argument(
+        "--ram", type=SIZE, default=0, metavar="SIZE", help="of the guest, untouched"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print all measurements as JSON"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print what came of it."""
+    plans = plans_of(options)
+    paths = [options.socket_path, *([options.compare] if options.compare else [])]
+    measured: list[Measured] = []
+    try:
+        for done in range(options.rounds * len(plans)):
+            number, at = divmod(done, len(plans))
+            # What comes first may have it harder: it's another one each time.
+            for path in paths if (number + at) % 2 == 0 else reversed(paths):
+                _progress(f"{done}/{options.rounds * len(plans)} {path}")
+                result = measure(path, plans[at])
+                measured.append(Measured(plans[at], path, number, result))
+    finally:
+        _progress("")
+    if options.json:
+        print(json.dumps([each.as_dict() for each in measured], indent=1))
+    else:
+        print(heading(paths))
+        print(table(measured, paths))
+    return 0
+
+
+def plans_of(options: argparse.Namespace) -> list[LoadPlan]:
+    """All loads that these options mean."""
+    names = [field.name for field in dataclasses.fields(LoadPlan)]
+    common = {name: getattr(options, name) for name in names if name in options}
+    try:
+        return [
+            LoadPlan(**{**common, "mode": mode, "size": each, "depth": depth})
+            for mode in options.mode
+            for each in options.size
+            for depth in options.depth
+        ]
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def modes(text: str) -> list[str]:
+    """Return modes that are apart by commas."""
+    found = text.split(",")
+    for mode in found:
+        if mode not in MODES:
+            raise argparse.ArgumentTypeError(f"{mode}: none of {', '.join(MODES)}")
+    return found
+
+
+def sizes(text: str) -> list[int]:
+    """Return sizes that are apart by commas."""
+    return [SIZE(part) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[int]:
+    """Return numbers that are apart by commas."""
+    return [NUMBER(part) for part in text.split(",")]
+
+
+def _progress(text: str) -> None:
+    """Show on a terminal how far we are, in a line that is overwritten."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

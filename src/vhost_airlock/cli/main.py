@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: which command is meant, and the status that it ends with.
+
+Only the module of that command is imported: `run`, which is trusted with a guest's
+memory, loads nothing of the demo, the benchmark or the attacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ..errors import AirlockError, UsageError
+
+COMMANDS = {
+    "run": "stand between a VMM and a back-end",
+    "demo": "see it work, nothing else needed",
+    "stats": "what a running airlock is doing",
+    "bench": "measure a block device",
+    "attack": "be a hostile guest, VMM or back-end, and see what holds",
+}
+"""Each command with its help text; the module of the same name has add_arguments() and
+run()."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and how to learn more."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(argv)
+        return int(options.run(options))
+    except UsageError as error:
+        status = 2
+        print(f"vhost-airlock: {error}", file=sys.stderr)
+    except AirlockError as error:
+        status = 1
+        print(f"vhost-airlock: {error}", file=sys.stderr)
+    return status
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the options; the words after '--' are the back-end's command."""
+    command: list[str] = []
+    if "--" in argv:
+        at = argv.index("--")
+        argv, command = argv[:at], argv[at + 1 :]
+        if not command:
+            raise UsageError("no command after --")
+    parser = Parser(
+        prog="vhost-airlock",
+        description="Keep a vhost-user back-end out of the guest's memory.",
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        command_parser = commands.add_parser(name, help=text)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"..{name}", __name__)
+            module.add_arguments(command_parser)
+            command_parser.set_defaults(run=module.run)
+    options = parser.parse_args(argv)
+    options.command = tuple(command)
+    return options

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhost-airlock run`: arguments to Config, Config to Daemon."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+from collections.abc import Sequence
+
+from ..dataplane.pump import POLICIES
+from ..errors import StartError, UsageError
+from ..process.daemon import Daemon
+from ..proxy.config import CONNECTED_FD, LISTENING_FD, Config
+from ..proxy.device_types import find_type
+from .arguments import cpus, number, seconds, size, switch
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = (
+        "vhost-airlock run (--socket-path PATH | --fd N | --front-connect PATH)"
+        " (--backend PATH | --backend-listen PATH | -- COMMAND ...) [options]"
+    )
+    front = parser.add_argument_group("the VMM's side, one of")
+    front.add_argument("--socket-path", metavar="PATH", help="listen here for the VMM")
+    front.add_argument(
+        "--fd", type=int, metavar="N", help="a socket, listening or connected to it"
+    )
+    front.add_argument(
+        "--front-connect", metavar="PATH", help="connect to the VMM, which listens here"
+    )
+    back = parser.add_argument_group(
+        "the back-end's side, one of",
+        f"Or, after --, the command that starts it, with {CONNECTED_FD} where it wants"
+        f" the number of a connected socket, or {LISTENING_FD} of a listening one.",
+    )
+    back.add_argument("--backend", metavar="PATH", help="connect to it here")
+    back.add_argument("--backend-listen", metavar="PATH", help="wait for it here")
+    parser.add_argument(
+        "--keep-backend",
+        action="store_true",
+        help="hold the connection to the back-end from one VMM to the next",
+    )
+    parser.add_argument(
+        "--exit-with-backend",
+        action="store_true",
+        help="end when the back-end goes away, with status 1",
+    )
+    parser.add_argument(
+        "--copy",
+        choices=sorted(POLICIES),
+        help="what is copied back of a request's writable part"
+        f" (default: {Config.copy}, or what fits the device type)",
+    )
+    parser.add_argument(
+        "--device-type",
+        type=find_type,
+        metavar="TYPE",
+        help="choose defaults for this type of device, as net or block",
+    )
+    parser.add_argument(
+        "--workers",
+        type=number(1, 64),
+        default=Config.workers,
+        metavar="N",
+        help="threads over which the queues are spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--worker-cpus",
+        type=cpus,
+        default=Config.worker_cpus,
+        metavar="LIST",
+        help="bind these threads to processors, in turn, as 2,4-6 (default: any)",
+    )
+    parser.add_argument(
+        "--pool-limit",
+        type=size("4K", "4G"),
+        default=Config.pool_limit,
+        metavar="SIZE",
+        help="the most memory for bounce buffers, as 64M or 1G (default: 256M)",
+    )
+    parser.add_argument(
+        "--poll-us",
+        type=number(0, 1_000_000),
+        default=Config.poll_us,
+        metavar="N",
+        help="poll so long before sleeping, where it pays (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=Config.timeout,
+        metavar="S",
+        help="what the back-end has to answer a message (default: %(default)s s)",
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=seconds,
+        default=Config.drain_timeout,
+        metavar="S",
+        help="what requests have to end when a ring stops (default: %(default)s s)",
+    )
+    parser.add_argument(
+        "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default=Config.log_level)
+    parser.add_argument(
+        "--sandbox",
+        type=switch,
+        default=Config.sandbox,
+        metavar="on|off",
+        help="give up all rights that are not needed (default: on)",
+    )
+    parser.add_argument(
+        "--print-capabilities",
+        action="store_true",
+        help="print what a management layer wants to know, as JSON, and exit",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """The main job."""
+    if options.print_capabilities:
+        return print_capabilities(options)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="vhost-airlock: %(message)s"
+    )
+    return Daemon(config_of(options)).run()
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """Return the options as a Config, or say which don't go together."""
+    kind = options.device_type
+    if kind is not None and kind.refused:
+        raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
+    if options.copy is None:
+        options.copy = kind.copy if kind is not None else Config.copy
+    _exactly_one(options, ("socket_path", "fd", "front_connect"))
+    _exactly_one(options, ("backend", "backend_listen", "command"))
+    return Config(
+        **{name: getattr(options, name) for name in Config.__dataclass_fields__}
+    )
+
+
+def print_capabilities(options: argparse.Namespace) -> int:
+    """Print the back-end's own capabilities if we start it, else the type we are told.
+
+    The convention of vhost-user back-end programs: JSON on stdout, all other options
+    ignored.
+    """
+    command = options.command
+    if not command:
+        kind = options.device_type
+        print(json.dumps({"type": kind.name} if kind is not None else {}))
+        return 0
+    try:
+        done = subprocess.run(
+            [command[0], "--print-capabilities"], stdin=subprocess.DEVNULL, check=False
+        )
+    except OSError as error:
+        raise StartError(f"can't start {command[0]}: {error.strerror}") from None
+    return done.returncode
+
+
+def _exactly_one(options: argparse.Namespace, names: Sequence[str]) -> None:
+    given = [name for name in names if getattr(options, name) not in (None, ())]
+    if len(given) != 1:
+        flags = [
+            "-- COMMAND" if name == "command" else "--" + name.replace("_", "-")
+            for name in names
+        ]
+        raise UsageError(f"one of {', '.join(flags)} is needed, and only one")

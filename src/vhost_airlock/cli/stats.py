@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhost-airlock stats`: asks a running airlock what it is doing, and shows that."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice, pairwise
+from typing import Any, Self
+
+from ..errors import StartError, UsageError
+from .arguments import interval, number
+
+MIB = 1 << 20
+PATIENCE = 5.0
+"""Seconds that the airlock has to answer."""
+LARGEST = 16 * MIB
+"""Bytes of an answer that can't be an airlock's any more."""
+COLUMNS = 4
+"""Rings that stand side by side."""
+HEADING = 20
+"""Lines of rates after which the heading comes again."""
+
+GAUGES = {
+    *("outstanding", "quarantined", "used", "high_water"),
+    *("resident", "regions", "window"),
+}
+"""Counters that can become less."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the airlock says of itself at one moment."""
+
+    version: str
+    uptime: float
+    sessions: int
+    vmm_connected: bool
+    backend_connected: bool
+    rings: dict[str, dict[str, str | None]]
+    counters: dict[str, dict[str, int]]
+
+    @classmethod
+    def of(cls, data: Any) -> Self:
+        """Choose what we know. ValueError, KeyError, TypeError: it is no such thing."""
+        document = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        groups: list[dict[str, Any]] = [document.rings, document.counters]
+        if not all(
+            isinstance(each, dict) for group in groups for each in group.values()
+        ):
+            raise ValueError("rings and counters are no objects")
+        return document
+
+    def total(self, kind: str, name: str) -> int:
+        """A counter of all rings, or all workers, together."""
+        groups = self.counters.items()
+        return sum(each.get(name, 0) for key, each in groups if key.startswith(kind))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What went on between two documents, for each second or each request."""
+
+    requests: float
+    mib_in: float
+    """From the guest to the back-end."""
+    mib_out: float
+    kicks: float | None
+    """For each request; None: there were none."""
+    calls: float | None
+    sleeps: float
+    polling: float
+    """The share of the workers' time."""
+    outstanding: int
+
+    @classmethod
+    def between(cls, before: Document, after: Document) -> Self:
+        """A new session, or a new process, has counted from zero."""
+        seconds = after.uptime - before.uptime
+        restarted = seconds <= 0
+        fresh = restarted or after.sessions != before.sessions
+        if restarted:
+            seconds = max(after.uptime, 1e-6)
+
+        def more(kind: str, name: str) -> int:
+            base = 0 if fresh else before.total(kind, name)
+            return max(0, after.total(kind, name) - base)
+
+        chains, done = more("ring", "chains"), more("ring", "completions")
+        workers = sum(key.startswith("worker") for key in after.counters)
+        return cls(
+            requests=done / seconds,
+            mib_in=more("ring", "bytes_in") / MIB / seconds,
+            mib_out=more("ring", "bytes_out") / MIB / seconds,
+            kicks=more("ring", "kicks") / chains if chains else None,
+            calls=more("ring", "calls") / done if done else None,
+            sleeps=more("worker", "sleeps") / seconds,
+            polling=more("worker", "polled") / 1e9 / seconds / max(1, workers),
+            outstanding=after.total("ring", "outstanding"),
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vhost-airlock stats`."""
+    parser.add_argument("path", metavar="PATH", help="its --stats-path")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print what it says as it is")
+    form.add_argument(
+        "--prometheus", action="store_true", help="print the text format of Prometheus"
+    )
+    form.add_argument(
+        "--interval", type=interval, metavar="S", help="print rates, every S seconds"
+    )
+    parser.add_argument(
+        "--count", type=number(1), metavar="N", help="so many times; default: for ever"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask and print."""
+    if options.count is not None and options.interval is None:
+        raise UsageError("--count goes with --interval")
+    if options.interval is not None:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(options.path, options.interval, options.count)
+        return 0
+    form: Callable[[Document], str] = table
+    if options.prometheus:
+        form = prometheus
+    text = ask(options.path)
+    document = parse(text, options.path)
+    print(text.rstrip() if options.json else form(document))
+    return 0
+
+
+def _watch(path: str, interval: float, count: int | None) -> None:
+    def documents() -> Iterator[Document]:
+        due = time.monotonic()
+        while True:
+            yield parse(ask(path), path)
+            now = time.monotonic()
+            due = max(due + interval, now)
+            time.sleep(due - now)
+
+    pairs = islice(pairwise(documents()), count)
+    for line, (before, after) in enumerate(pairs):
+        if line % HEADING == 0:
+            print(" ".join(f"{name:>{width}}" for name, width, _ in RATES), flush=True)
+        print(rates_line(Rates.between(before, after)), flush=True)
+
+
+def ask(path: str) -> str:
+    """Return what the airlock at this path answers. StartError: there is none."""
+    until = time.monotonic() + PATIENCE
+    data = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(PATIENCE)
+        try:
+            _connect(sock, path, until)
+            while part := sock.recv(1 << 16):
+                data += part
+                sock.settimeout(max(0.001, until - time.monotonic()))
+                if len(data) > LARGEST:
+                    raise StartError(f"no airlock's stats at {path}: it says too much")
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise StartError(f"no airlock's stats at {path}: {reason}") from None
+    return data.decode(errors="replace")
+
+
+def _connect(sock: socket.socket, path: str, until: float) -> None:
+    """Connect; while others stand in line, wait for them."""
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.02)
+
+
+def parse(text: str, path: str) -> Document:
+    """Read what was answered. StartError: that was no airlock."""
+    try:
+        return Document.of(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StartError(f"no airlock's stats at {path}: it is another's") from None
+
+
+def table(document: Document) -> str:
+    """For people: a column for each ring, a line for each other thing that counts."""
+    up = timedelta(seconds=int(document.uptime))
+    vmm = "VMM connected" if document.vmm_connected else "no VMM"
+    back = "back-end connected" if document.backend_connected else "no back-end"
+    lines = [
+        f"vhost-airlock {document.version}, up {up}, sessions: {document.sessions};"
+        f" {vmm}, {back}"
+    ]
+
+    rings = list(document.rings)
+    for start in range(0, len(rings), COLUMNS):
+        shown = rings[start : start + COLUMNS]
+        counters = [document.counters.get(ring, {}) for ring in shown]
+        phases = [document.rings[ring].get("phase") for ring in shown]
+        lines += ["", _row("", shown), _row("phase", phases)]
+        for name in {name: None for each in counters for name in each}:
+            lines.append(_row(name, [each.get(name) for each in counters]))
+    lines.append("")
+    for group, others in document.counters.items():
+        if group not in document.rings:
+            said = ", ".join(f"{name} {value:,}" for name, value in others.items())
+            lines.append(f"{group}: {said}")
+    for ring, condition in document.rings.items():
+        if condition.get("fault"):
+            lines.append(f"{ring} is broken: {condition['fault']}")
+    return "\n".join(lines).rstrip()
+
+
+def prometheus(document: Document) -> str:
+    """For Prometheus: a sample for each number, by metric."""
+    metrics: dict[str, list[str]] = {
+        "info": [f'{{version="{document.version}"}} 1'],
+        "uptime_seconds": [f" {document.uptime}"],
+        "sessions_total": [f" {document.sessions}"],
+        "vmm_connected": [f" {document.vmm_connected:d}"],
+        "backend_connected": [f" {document.backend_connected:d}"],
+    }
+    for ring, condition in document.rings.items():
+        broken = int(condition.get("fault") is not None)
+        metrics.setdefault("ring_broken", []).append(f"{_label(ring)} {broken}")
+    for group, counters in document.counters.items():
+        for name, value in counters.items():
+            metric = f"{group.split()[0]}_{name}{'' if name in GAUGES else '_total'}"
+            metrics.setdefault(metric, []).append(f"{_label(group)} {value}")
+    lines = []
+    for metric, samples in metrics.items():
+        kind = "counter" if metric.endswith("_total") else "gauge"
+        lines.append(f"# TYPE vhost_airlock_{metric} {kind}")
+        lines += [f"vhost_airlock_{metric}{sample}" for sample in samples]
+    return "\n".join(lines)
+
+
+RATES: tuple[tuple[str, int, Callable[[Rates], str]], ...] = (
+    ("requests/s", 11, lambda rates: f"{rates.requests:,.0f}"),
+    ("MiB/s in", 9, lambda rates: f"{rates.mib_in:,.1f}"),
+    ("MiB/s out", 9, lambda rates: f"{rates.mib_out:,.1f}"),
+    ("kicks/req", 9, lambda rates: _ratio(rates.kicks)),
+    ("calls/req", 9, lambda rates: _ratio(rates.calls)),
+    ("sleeps/s", 9, lambda rates: f"{rates.sleeps:,.0f}"),
+    ("polling", 8, lambda rates: f"{rates.polling:.1%}"),
+    ("in flight", 9, lambda rates: f"{rates.outstanding:,}"),
+)
+"""Heading, width and content of each column."""
+
+
+def rates_line(rates: Rates) -> str:
+    return " ".join(f"{form(rates):>{width}}" for _, width, form in RATES)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _row(name: str, values: list[Any]) -> str:
+    cells = [f"{x:,}" if isinstance(x, int) else str(x or "-") for x in values]
+    return f"{name:12}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+def _label(group: str) -> str:
+    kind, _, number = group.partition(" ")
+    return f'{{{kind}="{number}"}}' if number else ""

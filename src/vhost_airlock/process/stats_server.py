@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells whoever connects what the airlock is doing: one JSON document, and no more.
+
+The thread that serves a session may wait for its back for as long as the back may take,
+which is just when one wants to look. So this is a thread of its own. It only reads:
+counters that the workers write are read word by word while they run, and nothing that
+the control plane has is changed. Nobody ever waits for it.
+
+Readers are answered one at a time, and have little time to read: what one of them does
+is of no more consequence than that the next has to wait for so long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+from ..vhost.fds import eventfd, notify
+from .sockets import Listener
+
+READ_TIME = 1.0
+"""Seconds that a reader has. Nearly every document fits into a socket's buffer."""
+PAUSE = 0.1
+"""Seconds until the next try, when there is no descriptor left for a reader."""
+
+
+class Stats:
+    """Listens at a path, from now on until close(). StartError when it can't.
+
+    Readers are answered from start() on, by a thread that calls `describe` for each.
+    It has the sandbox of the thread that starts it.
+    """
+
+    def __init__(self, path: str, describe: Callable[[], dict[str, object]]) -> None:
+        self._describe = describe
+        self._started = time.monotonic()
+        self._version = version()
+        self._listener = Listener(path)
+        self._stop = eventfd()
+        self._thread = threading.Thread(
+            target=self._serve, name="airlock-stats", daemon=True
+        )
+
+    def start(self) -> Self:
+        self._thread.start()
+        return self
+
+    def document(self) -> dict[str, object]:
+        return {
+            "version": self._version,
+            "uptime": round(time.monotonic() - self._started, 6),
+            **self._describe(),
+        }
+
+    def close(self) -> None:
+        """Stop listening; the path is gone."""
+        if self._thread.ident is not None:
+            notify(self._stop)
+            self._thread.join()
+        self._stop.close()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener.fileno(), select.POLLIN)
+        poll.register(self._stop.fileno(), select.POLLIN)
+        stopped = select.poll()
+        stopped.register(self._stop.fileno(), select.POLLIN)
+        while self._stop.fileno() not in {fd for fd, _ in poll.poll()}:
+            try:
+                reader = self._listener.accept()
+            except OSError:
+                stopped.poll(PAUSE * 1000)
+                continue
+            with reader:
+                self._answer(reader)
+
+    def _answer(self, reader: socket.socket) -> None:
+        reader.settimeout(READ_TIME)
+        with contextlib.suppress(OSError):  # gone, or too slow
+            reader.sendall(json.dumps(self.document()).encode() + b"\n")
+
+
+def version() -> str:
+    """Of vhost-airlock, if it was installed."""
+    from importlib import metadata  # takes longer than all else at start
+
+    try:
+        return metadata.version("vhost-airlock")
+    except metadata.PackageNotFoundError:
+        return "unknown"

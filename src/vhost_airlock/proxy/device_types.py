@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device types (virtio 1.3, section 5): which can be isolated, and with what defaults.
+
+vhost-user does not say what kind of device it carries, and the airlock does not look.
+A type that the user names only chooses defaults, or is refused: some devices' requests
+carry guest addresses in their payload, which mean nothing in isolated memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceType:
+    """What is known of a type. `name` is the one in QEMU's vhost-user.json."""
+
+    number: int
+    name: str
+    copy: str = "full"
+    """The copy policy that fits; one of dataplane.pump.POLICIES."""
+    refused: str = ""
+    """Why it can't be isolated; empty: it can."""
+
+
+TYPES = (
+    # A posted receive buffer is far larger than most packets, and back-ends say exactly
+    # how much they have written.
+    DeviceType(1, "net", copy="used"),
+    DeviceType(2, "block"),
+    DeviceType(3, "console"),
+    DeviceType(4, "rng"),
+    DeviceType(5, "balloon", refused="its requests are lists of guest pages"),
+    DeviceType(8, "scsi"),
+    DeviceType(9, "9p"),
+    DeviceType(16, "gpu", refused="its requests carry guest addresses"),
+    DeviceType(18, "input"),
+    DeviceType(19, "vsock"),
+    DeviceType(20, "crypto"),
+    DeviceType(23, "iommu", refused="its requests are mappings of guest addresses"),
+    DeviceType(24, "mem", refused="its requests are blocks of guest memory"),
+    DeviceType(25, "sound"),
+    DeviceType(26, "fs"),
+    DeviceType(27, "pmem", refused="it is guest memory itself"),
+    DeviceType(32, "scmi"),
+    DeviceType(34, "i2c"),
+    DeviceType(36, "can"),
+    DeviceType(41, "gpio"),
+    DeviceType(45, "spi"),
+    DeviceType(48, "media", refused="its requests can carry lists of guest pages"),
+)
+
+
+def find_type(text: str) -> DeviceType:
+    """Return the type with this name or number, or raise UsageError."""
+    for kind in TYPES:
+        if text in (kind.name, str(kind.number)):
+            return kind
+    names = ", ".join(kind.name for kind in TYPES)
+    raise UsageError(f"--device-type {text}: not one of {names}")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Isolated memory: all that the back ever sees.
+
+It is made of memfds that are sealed against shrinking, growing and further seals
+before they leave us, so the back can neither make us fault by cutting one short nor
+lock us out of it. Shadow rings are in one, the pool's bounce buffers in others.
+
+To the back, they are a guest of its own: guest address and user address of a region
+are the same and start at 2^46, where no guest has memory. An address of the real guest,
+should a payload carry one, then is an error at once and not somebody else's bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+
+from ..dataplane.mapping import Mapping
+from ..dataplane.pool import Pool
+from ..errors import RequestRefused
+from ..vhost.fds import Fd
+from ..vhost.wire import MemoryRegion
+
+BASE = 1 << 46
+RINGS_SIZE = 128 << 20
+"""Room for shadow rings, of which only what is used costs memory: about 230 rings of
+1024 entries."""
+REGION_SIZE = 32 << 20
+"""The pool grows by at least this much."""
+STEPS = 32
+"""In so many steps the pool reaches its limit, or in fewer."""
+MAX_SLOTS = 65
+"""What the pool can manage, and one for the rings."""
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One memfd, where we see it and where the back does."""
+
+    fd: Fd
+    mapping: Mapping
+    announced: MemoryRegion
+
+    def close(self) -> None:
+        self.mapping.close()
+        self.fd.close()
+
+    @property
+    def size(self) -> int:
+        return self.announced.size
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that it really takes; 0 when it has just been closed."""
+        try:
+            return os.fstat(self.fd.fileno()).st_blocks * 512
+        except (OSError, ValueError):  # only for a thread that is not ours
+            return 0
+
+
+def sealed_memfd(name: str, size: int) -> Fd:
+    """Make a memfd of this size in bytes, for good."""
+    fd = Fd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        os.ftruncate(fd.fileno(), size)
+        fcntl.fcntl(
+            fd.fileno(),
+            fcntl.F_ADD_SEALS,
+            fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+        )
+    except BaseException:
+        fd.close()
+        raise
+    return fd
+
+
+class IsolatedMemory:
+    """The regions of one connection to a back, and the pool in them.
+
+    With `slots` the pool begins empty and grows region by region: grow() and shrink()
+    say what to announce. Without, it is one region of `limit` bytes from the start,
+    of which again only what is used costs memory. `shared`: by several workers.
+    """
+
+    def __init__(self, limit: int, *, slots: int, shared: bool = False) -> None:
+        self.limit = max(PAGE, limit // PAGE * PAGE)
+        self.slots = min(slots, MAX_SLOTS)
+        steps = max(1, min(slots - 1, STEPS))
+        self._step = max(REGION_SIZE, -(-self.limit // steps // PAGE) * PAGE)
+        self.pool = Pool(self.limit, largest=_power_below(self.limit), shared=shared)
+        self.rings = self._make("vhost-airlock-rings", RINGS_SIZE)
+        self._rings_used = 0
+        self._ring_areas: dict[int, tuple[int, int, int]] = {}
+        self._pool_regions: dict[int, Region] = {}
+        if not slots:
+            self._add_to_pool(self.limit)
+
+    @property
+    def regions(self) -> list[Region]:
+        """All regions, in the order of their addresses."""
+        return sorted(
+            [self.rings, *self._pool_regions.values()],
+            key=lambda region: region.announced.guest_addr,
+        )
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory that all of it really takes. Any thread may ask."""
+        return sum(region.resident for region in self.regions)
+
+    @property
+    def small(self) -> bool:
+        """Is the pool as small as it gets?"""
+        return not self.slots or len(self._pool_regions) < 2
+
+    def ring_area(self, index: int, size: int, *, fresh: bool) -> tuple[int, int]:
+        """Room of `size` bytes for the shadow of a ring: (our address, the back's).
+
+        It is the ring's last one, if that is large enough and need not be `fresh`.
+        """
+        host, back, room = self._ring_areas.get(index, (0, 0, 0))
+        if room < size or fresh:
+            start = self._rings_used
+            if start + size > self.rings.size:
+                raise RequestRefused(
+                    f"ring {index}: rings need more than {self.rings.size} bytes"
+                )
+            self._rings_used = (start + size + PAGE - 1) // PAGE * PAGE
+            host = self.rings.mapping.address + start
+            back = self.rings.announced.guest_addr + start
+            self._ring_areas[index] = host, back, size
+        return host, back
+
+    def grow(self, wanted: int) -> Region | None:
+        """Make one more region, with room for a block of `wanted` bytes.
+
+        Returns what to announce to the back; then open() it. None: the limit is
+        reached.
+        """
+        room = self.limit - sum(region.size for region in self._pool_regions.values())
+        size = min(max(self._step, wanted), room)
+        if not self.slots or size < wanted or size < PAGE:
+            return None
+        if len(self._pool_regions) + 2 > self.slots:
+            return None
+        return self._make("vhost-airlock-pool", size)
+
+    def open(self, region: Region) -> None:
+        """The back knows this region: take buffers from it, while no worker runs."""
+        number = self.pool.add_region(
+            region.mapping.address, region.announced.guest_addr, region.size
+        )
+        self._pool_regions[number] = region
+
+    def idle(self) -> list[int]:
+        """Numbers of the regions that no buffer is in, while no worker runs."""
+        return [n for n in self._pool_regions if self.pool.used_pages(n) == 0]
+
+    def withdraw(self, number: int) -> Region:
+        """Take an idle region out of the pool, while no worker runs.
+
+        Returns what the back is to forget; then close() it.
+        """
+        self.pool.remove_region(number)
+        return self._pool_regions.pop(number)
+
+    def close(self) -> None:
+        """Unmap everything. No pump may use it any more, and the back is gone."""
+        for region in self.regions:
+            region.close()
+
+    def _add_to_pool(self, size: int) -> None:
+        self.open(self._make("vhost-airlock-pool", size))
+
+    def _make(self, name: str, size: int) -> Region:
+        address = BASE
+        if name != "vhost-airlock-rings":
+            for region in self.regions:
+                taken = region.announced
+                if address + size <= taken.guest_addr:
+                    break
+                address = taken.guest_addr + taken.size
+        fd = sealed_memfd(name, size)
+        try:
+            mapping = Mapping(fd.fileno(), size, huge_pages=True)
+        except BaseException:
+            fd.close()
+            raise
+        return Region(fd, mapping, MemoryRegion(address, size, address))
+
+
+def _power_below(size: int) -> int:
+    """The largest power of two that is no larger."""
+    return 1 << (size.bit_length() - 1)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transfer of a device's internal state, between two pipes (for migration).
+
+Neither side gets the other's descriptor: the back one end of a pipe of ours, and a
+thread carries the bytes over, so many at the most. What the front has to see is that
+its pipe ends when the state does, and whether all of it came.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import threading
+
+from ..errors import ProtocolError, RequestRefused
+from ..vhost.fds import Fd, close_all, eventfd, notify
+
+LIMIT = 256 << 20
+"""The most bytes of state: front-ends read all of it into their memory."""
+CHUNK = 1 << 16
+
+
+class Transfer:
+    """Carries bytes from one descriptor to another until the first one ends.
+
+    It owns both and closes them as soon as it's over. ProtocolError if one is neither
+    a pipe nor a socket, since reading anything else may never end.
+    """
+
+    def __init__(self, source: Fd, sink: Fd, limit: int = LIMIT) -> None:
+        self._source = source
+        self._sink = sink
+        self._left = limit
+        self._stop = eventfd()
+        self._error = "it was cut off"
+        for fd in (source, sink):
+            mode = os.fstat(fd.fileno()).st_mode
+            if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
+                close_all((source, sink, self._stop))
+                raise ProtocolError("the device's state comes in no pipe and no socket")
+        self._thread = threading.Thread(target=self._run, name="airlock-transfer")
+        self._thread.start()
+
+    def finish(self, timeout: float) -> None:
+        """Wait for the end, in seconds. RequestRefused if that was not a good one."""
+        self._thread.join(timeout)
+        self.close()
+        if self._error:
+            raise RequestRefused(f"the device's state did not come: {self._error}")
+
+    def close(self) -> None:
+        """Stop, wherever it is."""
+        if not self._stop.closed:
+            notify(self._stop)
+            self._thread.join()
+            self._stop.close()
+
+    def _run(self) -> None:
+        try:
+            while data := self._read():
+                self._left -= len(data)
+                if self._left < 0:
+                    self._error = "there is too much of it"
+                    return
+                self._write(data)
+            self._error = ""
+        except OSError as error:
+            self._error = error.strerror or str(error)
+        finally:
+            self._source.close()
+            self._sink.close()
+
+    def _read(self) -> bytes:
+        while True:
+            self._wait(self._source, select.POLLIN)
+            try:
+                return _read_some(self._source)
+            except BlockingIOError:
+                continue
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            self._wait(self._sink, select.POLLOUT)
+            try:
+                rest = rest[_write_some(self._sink, rest) :]
+            except BlockingIOError:
+                continue
+
+    def _wait(self, fd: Fd, event: int) -> None:
+        poll = select.poll()
+        poll.register(fd.fileno(), event)
+        poll.register(self._stop.fileno(), select.POLLIN)
+        if any(number == self._stop.fileno() for number, _ in poll.poll()):
+            raise OSError("it was cut off")
+
+
+# O_NONBLOCK is no help: it belongs to everybody who has the descriptor, the back too.
+
+
+def _read_some(fd: Fd) -> bytes:
+    """Read what there is, without waiting; nothing at the end."""
+    data = bytearray(CHUNK)
+    try:
+        count = os.preadv(fd.fileno(), [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return os.read(fd.fileno(), CHUNK)
+    return bytes(data[:count])
+
+
+def _write_some(fd: Fd, data: memoryview) -> int:
+    """Write what there is room for, without waiting."""
+    try:
+        return os.pwritev(fd.fileno(), [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+    # Linux before 6.4 can't do that with a pipe. So much fits into one that is ready.
+    return os.write(fd.fileno(), data[: select.PIPE_BUF])

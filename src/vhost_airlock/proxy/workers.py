@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads of the data plane, of which each ring has one.
+
+A ring's own worker is paused to change that ring; all of them are paused to change
+what rings share: the guest's memory and the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+from ..dataplane.worker import Worker
+from ..vhost.fds import HasFileno
+
+log = logging.getLogger(__name__)
+
+
+class Workers:
+    """`count` threads, started at once. They signal `events`, see Worker.
+
+    `cpus` are processors that they are bound to, in turn; without, they run on any.
+    """
+
+    def __init__(
+        self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
+    ) -> None:
+        self._workers = [Worker(events.fileno(), poll_us=poll_us) for _ in range(count)]
+        self._threads = [
+            threading.Thread(
+                target=_run,
+                args=(worker, cpus[i % len(cpus)] if cpus else None),
+                name=f"airlock-{i}",
+                daemon=True,
+            )
+            for i, worker in enumerate(self._workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def of(self, index: int) -> Worker:
+        """The worker of the ring with this number: neighbours have different ones."""
+        return self._workers[index % len(self._workers)]
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context in which all of them stand still."""
+        with contextlib.ExitStack() as paused:
+            for worker in self._workers:
+                paused.enter_context(worker.pause())
+            yield
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each has done, by its name."""
+        return {
+            f"worker {i}": worker.counters() for i, worker in enumerate(self._workers)
+        }
+
+    def close(self) -> None:
+        """End all threads; no pump runs any more."""
+        for worker in self._workers:
+            worker.stop()
+        for thread in self._threads:
+            thread.join()
+        # Now, and not when the last that has one goes: an error in a record of the log
+        # may hold half of a session.
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+
+
+def _run(worker: Worker, cpu: int | None) -> None:
+    if cpu is not None:
+        try:
+            os.sched_setaffinity(0, {cpu})
+        except OSError as error:  # it was taken from us, or away, since the start
+            log.warning("processor %d can't be used: %s", cpu, error.strerror)
+    worker.run()

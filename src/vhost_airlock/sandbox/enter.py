@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process locks itself in, once it has all that takes the rights of its user.
+
+From then on it has its sockets and descriptors and what peers send it, and can't start
+programs, open files, or get more rights, whoever might have taken it over by then:
+
+- no_new_privs, so that no program gives it rights;
+- bounds for descriptors, and no core dumps, which would have the guest's memory;
+- other processes of the same user can't look into its memory;
+- Landlock: of files, it can only remove its own sockets (where the kernel has that);
+- seccomp: the system calls of syscalls.py, and no others.
+
+All of this binds this process and its threads. What starts back-ends is another process
+(process/broker.py), which was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import traceback
+from collections.abc import Iterable
+
+from ..errors import StartError
+from .files import restrict_files
+from .syscalls import load, restrict_calls
+
+log = logging.getLogger(__name__)
+
+MAX_FDS = 2048
+"""The most descriptors: 256 rings have six each, and the pool, the workers and the
+sockets have a few hundred more."""
+
+_PR_SET_DUMPABLE = 4
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def enter(sockets: Iterable[str]) -> None:
+    """Lock this process in, while it has one thread. StartError if that can't be.
+
+    `sockets` are the paths that it is to remove at its end.
+    """
+    folders = {os.path.dirname(os.path.abspath(path)) for path in sockets}
+    try:
+        library = load()
+        _load_what_is_loaded_late()
+        _limit()
+        _prctl(_PR_SET_DUMPABLE, 0)
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        if not restrict_files(folders):
+            log.info("sandbox: this kernel has no Landlock, to limit what is removed")
+        restrict_calls(library)
+    except OSError as error:
+        raise StartError(
+            f"can't enter the sandbox: {error.strerror or error}"
+            " (--sandbox=off does without)"
+        ) from None
+
+
+def _load_what_is_loaded_late() -> None:
+    """Modules and libraries can't be opened any more when they are needed first."""
+    try:
+        raise StartError("")
+    except StartError:
+        traceback.format_exc()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")  # glibc's pthread_exit() does
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FDS if hard == resource.RLIM_INFINITY else min(hard, MAX_FDS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    zero = ctypes.c_ulong(0)
+    if libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl {option}: {os.strerror(error)}")

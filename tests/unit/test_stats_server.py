@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thread that tells what goes on: whoever asks, it answers, and then the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vhost_airlock.cli.stats import ask
+from vhost_airlock.errors import StartError
+from vhost_airlock.process import stats_server
+from vhost_airlock.process.stats_server import Stats
+
+LARGE = "x" * (8 << 20)
+"""More than any socket's buffer holds."""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "stats.sock"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def connected(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    return sock
+
+
+def test_each_reader_gets_a_document_of_its_moment(path: Path) -> None:
+    turns = iter(range(100))
+    told = Stats(str(path), lambda: {"turn": next(turns)}).start()
+    first, second = (json.loads(ask(str(path))) for _ in range(2))
+    told.close()
+    assert (first["turn"], second["turn"]) == (0, 1)
+    assert first["version"] == second["version"] == stats_server.version()
+    assert 0 <= first["uptime"] <= second["uptime"]
+
+
+def test_the_path_is_the_owners_and_goes_away(path: Path) -> None:
+    told = Stats(str(path), dict).start()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with pytest.raises(StartError, match="another process does"):
+        Stats(str(path), dict)
+    told.close()
+    assert not path.exists()
+
+
+def test_stale_socket_is_replaced(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    told = Stats(str(path), dict).start()
+    assert json.loads(ask(str(path)))
+    told.close()
+
+
+def test_who_does_not_read_is_left_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats_server, "READ_TIME", 0.05)
+    documents = iter([LARGE, LARGE, "short"])
+    told = Stats(str(path), lambda: {"text": next(documents)}).start()
+    with connected(path), connected(path):
+        assert json.loads(ask(str(path)))["text"] == "short"
+    told.close()
+
+
+def test_who_leaves_at_once_does_no_harm(path: Path) -> None:
+    documents = iter([LARGE, "short"])
+    told = Stats(str(path), lambda: {"text": next(documents)}).start()
+    connected(path).close()
+    assert json.loads(ask(str(path)))["text"] == "short"
+    told.close()
+
+
+def test_want_of_descriptors_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Stats(str(path), dict).start()
+    accept = told._listener.accept
+    failures = iter([OSError(24, "Too many open files")] * 2)
+
+    def fail_at_first() -> socket.socket:
+        for error in failures:
+            raise error
+        return accept()
+
+    monkeypatch.setattr(told._listener, "accept", fail_at_first)
+    assert json.loads(ask(str(path)))
+    told.close()

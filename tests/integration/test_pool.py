@@ -19,7 +19,7 @@ from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import MIB, GuestRam
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES
-from vhost_airlock.proxy import device
+from vhost_airlock.proxy import pool_policy
 from vhost_airlock.proxy.isolated import BASE, REGION_SIZE, RINGS_SIZE
 from vhost_airlock.vhost.wire import MemoryRegion, ProtocolFeature, Request
 
@@ -206,7 +206,7 @@ def test_idle_regions_are_given_back(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the first, when they were not needed at two looks in a row."""
-    monkeypatch.setattr(device, "IDLE_CHECK", 0.05)
+    monkeypatch.setattr(pool_policy, "IDLE_CHECK", 0.05)
     scene = play(pool_limit=256 * MIB)
     scene.submit(16)
     chains = [scene.back.take() for _ in range(16)]
@@ -236,7 +236,7 @@ def test_region_with_a_buffer_in_use_is_kept(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it is."""
-    monkeypatch.setattr(device, "IDLE_CHECK", 0.05)
+    monkeypatch.setattr(pool_policy, "IDLE_CHECK", 0.05)
     scene = play(pool_limit=256 * MIB)
     scene.submit(16)
     chains = [scene.back.take() for _ in range(16)]
@@ -311,7 +311,7 @@ def test_back_that_refuses_a_region_is_of_no_use(
     request_: Request,
 ) -> None:
     """What it still has or hasn't got then, nobody knows."""
-    monkeypatch.setattr(device, "IDLE_CHECK", 0.05)
+    monkeypatch.setattr(pool_policy, "IDLE_CHECK", 0.05)
     scene = play(pool_limit=256 * MIB)
 
     def refuse(payload: object, fds: list[object]) -> None:

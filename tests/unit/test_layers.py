@@ -46,6 +46,7 @@ LAYERS = """
     proxy.session
     proxy.handlers
     proxy.device
+    proxy.pool_policy
     proxy.ring
     proxy.back
     proxy.isolated

@@ -32,7 +32,7 @@ from ..vhost.wire import (
 from .back import Back
 from .config import Config
 from .front_memory import FrontMemory
-from .isolated import Region
+from .pool_policy import PoolPolicy
 from .ring import Ring
 from .state import (
     Event,
@@ -45,11 +45,6 @@ from .transfer import Transfer
 from .workers import Workers
 
 log = logging.getLogger(__name__)
-
-IDLE_CHECK = 10.0
-"""Seconds between looks for regions of the pool that nobody needs."""
-GROWTH_RETRY = 0.05
-"""Seconds until a pool that could not grow may be asked to again."""
 
 
 class Device:
@@ -76,10 +71,7 @@ class Device:
         self._back: Back | None = None
         self._front_requests: Requester | None = None
         self._transfer: Transfer | None = None
-        self._idle_regions: set[int] = set()
-        self._next_idle_check = time.monotonic() + IDLE_CHECK
-        self._next_growth: float | None = None
-        """When to try once more to grow the pool, after it was not possible."""
+        self._pool = PoolPolicy(self.workers)
 
     @property
     def back(self) -> Back:
@@ -271,10 +263,7 @@ class Device:
             if reason := ring.check():
                 log.error("ring %d is broken: %s", ring.index, reason)
         if self._back is not None and self._back.settled:
-            self._grow_pool(self._back)
-            if time.monotonic() >= self._next_idle_check:
-                self._next_idle_check = time.monotonic() + IDLE_CHECK
-                self._shrink_pool(self._back)
+            self._pool.look(self._back)
 
     def next_look(self) -> float | None:
         """Milliseconds until look() has something to do by itself; None: it has not."""
@@ -282,10 +271,9 @@ class Device:
         if self._back is not None and self._back.settled:
             if wait := self._back.requests_wait():
                 waits.append(wait)
-            if not self._back.memory.small:
-                waits.append(max(0.0, self._next_idle_check - time.monotonic()))
-            if self._next_growth is not None:
-                waits.append(max(0.0, self._next_growth - time.monotonic()))
+            pool_wait = self._pool.next_look(self._back)
+            if pool_wait is not None:
+                waits.append(pool_wait)
         return min(waits) * 1000 if waits else None
 
     def set_front_requests(self, fd: Fd) -> None:
@@ -351,59 +339,8 @@ class Device:
         return sum(ring.quarantined for ring in self.rings.values())
 
     def _share_pool(self) -> None:
-        """Half of the pool is split among the rings, the other half is for all."""
-        rings = [ring for ring in self.rings.values() if ring.pump is not None]
-        memory = self.back.memory
-        each = memory.limit // 2 // len(rings)
-        with self.workers.pause():
-            for ring in rings:
-                ring.set_guaranteed(each)
-            memory.pool.set_common(memory.limit - each * len(rings))
-            memory.pool.set_may_grow(memory.slots > 0)
-
-    def _grow_pool(self, back: Back) -> None:
-        """Do so, if a worker has asked for it; where there is no room, others make way.
-
-        If that is not possible, the worker may ask again in a while and not before.
-        """
-        if self._next_growth is not None:
-            if time.monotonic() < self._next_growth:
-                return
-            self._next_growth = None
-            with self.workers.pause():
-                back.memory.pool.set_may_grow(True)
-            return
-        wanted = back.memory.pool.take_wanted()
-        if not wanted or not back.memory.slots:
-            return
-        region = back.grow(wanted)
-        if region is None:
-            self._withdraw(back, back.memory.idle())
-            region = back.grow(wanted)
-        if region is None:
-            self._next_growth = time.monotonic() + GROWTH_RETRY
-            return
-        with self.workers.pause():
-            back.memory.open(region)
-            back.memory.pool.set_may_grow(True)
-
-    def _shrink_pool(self, back: Back) -> None:
-        """Take regions back that were idle at the last look too, but for the first."""
-        with self.workers.pause():
-            idle = set(back.memory.idle())
-        long_idle = sorted(idle & self._idle_regions - {0})
-        self._idle_regions = idle
-        if back.memory.slots and long_idle:
-            self._withdraw(back, long_idle)
-
-    def _withdraw(self, back: Back, numbers: list[int]) -> None:
-        """Take regions out of the pool, if they still are idle, and from the back."""
-        gone: list[Region] = []
-        with self.workers.pause():
-            for number in set(numbers) & set(back.memory.idle()):
-                gone.append(back.memory.withdraw(number))
-        for region in gone:
-            back.forget(region)
+        with_pump = [ring for ring in self.rings.values() if ring.pump is not None]
+        self._pool.share(self.back, with_pump)
 
     def _on_config_change(self) -> None:
         """Tell the front. It must not be asked to ack: it may be asking us just now."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tables import each_row
 from vhost_airlock.errors import ProtocolError
 from vhost_airlock.vhost import wire
 from vhost_airlock.vhost.wire import (
@@ -132,17 +133,17 @@ def test_every_payload_is_tested_here():
     assert {type(payload) for payload, _ in SIZES} == set(PAYLOADS) - {CryptoSession}
 
 
-@pytest.mark.parametrize(("payload", "size"), SIZES, ids=repr)
+@each_row(SIZES)
 def test_size_is_the_specifications(payload, size):
     assert len(payload.pack()) == size
 
 
-@pytest.mark.parametrize(("payload", "data"), FIELDS, ids=repr)
+@each_row(FIELDS)
 def test_fields_are_in_the_specifications_order(payload, data):
     assert payload.pack() == data
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
+@each_row(PAYLOADS)
 @settings(deadline=None)
 @given(data=st.data())
 def test_what_was_packed_is_unpacked(kind, data):
@@ -152,7 +153,7 @@ def test_what_was_packed_is_unpacked(kind, data):
     assert kind.unpack(packed) == payload
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
+@each_row(PAYLOADS)
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_unpacked_or_refused(kind, data):
@@ -166,14 +167,14 @@ def test_any_bytes_are_unpacked_or_refused(kind, data):
     assert len(payload.pack()) == size
 
 
-@pytest.mark.parametrize("kind", PAYLOADS)
+@each_row(PAYLOADS)
 def test_a_size_out_of_range_is_refused(kind):
     for size in {kind.MIN_SIZE - 1, kind.MAX_SIZE + 1} - {-1}:
         with pytest.raises(ProtocolError, match=f"{size}"):
             kind.unpack(bytes(size))
 
 
-@pytest.mark.parametrize("count", [0, 2, 2**32 - 1])
+@each_row([0, 2, 2**32 - 1])
 def test_a_table_must_have_as_many_regions_as_it_says(count):
     data = struct.pack("=II4Q", count, 0, 1, 2, 3, 4)
     with pytest.raises(ProtocolError, match=f"{count} memory regions"):
@@ -226,8 +227,7 @@ def test_protocol_features_are_masks_of_the_specifications_bits():
     }
 
 
-@pytest.mark.parametrize(
-    ("feature", "bit"),
+@each_row(
     [
         (Feature.LOG_ALL, 26),
         (Feature.INDIRECT_DESC, 28),
@@ -244,7 +244,7 @@ def test_features_are_masks_of_the_specifications_bits(feature, bit):
     assert feature == 1 << bit
 
 
-@pytest.mark.parametrize("feature", [*Feature, *ProtocolFeature, *HeaderFlag])
+@each_row([*Feature, *ProtocolFeature, *HeaderFlag])
 def test_a_bit_can_be_cleared_without_losing_any_other(feature):
     everything = 2**64 - 1
     assert everything & ~feature == everything - feature.value

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tables import each_row
 from vhost_airlock.errors import (
     AirlockError,
     Disconnected,
@@ -405,8 +406,8 @@ def test_serve_a_back_ends_own_requests():
             back.ask(0)
 
 
-@pytest.mark.parametrize("request_", RULES, ids=repr)
-def test_any_number_of_fds_with_any_request_leaks_none(null, request_):
+@each_row(RULES)
+def test_any_number_of_fds_with_any_request_leaks_none(request_, *, null):
     """F4. The most that the kernel lets through are 253."""
     rule = RULES[request_]
     for count in range(254):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.tables import each_row
 from vhost_airlock.cli import main as cli
 from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
@@ -166,17 +167,13 @@ UNUSABLE: list[tuple[list[str], str]] = [
 ]
 
 
-def shortened(value: object) -> str:
-    return str(value)[-60:]
-
-
-@pytest.mark.parametrize(("arguments", "text"), UNUSABLE, ids=shortened)
+@each_row(UNUSABLE)
 def test_unusable_arguments_are_told_in_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+    arguments: list[str], text: str, *, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 2
+    status = cli.main(arguments)
     out, err = capsys.readouterr()
-    assert out == ""
+    assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("vhost-airlock: ")
     assert re.search(text, err), err

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.tables import each_row
 from vhost_airlock.errors import (
     AirlockError,
     DeadlineExceeded,
@@ -567,8 +568,8 @@ def test_an_fd_that_is_missing_is_an_error(pair, null, call, request_, payload):
         call(pair.front, null)
 
 
-@pytest.mark.parametrize("request_", RULES, ids=repr)
-def test_fds_that_may_not_come_back_are_closed(null, request_):
+@each_row(RULES)
+def test_fds_that_may_not_come_back_are_closed(request_, *, null):
     """F4, from the other side."""
     rule = RULES[request_]
     for count in range(1, 254):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A test of a table names each wrong row, and passes only if there is none."""
 
+import inspect
+
 import pytest
 
 from tests.support.tables import each_row
@@ -36,3 +38,15 @@ def test_an_error_that_should_have_come_and_did_not_is_a_wrong_row() -> None:
 def test_a_table_without_rows_is_refused() -> None:
     with pytest.raises(AssertionError):
         each_row([])
+
+
+def test_keyword_only_parameters_are_fixtures() -> None:
+    seen = []
+
+    def check(number: int, *, tmp_path: str) -> None:
+        seen.append((number, tmp_path))
+
+    test = each_row([1, 2])(check)
+    assert list(inspect.signature(test).parameters) == ["tmp_path"]
+    test(tmp_path="here")
+    assert seen == [(1, "here"), (2, "here")]

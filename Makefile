@@ -30,6 +30,7 @@ test-asan: develop                      ## the data plane under ASan and UBSan
 
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
+	    tests/proof/test_notifying.py tests/unit/test_peers_ring.py \
 	    tests/unit/test_races.py tests/unit/test_mutators.py \
 	    tests/integration/test_endurance.py
 

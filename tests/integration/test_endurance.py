@@ -35,7 +35,8 @@ pytestmark = pytest.mark.whole_process
 MIB = 1 << 20
 SLACK = 1 * MIB
 """How much the heap may grow between two measurements, as an allocator has its whims. A
-session that leaves 2 KiB behind is found, and a message that leaves 64 bytes."""
+session that leaves 4 KiB behind is found (1 KiB under stress), and so is a message that
+leaves 64 bytes."""
 
 
 class Setting:
@@ -99,10 +100,10 @@ def assert_constant(before: Holdings, after: Holdings) -> None:
     assert after.heap < before.heap + SLACK
 
 
-def test_i9_thousand_sessions(setting: Setting) -> None:
+def test_i9_many_sessions(setting: Setting) -> None:
     """Every other front-end leaves without a word, and with a request in flight."""
     with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest:
-        for number in range(1100):
+        for number in range(1100 if STRESS else 400):
             setting.connect(guest)
             for queue in guest.queues:
                 queue.reset()

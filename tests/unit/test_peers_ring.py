@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.support.profiles import PROFILE
 from vhost_airlock.errors import RingFault
 from vhost_airlock.peers import (
     Buffer,
@@ -213,9 +214,7 @@ class TwoEnds(RuleBasedStateMachine):
             assert sorted(alive) == sorted(self.driver.outstanding)
 
 
-TwoEnds.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=80, deadline=None
-)
+TwoEnds.TestCase.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 5)
 TestTwoEnds = TwoEnds.TestCase
 
 
@@ -238,8 +237,9 @@ def test_bad_size_is_refused(size: int) -> None:
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 256])
 def test_indices_wrap_at_16_bits(size: int, event_idx: bool) -> None:
-    rig = Rig(size, event_idx=event_idx)
-    moved = 0
+    base = 0x10000 - 3 * size
+    rig = Rig(size, base=base, event_idx=event_idx)
+    moved = base
     while moved < 0x10000 + 3 * size:
         for i in range(size):
             rig.driver.offer([Buffer(moved + i, 1)])

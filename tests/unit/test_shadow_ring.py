@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.support.plane import BACK_BASE, MIB, PAGE, Lane, World
 from vhost_airlock.peers.ring import DESC, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
+
+RINGS = [*itertools.product([1, 2, 4, 256, 1024], [False, True]), (32768, False)]
 
 USED_INDEX = "the back's used index jumps by more than the ring holds"
 USED_ID = "the back completes what is not in flight, again and again"
@@ -32,8 +36,7 @@ def complete_raw(lane: Lane, *ends: tuple[int, int]) -> None:
 
 
 class TestChains:
-    @pytest.mark.parametrize("size", [1, 2, 4, 256, 1024, 32768])
-    @pytest.mark.parametrize("indirect", [False, True])
+    @pytest.mark.parametrize(("size", "indirect"), RINGS)
     def test_rings_of_any_size_are_filled_and_emptied(self, world, size, indirect):
         lane = Lane(world, size=size, back_indirect=indirect)
         for _ in range(3):

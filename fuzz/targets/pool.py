@@ -52,7 +52,6 @@ class PoolModel:
         self.pool = self.world.pool = Pool(LIMIT * PAGE, largest=LARGEST * PAGE)
         self.regions: dict[int, int] = {}
         """By piece: the number of the region that it is."""
-        self.closed: set[int] = set()
         self.common = LIMIT
         self.guaranteed = [0, 0]
         self.flight: list[dict[int, Held]] = [{}, {}]
@@ -81,9 +80,6 @@ class PoolModel:
         used = self.used_in(piece)
         assert self.pool.used_pages(number) == used
         if source.flag():
-            assert self.pool.close_region(number) == (used == 0)
-            self.closed.add(piece)
-        elif piece in self.closed:
             try:
                 self.pool.remove_region(number)
             except ValueError:
@@ -91,7 +87,6 @@ class PoolModel:
             else:
                 assert not used, "a region that is in use was removed"
                 del self.regions[piece]
-                self.closed.discard(piece)
 
     def change_shares(self, source: Source) -> None:
         """As the control plane does it: the parts are no more than the whole."""
@@ -139,7 +134,6 @@ class PoolModel:
         free = {
             piece: [True] * (self.world.isolated.pieces[piece].size // PAGE)
             for piece in self.regions
-            if piece not in self.closed
         }
         for at, pages in self.blocks():
             for piece, map_ in free.items():
@@ -250,11 +244,10 @@ class PoolModel:
         ]
 
     def check_block(self, at: int, pages: int) -> None:
-        """It lies in an open region, at a multiple of its size."""
+        """It lies in a region, at a multiple of its size."""
         for piece in self.regions:
             size = self.world.isolated.pieces[piece].size
             if piece <= at < piece + size:
-                assert piece not in self.closed, "a block of a closed region"
                 assert (at - piece) % (pages * PAGE) == 0
                 assert at + pages * PAGE <= piece + size
                 return

@@ -6,12 +6,15 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
 
 import pytest
 
 from tests.support.limits import no_more_fds
-from tests.support.plane import BACK_BASE, MIB, PAGE, Lane, World
-from vhost_airlock.dataplane.pool import Pool
+from tests.support.plane import BACK_BASE, MIB, PAGE, Lane, Wired, World
+from vhost_airlock.dataplane.pool import DEBUG, Pool
+from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import Chain
 
 NEVER_FITS = "a chain is larger than the pool allows"
@@ -148,6 +151,42 @@ class TestBlocks:
         world = World(pool=[4 * PAGE, 2 * PAGE], largest=4 * PAGE)
         lane = Lane(world)
         assert len(must_take(lane, 2, 4).buffers) == 2
+
+    def test_blocks_are_joined_at_last_also_when_nobody_wants_a_large_one(self):
+        """More than are kept apart: all is one block again, and cut from its start."""
+        world = World(pool=2048 * PAGE)
+        lane = Lane(world, size=2048)
+        chains = [must_take(lane, 1) for _ in range(1025)]
+        chains.sort(key=lambda chain: page_of(lane, chain))
+        give(lane, *chains[:1024])
+        last = must_take(lane, 1)
+        assert page_of(lane, last) == 1023
+        give(lane, last, chains[1024])
+        assert page_of(lane, must_take(lane, 1)) == 0
+
+    def test_to_join_blocks_takes_no_longer_in_a_large_region(self):
+        """Full but for two pages, and used by turns as two blocks and as one."""
+
+        def least_time(pages: int) -> int:
+            world = World(pool=pages * PAGE)
+            filler, lane = Lane(world, size=512, back_indirect=False), Lane(world)
+            buffers = []
+            for order in range(1, pages.bit_length() - 1):
+                left = PAGE << order
+                buffers += [MIB] * (left // MIB) or [left]
+            take(filler, *(size // PAGE for size in buffers))
+            assert world.pool.used == (pages - 2) * PAGE
+            times = []
+            for _ in range(200):
+                give(lane, must_take(lane, 1, 1))
+                lane.offer((1 << 32, 2 * PAGE, True))
+                start = time.perf_counter_ns()
+                lane.step()
+                times.append(time.perf_counter_ns() - start)
+                give(lane, lane.take())
+            return min(times)
+
+        assert least_time(1 << 16) < 3 * least_time(1 << 4)
 
     def test_the_most_ever_used_is_kept(self, world, lane):
         chains = [must_take(lane, 8) for _ in range(3)]
@@ -351,6 +390,33 @@ def test_without_room_for_its_descriptor_there_is_no_shared_pool():
     assert os.listdir("/proc/self/fd") == before
 
 
+@pytest.mark.skipif(not DEBUG, reason="only a debug build checks this")
+def test_in_a_debug_build_the_pool_changes_under_a_pause_only(world):
+    events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    worker = Worker(events)
+    lane = Wired(world, worker)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    with worker.pause():
+        world.pool.set_may_grow(True)
+    lane.offer((0, 16))
+    lane.kick()
+    lane.complete(lane.await_chain())
+    for method in (world.pool.used_pages, world.pool.remove_region):
+        with pytest.raises(RuntimeError, match="without a pause"):
+            method(0)
+    with pytest.raises(RuntimeError, match="without a pause"):
+        world.pool.set_may_grow(False)
+    assert world.pool.take_wanted() == 0
+    with worker.pause():
+        assert world.pool.used_pages(0) == 0
+    lane.close()
+    assert world.pool.used_pages(0) == 0
+    worker.stop()
+    thread.join()
+    os.close(events)
+
+
 class TestRegions:
     def test_numbers_are_used_again(self):
         world = World(pool=[PAGE, PAGE, PAGE])
@@ -373,11 +439,7 @@ class TestRegions:
 
     @pytest.mark.parametrize("number", [-1, 1, 64, 1000])
     def test_unknown_numbers_are_refused(self, world, number):
-        for method in (
-            world.pool.close_region,
-            world.pool.remove_region,
-            world.pool.used_pages,
-        ):
+        for method in (world.pool.remove_region, world.pool.used_pages):
             with pytest.raises(ValueError, match=f"no region {number}"):
                 method(number)
 
@@ -396,28 +458,13 @@ class TestRegions:
         world.pool.remove_region(0)
         assert take(lane, 1) is None
 
-    def test_a_closed_region_gives_no_more_blocks(self):
-        world = World(pool=[8 * PAGE, 8 * PAGE])
-        lane = Lane(world, size=64)
-        old = must_take(lane, 1)
-        assert world.pool.close_region(0) is False
-        assert (must_take(lane, 1).buffers[0].addr - BACK_BASE) >> 32 == 1
-        give(lane, old)
-        assert world.pool.close_region(0) is True
-        # Not even what came back.
-        for _ in range(7):
-            assert (must_take(lane, 1).buffers[0].addr - BACK_BASE) >> 32 == 1
-        assert take(lane, 1) is None
-        world.pool.remove_region(0)
-
     def test_the_place_of_a_removed_region_is_like_new(self):
         world = World(pool=[8 * PAGE, PAGE], limit=64 * PAGE)
         lane = Lane(world, size=64)
         give(lane, must_take(lane, 3))
-        world.pool.close_region(0)
         world.pool.remove_region(0)
         assert world.grow(16 * PAGE) == 0
-        # The new one is not closed, and all of it is there.
+        # All of the new one is there.
         must_take(lane, 8)
         must_take(lane, 8)
         assert world.pool.used_pages(0) == 16

@@ -85,6 +85,21 @@ def request(lane: Wired, number: int) -> None:
     assert lane.world.ram.read(8 * MIB + PAGE, 800) == payload[::-1]
 
 
+def test_what_a_ring_wants_of_the_pool_is_never_lost(worker):
+    """The control plane looks while the worker runs: it hears of each wish."""
+    world = World(pool=[], limit=MIB)
+    lane = Wired(world, worker)
+    lane.offer((0, 3 * PAGE))
+    end = time.monotonic() + RACE_SECONDS / 4
+    while time.monotonic() < end:
+        patience = time.monotonic() + Wired.PATIENCE
+        os.eventfd_write(lane.kick_in, 1)
+        while not (wanted := world.pool.take_wanted()):
+            assert time.monotonic() < patience, "a wish was lost"
+        assert wanted == 4 * PAGE
+    lane.close()
+
+
 class TestStorms:
     """B4: notifications without end, of which nothing comes."""
 

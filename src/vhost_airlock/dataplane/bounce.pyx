@@ -23,7 +23,7 @@ from vhost_airlock.dataplane.layout cimport (
 )
 from vhost_airlock.dataplane.pool cimport (
     MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, join_free, lock_pool, order_of,
-    reserve, take_block, unlock_pool, unreserve,
+    raise_to, reserve, take_block, unlock_pool, unreserve,
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
 
@@ -87,11 +87,11 @@ cdef int place(
     placed = reserve(pool, share, pages)
     if placed:
         slot.pages = pages
-        placed = take_blocks(slot, small, pages, pool)
+        placed = take_blocks(slot, small, pages, largest, pool)
         if placed:
             share.high_water = max(share.high_water, share.used)
         else:
-            pool.wanted = max(pool.wanted, largest)
+            raise_to(&pool.wanted, largest)
     if not placed:
         give_blocks(slot, pool)
         unreserve(pool, share, slot.pages)
@@ -105,9 +105,12 @@ cdef int place(
 
 
 cdef bint take_blocks(
-    Slot *slot, uint64_t small, uint64_t pages, PoolState *pool
+    Slot *slot, uint64_t small, uint64_t pages, uint64_t largest, PoolState *pool
 ) noexcept nogil:
-    """Take all blocks that the slot needs, `pages` in all. False: not to be had."""
+    """Take all blocks that the slot needs; `pages`: of all, `largest`: of one.
+
+    False: they are not to be had. The caller gives back those that were taken.
+    """
     cdef int order
 
     if take_blocks_of(slot, small, 0, MAX_ORDER, pool):
@@ -115,9 +118,9 @@ cdef bint take_blocks(
     # Joined, and the largest first, whatever can fit does. In any other order, small
     # blocks of the chain itself could stand in the way of its large ones for ever.
     give_blocks(slot, pool)
-    if not join_free(pool, pages):
+    if not join_free(pool, pages, order_of(largest)):
         return False
-    for order in range(MAX_ORDER, -1, -1):
+    for order in range(order_of(largest), -1, -1):
         if not take_blocks_of(slot, small, order, order, pool):
             return False
     return True

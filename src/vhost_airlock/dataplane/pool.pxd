@@ -8,10 +8,37 @@ from vhost_airlock.dataplane.sys cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, signal_fd,
 )
 
+cdef extern from * nogil:
+    """
+    #if defined(AIRLOCK_DEBUG) || defined(__SANITIZE_ADDRESS__)
+    #define AIRLOCK_CHECKS 1
+    #else
+    #define AIRLOCK_CHECKS 0
+    #endif
+    #define airlock_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+    #define airlock_add(p, v) ((void)__atomic_fetch_add((p), (v), __ATOMIC_ACQ_REL))
+
+    static inline void airlock_raise(uint64_t *to, uint64_t value)
+    {
+        uint64_t old = __atomic_load_n(to, __ATOMIC_RELAXED);
+        while (old < value && !__atomic_compare_exchange_n(
+                   to, &old, value, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+            ;
+    }
+    """
+    # Whether this is a debug build, which checks that methods are called as they say.
+    const bint CHECKS "AIRLOCK_CHECKS"
+    uint64_t exchange "airlock_exchange"(uint64_t *, uint64_t)
+    void add_int "airlock_add"(int *, int)
+    # Make it the larger one of what it is and a value; atomically.
+    void raise_to "airlock_raise"(uint64_t *, uint64_t)
+
 cdef enum:
     MAX_POOL_REGIONS = 64
     MAX_ORDER = 20
     NO_BLOCK = -1
+    # The most loose blocks of one order in a region.
+    MAX_LOOSE = 1024
 
 cdef struct Block:
     # NO_BLOCK when there is none.
@@ -23,23 +50,29 @@ cdef struct Block:
     # Where the back sees it.
     uint64_t back
 
+cdef struct Links:
+    # Pages where the neighbours in a list of blocks start; -1: there is none.
+    int32_t next
+    int32_t before
+
 cdef struct PoolRegion:
     uint8_t *host
     uint64_t back
     # 0: this entry is not in use.
     uint32_t pages
     uint32_t used
-    # No new blocks: it is about to be given back.
-    bint closed
-    # A block came back since blocks were last joined.
-    bint freed
-    # For each page where a free block starts its order, else -1.
-    int8_t *order
-    # Links the free blocks of an order.
-    int32_t *next
-    # Bit n: free[n] is not empty.
-    uint32_t orders
-    int32_t free[MAX_ORDER + 1]
+    # By page, where a block starts: the order of a joined block; -1 for all others.
+    int8_t *joined_order
+    # By page, where a free block starts.
+    Links *links
+    # The first block of each order's list, or -1; bit n of the masks: list n has one.
+    # Loose blocks: given back, not joined yet; the last one given back is the first.
+    int32_t loose[MAX_ORDER + 1]
+    uint32_t loose_orders
+    uint16_t loose_count[MAX_ORDER + 1]
+    # Joined blocks: the largest there can be, as far as loose ones are not counted.
+    int32_t joined[MAX_ORDER + 1]
+    uint32_t joined_orders
 
 cdef struct Share:
     # What one ring has taken, in pages, and how much it can always have.
@@ -47,6 +80,8 @@ cdef struct Share:
     uint64_t guaranteed
     # The most that it ever had.
     uint64_t high_water
+    # A worker runs the ring: it is not paused. Kept in debug builds only.
+    int running
 
 cdef struct PoolState:
     pthread_mutex_t mutex
@@ -66,10 +101,13 @@ cdef struct PoolState:
     uint64_t high_water
     # Pages of the largest block there can ever be.
     uint64_t largest
-    # Pages of a block that was not to be had: the pool should grow.
+    # Pages of a block that was not to be had: the pool should grow. Changed by workers
+    # and the control plane at once, hence by raise_to() and exchange() only.
     uint64_t wanted
     # Cleared when the control plane has been told that it should.
-    bint may_grow
+    int may_grow
+    # How many rings with this pool workers run. Kept in debug builds only.
+    int running
     int count
     PoolRegion region[MAX_POOL_REGIONS]
 
@@ -80,6 +118,12 @@ cdef inline int order_of(uint64_t pages) noexcept nogil:
     while (<uint64_t> 1 << order) < pages:
         order += 1
     return order
+
+cdef inline int must_stand_still(const int *running) except -1:
+    """In a debug build, raise RuntimeError if a worker runs what needs a pause."""
+    if CHECKS and load_int(running):
+        raise RuntimeError("called without a pause of the workers")
+    return 0
 
 cdef inline uint64_t over(uint64_t used, uint64_t guaranteed) noexcept nogil:
     return used - guaranteed if used > guaranteed else 0
@@ -103,7 +147,7 @@ cdef inline void tell_room(PoolState *pool) noexcept nogil:
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil
-cdef bint join_free(PoolState *pool, uint64_t pages) noexcept nogil
+cdef bint join_free(PoolState *pool, uint64_t pages, int order) noexcept nogil
 cdef void give_block(PoolState *pool, Block *block) noexcept nogil
 
 

@@ -2,10 +2,11 @@
 """Isolated memory for bounce buffers.
 
 The pool is a handful of regions, each a memfd that the back has mapped. A region is
-cut into blocks of 2^order pages, in the manner of a buddy allocator, but blocks are
-joined again only when one is not to be had otherwise: until then a block that came
-back is the first to go out again, while it is still in the processor's caches. Small
-pieces of a chain share one block, see bounce.pyx.
+cut into blocks of 2^order pages by a buddy allocator which joins late: a block that was
+given back is loose, and is the first of its order to be taken again, while it is still
+in the processor's caches. Loose blocks are joined when a chain can't be placed
+otherwise, or when there are many of them. Small pieces of a chain share one block, see
+bounce.pyx.
 
 All bookkeeping is in memory of our own. The back can write what it likes into the
 regions: nothing here ever looks there.
@@ -18,12 +19,16 @@ can't starve another.
 from libc.errno cimport errno
 from libc.stdint cimport int8_t, int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
-from vhost_airlock.dataplane.layout cimport PAGE, load64
+from vhost_airlock.dataplane.layout cimport PAGE, load64, store_int
 from vhost_airlock.dataplane.sys cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, close, eventfd, pthread_mutex_destroy,
     pthread_mutex_init,
 )
+
+DEBUG = bool(CHECKS)
+"""Whether this is a debug build, see must_stand_still()."""
 
 
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
@@ -47,7 +52,7 @@ cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogi
 
 
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil:
-    """Take a block from the first region that has one."""
+    """Take a block from the first region that has one. False: none has."""
     cdef int i
 
     for i in range(pool.count):
@@ -56,51 +61,66 @@ cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil:
     return False
 
 
-cdef bint join_free(PoolState *pool, uint64_t pages) noexcept nogil:
-    """Make free blocks as large as can be. False: not so many pages are free at all."""
+cdef bint join_free(PoolState *pool, uint64_t pages, int order) noexcept nogil:
+    """Join loose blocks of smaller orders than `order`.
+
+    Each block is joined once after it was given back, and no list of loose ones is
+    longer than MAX_LOOSE: the time that this takes does not depend on regions' sizes.
+
+    False: fewer pages than `pages` are free in all, and nothing was done.
+    """
     cdef PoolRegion *region
     cdef uint64_t free_pages = 0
-    cdef int i
+    cdef int i, smaller
 
     for i in range(pool.count):
-        region = &pool.region[i]
-        if not region.closed:
-            free_pages += region.pages - region.used
+        free_pages += pool.region[i].pages - pool.region[i].used
     if free_pages < pages:
         return False
     for i in range(pool.count):
-        if pool.region[i].freed:
-            join_blocks(&pool.region[i])
+        region = &pool.region[i]
+        if region.loose_orders & ((<uint32_t> 1 << order) - 1):
+            for smaller in range(order):
+                join_loose(region, smaller)
     return True
 
 
 cdef void give_block(PoolState *pool, Block *block) noexcept nogil:
     """Give a block back. The next one of its order to go out is this one."""
     cdef PoolRegion *region = &pool.region[block.region]
+    cdef int order = block.order
 
-    push_block(region, block.page, block.order)
-    region.used -= 1 << block.order
-    region.freed = True
-    pool.used -= <uint64_t> 1 << block.order
+    region.links[block.page].next = region.loose[order]
+    region.loose[order] = block.page
+    region.loose_orders |= <uint32_t> 1 << order
+    region.loose_count[order] += 1
+    if region.loose_count[order] > MAX_LOOSE:
+        join_loose(region, order)
+    region.used -= 1 << order
+    pool.used -= <uint64_t> 1 << order
     block.order = NO_BLOCK
 
 
 cdef bint take_from(
     PoolState *pool, int number, int order, Block *block
 ) noexcept nogil:
+    """Take a block of this order, cut from the smallest one that is large enough."""
     cdef PoolRegion *region = &pool.region[number]
     cdef int32_t page
-    cdef int larger
+    cdef int larger = order
 
-    if region.closed or (region.orders >> order) == 0:
+    if ((region.loose_orders | region.joined_orders) >> order) == 0:
         return False
-    larger = order
-    while region.free[larger] < 0:
+    while region.loose[larger] < 0 and region.joined[larger] < 0:
         larger += 1
-    page = pop_block(region, larger)
+    if region.loose[larger] >= 0:
+        page = pop_loose(region, larger)
+    else:
+        page = region.joined[larger]
+        unlink_joined(region, page, larger)
     while larger > order:
         larger -= 1
-        push_block(region, page + (1 << larger), larger)
+        push_joined(region, page + (1 << larger), larger)
 
     region.used += 1 << order
     pool.used += <uint64_t> 1 << order
@@ -113,66 +133,84 @@ cdef bint take_from(
     return True
 
 
-cdef void push_block(PoolRegion *region, uint32_t page, int order) noexcept nogil:
-    region.order[page] = order
-    region.next[page] = region.free[order]
-    region.free[order] = page
-    region.orders |= <uint32_t> 1 << order
+cdef inline int32_t pop_loose(PoolRegion *region, int order) noexcept nogil:
+    """Take the first loose block of an order; returns its page."""
+    cdef int32_t page = region.loose[order]
 
-
-cdef int32_t pop_block(PoolRegion *region, int order) noexcept nogil:
-    cdef int32_t page = region.free[order]
-
-    region.free[order] = region.next[page]
-    if region.free[order] < 0:
-        region.orders &= ~(<uint32_t> 1 << order)
-    region.order[page] = -1
+    region.loose[order] = region.links[page].next
+    region.loose_count[order] -= 1
+    if region.loose[order] < 0:
+        region.loose_orders &= ~(<uint32_t> 1 << order)
     return page
 
 
-cdef void join_blocks(PoolRegion *region) noexcept nogil:
-    """Join neighbouring free blocks into the largest there can be."""
+cdef void join_loose(PoolRegion *region, int order) noexcept nogil:
+    """Join all loose blocks of an order with their neighbours."""
+    while region.loose[order] >= 0:
+        join_block(region, pop_loose(region, order), order)
+
+
+cdef void join_block(PoolRegion *region, uint32_t page, int order) noexcept nogil:
+    """Join a block with its buddy for as long as that is a joined block, too."""
+    cdef uint32_t buddy
+
+    while order < MAX_ORDER:
+        buddy = page ^ (<uint32_t> 1 << order)
+        if buddy >= region.pages or region.joined_order[buddy] != order:
+            break
+        unlink_joined(region, buddy, order)
+        page = min(page, buddy)
+        order += 1
+    push_joined(region, page, order)
+
+
+cdef void push_joined(PoolRegion *region, uint32_t page, int order) noexcept nogil:
+    cdef int32_t after = region.joined[order]
+
+    region.joined_order[page] = order
+    region.links[page] = Links(after, -1)
+    if after >= 0:
+        region.links[after].before = page
+    region.joined[order] = page
+    region.joined_orders |= <uint32_t> 1 << order
+
+
+cdef void unlink_joined(PoolRegion *region, uint32_t page, int order) noexcept nogil:
+    cdef Links links = region.links[page]
+
+    region.joined_order[page] = -1
+    if links.next >= 0:
+        region.links[links.next].before = links.before
+    if links.before >= 0:
+        region.links[links.before].next = links.next
+        return
+    region.joined[order] = links.next
+    if links.next < 0:
+        region.joined_orders &= ~(<uint32_t> 1 << order)
+
+
+cdef void make_blocks(PoolRegion *region) noexcept nogil:
+    """Cut a new region into joined blocks, each aligned to its size."""
     cdef uint32_t page = 0
-    cdef uint32_t start
     cdef int order
 
-    region.freed = False
-    region.orders = 0
+    memset(region.joined_order, 0xff, region.pages)
+    region.loose_orders = region.joined_orders = 0
     for order in range(MAX_ORDER + 1):
-        region.free[order] = -1
-    while page < region.pages:
-        if region.order[page] < 0:
-            page += 1
-            continue
-        start = page
-        while page < region.pages and region.order[page] >= 0:
-            order = region.order[page]
-            region.order[page] = -1
+        region.loose[order] = region.joined[order] = -1
+        region.loose_count[order] = 0
+    for order in range(MAX_ORDER, -1, -1):
+        while region.pages - page >= <uint32_t> 1 << order:
+            push_joined(region, page, order)
             page += 1 << order
-        push_run(region, start, page)
-
-
-cdef void push_run(PoolRegion *region, uint32_t start, uint32_t end) noexcept nogil:
-    """Make the free pages [start, end) into blocks, each aligned to its size."""
-    cdef int order
-
-    while start < end:
-        order = 0
-        while (
-            order < MAX_ORDER
-            and not start & (1 << order)
-            and start + (<uint64_t> 2 << order) <= end
-        ):
-            order += 1
-        push_block(region, start, order)
-        start += 1 << order
 
 
 cdef class Pool:
     """Blocks for bounce buffers, up to `limit` bytes in regions added one by one.
 
-    Call the methods only while the workers of all pumps with this pool are paused;
-    the properties may be read at any time.
+    Call the methods only while the workers of all pumps with this pool are paused, but
+    for take_wanted(); a debug build raises RuntimeError otherwise. The properties may
+    be read at any time.
     """
 
     def __cinit__(self, uint64_t limit, *, uint64_t largest, bint shared=False):
@@ -194,8 +232,8 @@ cdef class Pool:
     def __dealloc__(self):
         cdef int i
         for i in range(self.state.count):
-            free(self.state.region[i].order)
-            free(self.state.region[i].next)
+            free(self.state.region[i].joined_order)
+            free(self.state.region[i].links)
         if self.state.shared and self.state.room >= 0:
             close(self.state.room)
         pthread_mutex_destroy(&self.state.mutex)
@@ -204,8 +242,8 @@ cdef class Pool:
         """Add memory: our address, the back's, bytes. Returns the region's number."""
         cdef int number = 0
         cdef PoolRegion *region
-        cdef uint32_t page
 
+        must_stand_still(&self.state.running)
         if size % PAGE or not 0 < size <= <uint64_t> PAGE << MAX_ORDER:
             raise ValueError(f"region of {size} bytes")
         while number < self.state.count and self.state.region[number].pages:
@@ -214,31 +252,23 @@ cdef class Pool:
             raise ValueError(f"more than {MAX_POOL_REGIONS} regions")
         region = &self.state.region[number]
         region.pages = size // PAGE
-        region.order = <int8_t *> malloc(region.pages)
-        region.next = <int32_t *> malloc(region.pages * sizeof(int32_t))
-        if region.order == NULL or region.next == NULL:
+        region.joined_order = <int8_t *> malloc(region.pages)
+        region.links = <Links *> malloc(region.pages * sizeof(Links))
+        if region.joined_order == NULL or region.links == NULL:
             self._forget(region)  # not reached: no memory
             raise MemoryError  # not reached: no memory
         region.host = <uint8_t *> host
         region.back = back
         region.used = 0
-        region.closed = False
-        for page in range(region.pages):
-            region.order[page] = 0
-        join_blocks(region)
+        make_blocks(region)
         if number == self.state.count:
             self.state.count += 1
-        self.state.wanted = 0
+        exchange(&self.state.wanted, 0)
         return number
 
-    def close_region(self, int number):
-        """No new blocks from this region. True when none is out: it may be removed."""
-        self._check(number)
-        self.state.region[number].closed = True
-        return self.state.region[number].used == 0
-
     def remove_region(self, int number):
-        """Forget a region of which no block is out."""
+        """Forget a region of which no block is out. ValueError if one is."""
+        must_stand_still(&self.state.running)
         self._check(number)
         if self.state.region[number].used:
             raise ValueError(f"region {number} has blocks in use")
@@ -246,22 +276,26 @@ cdef class Pool:
 
     def used_pages(self, int number):
         """Pages of this region that are in use."""
+        must_stand_still(&self.state.running)
         self._check(number)
         return self.state.region[number].used
 
     def set_common(self, uint64_t size):
         """How many bytes are for any ring, besides the rings' guaranteed parts."""
+        must_stand_still(&self.state.running)
         self.state.common = size // PAGE
 
     def set_may_grow(self, bint may):
         """May a worker ask for more memory? It asks once, then this is off."""
-        self.state.may_grow = may
+        must_stand_still(&self.state.running)
+        store_int(&self.state.may_grow, may)
 
     def take_wanted(self):
-        """Bytes of the largest block that was asked for in vain since the last call."""
-        cdef uint64_t wanted = self.state.wanted
-        self.state.wanted = 0
-        return wanted * PAGE
+        """Bytes of the largest block that was asked for in vain since the last call.
+
+        Workers may run meanwhile: what one asks for is in this answer or in the next.
+        """
+        return exchange(&self.state.wanted, 0) * PAGE
 
     @property
     def used(self):
@@ -274,12 +308,12 @@ cdef class Pool:
         return load64(&self.state.high_water) * PAGE
 
     cdef _forget(self, PoolRegion *region):
-        free(region.order)
-        free(region.next)
-        region.order = NULL
-        region.next = NULL
+        free(region.joined_order)
+        free(region.links)
+        region.joined_order = NULL
+        region.links = NULL
         region.pages = 0
-        region.orders = 0
+        region.loose_orders = region.joined_orders = 0
 
     cdef _check(self, int number):
         if not 0 <= number < self.state.count or not self.state.region[number].pages:

@@ -32,7 +32,7 @@ from posix.time cimport timespec
 
 from vhost_airlock.dataplane.layout cimport fence, load64, load_int, store_int
 from vhost_airlock.dataplane.polling cimport Polling
-from vhost_airlock.dataplane.pool cimport tell_room
+from vhost_airlock.dataplane.pool cimport CHECKS, add_int, tell_room
 from vhost_airlock.dataplane.pump cimport (
     Pump, PumpState, is_drained, pending, rest, step,
 )
@@ -142,7 +142,7 @@ cdef class Worker:
         """Move chains until stop() is called. The target of the worker's thread."""
         pthread_mutex_lock(&self.mutex)
         self.thread = pthread_self()
-        self.running = True
+        set_running(self, True)
         pthread_mutex_unlock(&self.mutex)
         with nogil:
             while True:
@@ -153,7 +153,7 @@ cdef class Worker:
                 if not go_round(self):
                     idle(self)
             pthread_mutex_lock(&self.mutex)
-            self.running = False
+            set_running(self, False)
             pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.mutex)
 
@@ -280,8 +280,12 @@ cdef int go_round(Worker worker) noexcept nogil:
         elif not route.drained and is_drained(pump):
             route.drained = True
             tell = True
-        if pump.stalled and pump.pool.wanted and pump.pool.may_grow:
-            pump.pool.may_grow = False      # told once; the control plane sets it again
+        if (
+            pump.stalled and load64(&pump.pool.wanted)
+            and load_int(&pump.pool.may_grow)
+        ):
+            # Told once; the control plane sets it again.
+            store_int(&pump.pool.may_grow, 0)
             tell = True
     if tell:
         signal_fd(worker.events)
@@ -392,12 +396,25 @@ cdef bint must_look(Worker worker) noexcept nogil:
 
 cdef void stand_still(Worker worker) noexcept nogil:
     pthread_mutex_lock(&worker.mutex)
-    worker.running = False
+    set_running(worker, False)
     pthread_cond_broadcast(&worker.changed)
     while worker.paused:
         pthread_cond_wait(&worker.changed, &worker.mutex)
-    worker.running = True
+    set_running(worker, True)
     pthread_mutex_unlock(&worker.mutex)
+
+
+cdef void set_running(Worker worker, bint running) noexcept nogil:
+    """Note whether the worker runs, in its pumps and their pools too: see CHECKS."""
+    cdef PumpState *pump
+    cdef int i
+
+    worker.running = running
+    if CHECKS:
+        for i in range(worker.routes):
+            pump = worker.route[i].pump
+            pump.share.running = running
+            add_int(&pump.pool.running, 1 if running else -1)
 
 
 cdef bint hold(Worker worker, uint64_t until) noexcept:

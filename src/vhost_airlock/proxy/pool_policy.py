@@ -82,7 +82,7 @@ class PoolPolicy:
             return
         region = back.grow(wanted)
         if region is None:
-            self._withdraw(back, back.memory.idle())
+            self._withdraw(back, self._idle(back))
             region = back.grow(wanted)
         if region is None:
             self._next_growth = time.monotonic() + GROWTH_RETRY
@@ -93,12 +93,16 @@ class PoolPolicy:
 
     def _shrink(self, back: Back) -> None:
         """Take regions back that were idle at the last look too, but for the first."""
-        with self._workers.pause():
-            idle = set(back.memory.idle())
+        idle = self._idle(back)
         long_idle = sorted(idle & self._idle_regions - {0})
         self._idle_regions = idle
         if back.memory.slots and long_idle:
             self._withdraw(back, long_idle)
+
+    def _idle(self, back: Back) -> set[int]:
+        """Return the numbers of the regions that no request is in just now."""
+        with self._workers.pause():
+            return set(back.memory.idle())
 
     def _withdraw(self, back: Back, numbers: Collection[int]) -> None:
         """Take regions out of the pool, if they still are idle, and from the back."""

@@ -48,9 +48,8 @@ PROTOCOL = (
 
 
 class PlayedBack:
-    def __init__(self, protocol: int, stop: Fd) -> None:
+    def __init__(self, protocol: int) -> None:
         self.protocol = protocol
-        self.stop = stop
         self.seen: list[Seen] = []
         self.memory = Memory()
         self.vrings: defaultdict[int, Vring] = defaultdict(Vring)
@@ -59,7 +58,7 @@ class PlayedBack:
         self._old: list[DeviceRing] = []
 
     def connect(self, config: AirlockConfig, changed: Callable[[], None]) -> Back:
-        channel = PlayedChannel(self.answer, stop=self.stop, timeout=config.timeout)
+        channel = PlayedChannel(self.answer, timeout=config.timeout)
         return Back(channel, config, changed)
 
     def answer(

@@ -77,7 +77,7 @@ def one(data: bytes) -> None:
     fill_memory(source)
     ours, theirs = socket.socketpair()
     with eventfd() as stop, theirs:
-        back = PlayedBack(PROTOCOL if source.flag() else P.MQ | P.CONFIG, stop)
+        back = PlayedBack(PROTOCOL if source.flag() else P.MQ | P.CONFIG)
         sent = 0
         while source.more and sent < 60:
             if source.number(1) >= 0xC0:

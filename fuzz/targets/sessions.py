@@ -27,9 +27,8 @@ from fuzz.playedworker import PlayedWorkers
 from fuzz.source import Source
 from fuzz.talk import PAGE, all_closed, memory, open_fds, replies, send_any
 from fuzz.targets.front_messages import P, good, send_good
-from vhost_airlock.errors import RingFault
 from vhost_airlock.peers.driver import DriverRing
-from vhost_airlock.peers.ring import Buffer, Chain, SplitRing
+from vhost_airlock.peers.ring import Buffer, Chain, RingFault, SplitRing
 from vhost_airlock.peers.vring import Vring
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.session import Session
@@ -178,9 +177,9 @@ class BusyBack(PlayedBack):
     """A back that works, or does harm, in its rings."""
 
     def __init__(
-        self, protocol: int, stop: Fd, source: Source, took: Callable[[int], None]
+        self, protocol: int, source: Source, took: Callable[[int], None]
     ) -> None:
-        super().__init__(protocol, stop)
+        super().__init__(protocol)
         self.source = source
         self.took = took
         self.served = 0
@@ -252,7 +251,7 @@ class Play(Session):
         self.stop_event = eventfd()
         self.guest = Guest()
         protocol = PROTOCOL if source.flag() else P.MQ | P.CONFIG
-        self.busy_back = BusyBack(protocol, self.stop_event, source, self.guest.taken)
+        self.busy_back = BusyBack(protocol, source, self.guest.taken)
         ours, self.peer = socket.socketpair()
         channel = Channel(ours, stop=self.stop_event, peer="front", timeout=0)
         with patch("vhost_airlock.proxy.device.Workers", PlayedWorkers):

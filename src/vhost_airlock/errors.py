@@ -8,10 +8,11 @@
     │   ├── ProtocolError      ... a peer broke the protocol
     │   │   └── PeerRefused    ... a peer answered a request with an error
     │   ├── Disconnected       ... a peer is gone
+    │   │   ├── FrontLost      ... the VMM
+    │   │   └── BackLost       ... the back-end
     │   └── DeadlineExceeded   ... a peer did not answer in time
-    ├── RingFault              one ring, for good
     ├── RequestRefused         one message; the connection lives on
-    └── Stopped                nothing: we were told to stop while we waited
+    └── Stopped                nothing: we were told to stop while we waited idly
 
 The text of each is one line that names the peer, the request, the field and the value,
 as far as they are known. It is what the log shows.
@@ -50,16 +51,16 @@ class Disconnected(SessionError):
     """The peer closed its socket, or can't be reached at all."""
 
 
+class FrontLost(Disconnected):
+    """The VMM is gone, on the connection that the session is about."""
+
+
+class BackLost(Disconnected):
+    """The back-end is gone, on the connection that the session is about."""
+
+
 class DeadlineExceeded(SessionError):
     """A peer did not answer, or did not read, in the time that it has."""
-
-
-class RingFault(AirlockError):
-    """A ring is broken and stops for good; other rings go on."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class RequestRefused(AirlockError):
@@ -67,4 +68,4 @@ class RequestRefused(AirlockError):
 
 
 class Stopped(AirlockError):
-    """Our own stop event came while we waited for a peer."""
+    """Our own stop event came while we waited for a peer that owed us nothing."""

@@ -17,8 +17,8 @@ from tests.support.sessions import SLACK, TIMEOUT, errors, serve, small_guest
 from vhost_airlock.errors import AirlockError, PeerRefused
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES
-from vhost_airlock.vhost.channel import Answer
 from vhost_airlock.vhost.fds import Fd, close_all
+from vhost_airlock.vhost.message import Answer
 from vhost_airlock.vhost.wire import (
     U64,
     DeviceState,

@@ -152,12 +152,14 @@ def test_signal_while_nobody_is_there(front: Path, where: Path) -> None:
 def test_signal_while_the_back_does_not_answer(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
+    """It has its time to do so, and no more."""
     back.instead[Request.GET_FEATURES] = lambda _, fds: hold(back)
-    with running(front, where, "--timeout=3600") as program:
+    with running(front, where, "--timeout=1") as program:
         channel = program.connect(front)
         channel.send(Request.GET_FEATURES)
         wait_until(lambda: back.connections == 1, "the back is asked")
         assert program.stop() == 0
+        assert "back: did not answer in time (GET_FEATURES)" in program.errors()
         channel.close()
 
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
-from vhost_airlock.errors import Disconnected
+from vhost_airlock.errors import BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.session import Session
@@ -44,7 +44,11 @@ class Airlock:
         """A front-end's connection to a new session."""
         ours, theirs = socket.socketpair()
         front = Channel(
-            theirs, stop=self.stop, peer="front", timeout=self.config.timeout
+            theirs,
+            stop=self.stop,
+            peer="front",
+            timeout=self.config.timeout,
+            lost=FrontLost,
         )
         session = Session(front, self.config, self._connect, self.stop)
         thread = threading.Thread(target=self._run, args=[session], name="session")
@@ -63,9 +67,7 @@ class Airlock:
     def _connect(self, config_changed: Callable[[], None]) -> Back:
         ours, theirs = socket.socketpair()
         self.back.start(theirs)
-        channel = Channel(
-            ours, stop=self.stop, peer="back", timeout=self.config.timeout
-        )
+        channel = Channel(ours, timeout=self.config.timeout, lost=BackLost)
         try:
             return Back(channel, self.config, config_changed)
         except BaseException:

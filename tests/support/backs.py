@@ -26,9 +26,10 @@ from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES, DeviceServer
 from vhost_airlock.peers.vring import Vring
 from vhost_airlock.vhost.backend import Backend, Handler, Result
-from vhost_airlock.vhost.channel import Channel, Limit, Message, any_payload
+from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, HasFileno, close_all, notify
 from vhost_airlock.vhost.frontend import Requester
+from vhost_airlock.vhost.message import Limit, Message, any_payload
 from vhost_airlock.vhost.rules import BACKEND_RULES, RULES
 from vhost_airlock.vhost.wire import (
     U64,

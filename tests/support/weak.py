@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from vhost_airlock.errors import Disconnected, RingFault
+from vhost_airlock.errors import Disconnected
 from vhost_airlock.peers.device import DeviceRing
 from vhost_airlock.peers.disk import SECTOR, Disk
 from vhost_airlock.peers.ring import (
@@ -22,6 +22,7 @@ from vhost_airlock.peers.ring import (
     DESC_F_NEXT,
     DESC_F_WRITE,
     Buffer,
+    RingFault,
 )
 from vhost_airlock.peers.server import DeviceServer
 from vhost_airlock.process.sockets import Listener

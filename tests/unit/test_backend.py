@@ -5,6 +5,7 @@ import array
 import contextlib
 import os
 import socket
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -13,14 +14,16 @@ from hypothesis import strategies as st
 from tests.support.tables import each_row
 from vhost_airlock.errors import (
     AirlockError,
+    DeadlineExceeded,
     Disconnected,
     ProtocolError,
     RequestRefused,
     Stopped,
 )
 from vhost_airlock.vhost.backend import Backend, Handler, Responder
-from vhost_airlock.vhost.channel import Answer, Channel
+from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd
+from vhost_airlock.vhost.message import Answer
 from vhost_airlock.vhost.rules import BACKEND_RULES, RULES, Ack
 from vhost_airlock.vhost.wire import (
     U64,
@@ -41,6 +44,7 @@ from vhost_airlock.vhost.wire import (
 )
 
 R = Request
+TIMEOUT = 0.05
 VERSION, NEED_REPLY = HeaderFlag.VERSION, HeaderFlag.NEED_REPLY
 ALL = ProtocolFeature((1 << 23) - 1)
 
@@ -57,7 +61,7 @@ class Front:
         self.sock, ours = socket.socketpair()
         self.handlers: dict[int, Handler] = {}
         self.backend = responder(
-            Channel(ours, peer="front", timeout=0.05), self.handlers, **more
+            Channel(ours, peer="front", timeout=TIMEOUT), self.handlers, **more
         )
 
     def __enter__(self):
@@ -404,6 +408,91 @@ def test_serve_a_back_ends_own_requests():
             back.ask(BackendRequest.VRING_CALL, VringState(0))
         with pytest.raises(ProtocolError, match="nobody knows request 0"):
             back.ask(0)
+
+
+# Serving without waiting.
+
+
+@pytest.fixture
+def asking():
+    """A back-end as `.sock`, whose own requests are served without waiting."""
+    features = ProtocolFeature.CONFIG | ProtocolFeature.REPLY_ACK
+    with Front(Responder, rules=BACKEND_RULES, features=features) as back:
+        back.changes = []
+        back.handlers[BackendRequest.CONFIG_CHANGE_MSG] = lambda payload, fds: (
+            back.changes.append(payload)
+        )
+        yield back
+
+
+CHANGE = Header(BackendRequest.CONFIG_CHANGE_MSG, 0x9, 0).pack()
+CHANGE_ACK = reply(BackendRequest.CONFIG_CHANGE_MSG, U64(0))
+
+
+def test_what_has_come_is_served_one_by_one(asking):
+    assert not asking.backend.handle_now()
+    asking.sock.send(CHANGE * 2)
+    assert asking.backend.handle_now()
+    assert len(asking.changes) == 1
+    assert asking.received() == CHANGE_ACK
+    assert asking.backend.handle_now()
+    assert not asking.backend.handle_now()
+    assert asking.received() == CHANGE_ACK
+
+
+def test_a_request_that_comes_byte_by_byte_is_served_when_it_is_whole(asking):
+    for i in range(len(CHANGE)):
+        assert not asking.backend.handle_now()
+        assert asking.changes == []
+        asking.sock.send(CHANGE[i : i + 1])
+    assert asking.backend.handle_now()
+    assert len(asking.changes) == 1
+    assert asking.received() == CHANGE_ACK
+
+
+def test_half_a_request_is_nobodys_business_but_its_senders(asking):
+    """However often somebody looks; its descriptors are counted by the fixture."""
+    asking.sock.send(CHANGE[:5])
+    began = time.monotonic()
+    for _ in range(100):
+        assert not asking.backend.handle_now()
+    assert time.monotonic() - began < 20 * TIMEOUT
+
+
+def test_an_ack_for_which_there_is_no_room_is_not_waited_for(asking):
+    asking.backend.channel.timeout = 100 * TIMEOUT
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            asking.backend.channel._sock.send(bytes(100), socket.MSG_DONTWAIT)
+    asking.sock.send(CHANGE)
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="did not read"):
+        asking.backend.handle_now()
+    assert time.monotonic() - began < 50 * TIMEOUT
+
+
+def test_what_is_served_without_waiting_may_be_refused(asking):
+    refused = BackendRequest.SHMEM_UNMAP
+    data = bytes(BACKEND_RULES[refused].payload.MIN_SIZE)
+    asking.send(refused, data, flags=VERSION | NEED_REPLY)
+    assert asking.backend.handle_now()
+    assert asking.received() == reply(refused, U64(1))
+    asking.send(refused, data)
+    with pytest.raises(ProtocolError, match="can't be told no"):
+        asking.backend.handle_now()
+
+
+@pytest.mark.parametrize("flags", [VERSION, VERSION | NEED_REPLY])
+def test_c4_no_refusal_escapes(asking, flags):
+    """Not even one that the handler got when it asked somebody else."""
+    asking.handlers[BackendRequest.CONFIG_CHANGE_MSG] = refuse
+    for serve in (asking.backend.handle_one, asking.backend.handle_now):
+        asking.send(BackendRequest.CONFIG_CHANGE_MSG, flags=flags)
+        if flags & NEED_REPLY:
+            serve()
+        else:
+            with pytest.raises(ProtocolError, match="can't be told no"):
+                serve()
 
 
 @each_row(RULES)

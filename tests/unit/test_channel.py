@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from tests.support.limits import no_more_fds
 from vhost_airlock.errors import (
+    BackLost,
     DeadlineExceeded,
     Disconnected,
+    FrontLost,
     ProtocolError,
     SessionError,
     Stopped,
@@ -378,8 +380,21 @@ def test_stop_wins_over_a_peer_that_never_rests(peer):
         peer.channel.stop = stop
         with pytest.raises(Stopped):
             peer.channel.recv()
-        with pytest.raises(Stopped):
-            peer.channel.send(1)
+
+
+def test_stop_leaves_a_message_alone_that_has_begun(peer):
+    """C9: what has a deadline goes on to its end, in either direction."""
+    send_raw(peer.sock, GET_FEATURES[:5])
+    with eventfd(1) as stop:
+        assert peer.channel.recv_now() is None
+        peer.channel.stop = stop
+        timer = threading.Timer(SOON / 2, peer.sock.send, [GET_FEATURES[5:]])
+        timer.start()
+        assert peer.channel.recv().request == 1
+        timer.join()
+        peer.channel.send(1)
+        with pytest.raises(DeadlineExceeded):
+            peer.channel.recv(soon())
 
 
 def test_after_stop_one_can_go_on_talking(peer):
@@ -437,12 +452,123 @@ def test_all_waiting_is_done_in_one_place(peer):
             super().wait(events, deadline)
 
     with Watched(peer.sock.dup()) as channel:
-        channel.send(1, b"")
-        assert set(waits) == {select.POLLOUT}
-        waits.clear()
         peer.channel.send(1, b"x")
         channel.recv()
         assert set(waits) == {select.POLLIN}
+        waits.clear()
+        fill(channel._sock)
+        with pytest.raises(DeadlineExceeded):
+            channel.send(1, deadline=soon())
+        assert set(waits) == {select.POLLOUT}
+
+
+# Receiving without waiting.
+
+MESSAGE = Header(5, 1, 6).pack() + b"abcdef"
+
+
+def test_what_comes_byte_by_byte_is_put_together(peer, null):
+    send_raw(peer.sock, MESSAGE[:1], [null])
+    for i in range(1, len(MESSAGE)):
+        assert peer.channel.recv_now() is None
+        assert peer.channel.pending()
+        peer.sock.send(MESSAGE[i : i + 1])
+    with peer.channel.recv_now() as message:
+        assert (message.request, message.payload) == (5, b"abcdef")
+        assert len(message.fds) == 1
+    assert peer.channel.recv_now() is None
+    assert not peer.channel.pending()
+
+
+def test_receiving_without_waiting_waits_for_nothing(peer):
+    class Impatient(Channel):
+        def wait(self, events, deadline=None):
+            raise AssertionError("it waits")
+
+    with Impatient(peer.sock.dup()) as channel:
+        assert channel.recv_now() is None
+        peer.channel._sock.send(MESSAGE[:15])
+        assert channel.recv_now() is None
+        peer.channel._sock.send(MESSAGE[15:])
+        message = channel.recv_now()
+        assert message is not None
+        assert message.payload == b"abcdef"
+
+
+def test_each_look_takes_one_message(peer):
+    send_raw(peer.sock, GET_FEATURES * 2 + MESSAGE[:7])
+    assert peer.channel.recv_now().request == 1
+    assert peer.channel.recv_now().request == 1
+    assert peer.channel.recv_now() is None
+
+
+@pytest.mark.parametrize("size", range(1, len(MESSAGE)))
+def test_one_can_wait_for_the_rest_of_a_message(peer, null, size):
+    send_raw(peer.sock, MESSAGE[:size], [null])
+    assert peer.channel.recv_now() is None
+    peer.sock.send(MESSAGE[size:])
+    with peer.channel.recv() as message:
+        assert message.payload == b"abcdef"
+        assert len(message.fds) == 1
+
+
+@pytest.mark.parametrize("size", range(1, len(MESSAGE)))
+def test_the_rest_of_a_message_has_a_deadline(peer, null, size):
+    send_raw(peer.sock, MESSAGE[:size], [null])
+    assert peer.channel.recv_now() is None
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        peer.channel.recv()
+    assert SOON <= time.monotonic() - began < 100 * SOON
+    with pytest.raises(Disconnected, match="cut off in the middle"):
+        peer.channel.recv_now()
+
+
+def test_the_rest_of_a_message_may_not_have_fds(peer, null):
+    send_raw(peer.sock, MESSAGE[:13], [null])
+    assert peer.channel.recv_now() is None
+    send_raw(peer.sock, MESSAGE[13:], [null])
+    with pytest.raises(ProtocolError, match="fds in the middle"):
+        peer.channel.recv_now()
+    with pytest.raises(Disconnected, match="cut off in the middle"):
+        peer.channel.recv_now()
+
+
+def test_limits_hold_for_what_comes_in_pieces(peer):
+    header = Header(7, 1, 9).pack()
+    send_raw(peer.sock, header[:5])
+    assert peer.channel.recv_now({7: 8}.__getitem__) is None
+    send_raw(peer.sock, header[5:])
+    with pytest.raises(ProtocolError, match="request 7 has 9 bytes, at most 8"):
+        peer.channel.recv_now({7: 8}.__getitem__)
+
+
+def test_a_peer_that_leaves_between_two_looks_is_a_disconnect(peer, null):
+    send_raw(peer.sock, MESSAGE[:13], [null])
+    assert peer.channel.recv_now() is None
+    peer.sock.close()
+    with pytest.raises(Disconnected, match="in the middle"):
+        peer.channel.recv_now()
+
+
+def test_half_a_message_is_closed_with_its_channel(peer, null):
+    """The fixture counts descriptors."""
+    send_raw(peer.sock, MESSAGE[:13], [null] * 3)
+    assert peer.channel.recv_now() is None
+
+
+@pytest.mark.parametrize("lost", [FrontLost, BackLost])
+def test_a_channel_says_whose_end_it_was(lost, tmp_path):
+    for size in (0, 13):
+        ours, theirs = socket.socketpair()
+        with Channel(ours, lost=lost) as channel:
+            theirs.send(MESSAGE[:size])
+            theirs.close()
+            for use in (channel.recv, lambda: channel.send(1)):
+                with pytest.raises(lost):
+                    use()
+    with pytest.raises(lost):
+        Channel.connect(str(tmp_path / "absent"), lost=lost)
 
 
 def test_pending_tells_and_takes_nothing(peer, null):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from vhost_airlock.errors import (
+    BackLost,
     DeadlineExceeded,
     Disconnected,
     SessionError,
@@ -146,7 +147,7 @@ def test_dialler_connects_each_time(stack: ExitStack, stop: Fd, path: str) -> No
     for _ in range(3):
         with dialler.connect() as channel, back.accept()[0] as accepted:
             assert channel.peer == "back"
-            assert channel.stop is stop
+            assert channel.lost is BackLost
             channel.send(Request.SET_OWNER)
             assert len(accepted.recv(100)) == 12
         dialler.disconnected()
@@ -188,7 +189,7 @@ def test_waiter_takes_the_back_that_comes(
         with socket.socket(socket.AF_UNIX) as back:
             back.connect(path)
             with waiter.connect() as channel:
-                assert channel.stop is stop
+                assert channel.lost is BackLost
                 channel.send(Request.SET_OWNER)
                 assert len(back.recv(100)) == 12
         waiter.disconnected()
@@ -233,7 +234,7 @@ def test_starter_starts_a_back_for_each_session(
     pids = set()
     for _ in range(2):
         with made.connect() as channel:
-            assert channel.stop is stop
+            assert channel.lost is BackLost
             assert_echoes(channel)
             assert made.pid is not None
             pids.add(made.pid)

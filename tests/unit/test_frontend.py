@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
 
 import pytest
@@ -20,12 +21,12 @@ from vhost_airlock.errors import (
     PeerRefused,
     ProtocolError,
     RequestRefused,
-    Stopped,
 )
 from vhost_airlock.vhost.backend import Backend
-from vhost_airlock.vhost.channel import Answer, Channel
+from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd
 from vhost_airlock.vhost.frontend import Frontend, Requester
+from vhost_airlock.vhost.message import Answer
 from vhost_airlock.vhost.rules import BACKEND_RULES, RULES
 from vhost_airlock.vhost.wire import (
     U64,
@@ -683,13 +684,287 @@ def test_unsolicited_tells_that_an_idle_peer_is_gone(pair):
         pair.front.unsolicited()
 
 
-def test_stop_ends_an_exchange(pair):
-    with eventfd(1) as stop:
-        pair.channel.stop = stop
-        with pytest.raises(Stopped):
-            pair.front.get_features()
-    pair.channel.stop = None
+# The time of several exchanges together.
+
+
+class Peer(threading.Thread):
+    """Answers requests with a success, each as `answer` does it."""
+
+    def __init__(self, sock, answer):
+        super().__init__()
+        self.sock = sock
+        self.answer = answer
+        self.served = 0
+
+    def run(self):
+        channel = Channel(self.sock.dup(), peer="front", timeout=100 * SOON)
+        with channel, contextlib.suppress(AirlockError, OSError):
+            while True:
+                with channel.recv() as asked:
+                    self.answer(self.sock, ack(asked.request)[0])
+                    self.served += 1
+
+
+def just_in_time(sock, data):
+    time.sleep(0.8 * SOON)
+    sock.send(data)
+
+
+def byte_by_byte(sock, data):
+    for i in range(len(data)):
+        time.sleep(0.8 * SOON / len(data))
+        sock.send(data[i : i + 1])
+
+
+def never(sock, data):
+    pass
+
+
+@contextlib.contextmanager
+def answering(pair, answer):
+    peer = Peer(pair.sock, answer)
+    peer.start()
+    try:
+        yield peer
+    finally:
+        pair.sock.shutdown(socket.SHUT_RDWR)
+        peer.join()
+
+
+def ask_until_it_ends(front):
+    """Exchange after exchange; returns how many there were, and how long they took."""
+    began = time.monotonic()
+    for count in range(100):
+        try:
+            front.set_owner()
+        except DeadlineExceeded:
+            return count, time.monotonic() - began
+    raise AssertionError("there is no end")
+
+
+@pytest.mark.parametrize("answer", [just_in_time, byte_by_byte, never])
+def test_several_exchanges_have_one_deadline(pair, answer):
+    """X1: each answer is in time, and together they are not."""
+    with answering(pair, answer):
+        pair.front.timeout = 100 * SOON
+        pair.front.until = time.monotonic() + 3 * SOON
+        count, took = ask_until_it_ends(pair.front)
+        assert count <= 3
+        assert took < 20 * SOON
+
+
+def test_when_no_time_is_left_nothing_is_asked(pair):
+    pair.front.until = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match="left no time for SET_OWNER"):
+        pair.front.set_owner()
     assert pair.sent() is None
+    pair.front.until = None
+    pair.answers(ack(R.SET_OWNER))
+    pair.front.set_owner()
+
+
+def test_a_later_deadline_gives_no_exchange_more_time(pair):
+    pair.front.until = time.monotonic() + 100 * SOON
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        pair.front.set_owner()
+    assert time.monotonic() - began < 50 * SOON
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_c9_stop_leaves_an_exchange_alone(pair, stopped):
+    with eventfd(int(stopped)) as stop, answering(pair, just_in_time):
+        pair.front.timeout = 100 * SOON
+        pair.channel.stop = stop
+        pair.front.set_owner()
+        pair.channel.stop = None
+
+
+# Replies that are collected later.
+
+
+class Grown:
+    """A posted ADD_MEM_REG, and as `.answers` what came of it."""
+
+    def __init__(self, pair, fd, timeout=None):
+        self.answers: list[Answer] = []
+        pair.front.post(
+            R.ADD_MEM_REG, REGION, [fd], self.answers.append, timeout=timeout
+        )
+
+
+@pytest.fixture
+def posted(pair, null):
+    grown = Grown(pair, null, 4 * SOON)
+    data, control, _, _ = pair.sock.recvmsg(1000, 1000)
+    assert data == message(R.ADD_MEM_REG, REGION.pack(), 0x9)
+    for number in array.array("i", control[0][2]):
+        os.close(number)
+    return grown
+
+
+def test_a_posted_request_is_not_waited_for(pair, posted):
+    assert posted.answers == []
+    left = pair.front.owed_until - time.monotonic()
+    assert 2 * SOON < left <= 4 * SOON
+    pair.front.collect()
+    assert posted.answers == []
+
+
+def test_the_reply_to_a_posted_request_is_collected_as_it_comes(pair, posted):
+    data, _ = ack(R.ADD_MEM_REG)
+    for i in range(len(data)):
+        pair.front.collect()
+        assert posted.answers == []
+        pair.sock.send(data[i : i + 1])
+    pair.front.collect()
+    assert [answer.payload for answer in posted.answers] == [U64(0)]
+    assert pair.front.owed_until is None
+    pair.front.collect()
+    pair.answers(ack(R.SET_OWNER))
+    pair.front.set_owner()
+    assert len(posted.answers) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 12, 19, 20])
+def test_an_exchange_first_takes_the_reply_that_is_owed(pair, posted, size):
+    """However much of it was collected."""
+    data, _ = ack(R.ADD_MEM_REG)
+    pair.sock.send(data[:size])
+    pair.front.collect()
+    pair.sock.send(data[size:])
+    pair.answers(ack(R.SET_OWNER))
+    pair.front.set_owner()
+    assert len(posted.answers) == 1
+
+
+def test_an_exchange_waits_for_the_reply_that_is_owed(pair, posted):
+    timer = threading.Timer(SOON / 2, pair.sock.send, [ack(R.ADD_MEM_REG)[0]])
+    pair.answers(ack(R.SET_OWNER))
+    timer.start()
+    pair.front.set_owner()
+    timer.join()
+    assert len(posted.answers) == 1
+
+
+def test_an_exchange_waits_for_the_owed_reply_in_its_own_time(pair, posted):
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"in time \(ADD_MEM_REG\)"):
+        pair.front.set_owner()
+    assert time.monotonic() - began < 3 * SOON
+    assert posted.answers == []
+    assert pair.sent() is None, "it would be out of step"
+
+
+def test_an_exchange_waits_for_the_owed_reply_until_that_is_due(pair, null):
+    Grown(pair, null, SOON)
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded, match=r"in time \(ADD_MEM_REG\)"):
+        pair.front.get_vring_base(0, timeout=50 * SOON)
+    assert time.monotonic() - began < 25 * SOON
+
+
+def test_a_reply_that_never_comes_is_an_end_at_its_deadline(pair, null):
+    Grown(pair, null, 2 * SOON)
+    pair.sock.send(ack(R.ADD_MEM_REG)[0][:19])
+    with pytest.raises(DeadlineExceeded, match=r"in time \(ADD_MEM_REG\)"):
+        collect_for(pair.front, 50 * SOON)
+
+
+def collect_for(front, seconds):
+    """Collect over and over; what was owed is due long before the end."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        front.collect()
+
+
+def test_one_reply_may_be_owed_at_a_time(pair, posted, null):
+    with pytest.raises(RequestRefused, match="REM_MEM_REG: the reply to ADD_MEM_REG"):
+        pair.front.post(R.REM_MEM_REG, REGION, [], posted.answers.append)
+    assert pair.sent() is None
+
+
+def test_without_acks_a_posted_request_is_done_at_once(null):
+    with Pair(ProtocolFeature.CONFIGURE_MEM_SLOTS) as pair:
+        grown = Grown(pair, null)
+        assert [answer.payload for answer in grown.answers] == [Empty()]
+        assert pair.front.owed_until is None
+        pair.front.collect()
+
+
+def test_a_posted_request_that_needs_a_feature_is_not_sent_without_it(silent, null):
+    with pytest.raises(RequestRefused, match="CONFIGURE_MEM_SLOTS"):
+        Grown(silent, null)
+    assert silent.sent() is None
+
+
+def test_a_posted_request_does_not_wait_for_room(pair, null):
+    fill(pair.channel)
+    began = time.monotonic()
+    pair.front.timeout = 100 * SOON
+    with pytest.raises(DeadlineExceeded, match="did not read"):
+        Grown(pair, null)
+    assert time.monotonic() - began < 50 * SOON
+    assert pair.front.owed_until is None
+
+
+def fill(channel):
+    """Send until nothing more fits."""
+    with (
+        socket.socket(fileno=os.dup(channel.fileno())) as sock,
+        contextlib.suppress(BlockingIOError),
+    ):
+        while True:
+            sock.send(bytes(100), socket.MSG_DONTWAIT)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_a_posted_request_that_is_refused_is_nobodys_answer(pair, posted, collects):
+    """NET_SET_MTU may be refused; it is not what the back-end said no to."""
+    pair.sock.send(ack(R.ADD_MEM_REG, 5)[0])
+    act = pair.front.collect if collects else lambda: pair.front.net_set_mtu(1500)
+    with pytest.raises(ProtocolError, match=r"ADD_MEM_REG refused: .*5") as caught:
+        act()
+    assert not isinstance(caught.value, PeerRefused)
+    assert posted.answers == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        message(R.REM_MEM_REG, U64(0).pack()),
+        message(R.ADD_MEM_REG, U64(0).pack(), 0x1),
+        message(R.ADD_MEM_REG, bytes(7)),
+        message(R.ADD_MEM_REG, bytes(9)),
+        message(R.GET_FEATURES, bytes(8)),
+    ],
+)
+@pytest.mark.parametrize("collects", [True, False])
+def test_what_is_not_the_owed_reply_is_an_error(pair, posted, data, collects):
+    pair.sock.send(data)
+    with pytest.raises(ProtocolError):
+        pair.front.collect() if collects else pair.front.set_owner()
+    assert posted.answers == []
+
+
+def test_bytes_behind_the_owed_reply_are_noticed(pair, posted):
+    pair.sock.send(ack(R.ADD_MEM_REG)[0] + b"x")
+    pair.front.collect()
+    with pytest.raises(ProtocolError, match="what nobody asked for"):
+        pair.front.collect()
+
+
+def test_a_peer_that_hangs_up_while_it_owes_is_a_disconnect(pair, posted):
+    pair.sock.close()
+    with pytest.raises(Disconnected):
+        pair.front.collect()
+
+
+def test_with_nothing_owed_all_that_comes_is_unsolicited(pair):
+    pair.front.collect()
+    pair.sock.send(ack(R.ADD_MEM_REG)[0])
+    with pytest.raises(ProtocolError, match="what nobody asked for"):
+        pair.front.collect()
 
 
 def test_connect(tmp_path):

@@ -55,9 +55,9 @@ LAYERS = """
 
     vhost.__init__
     vhost.backend  vhost.frontend       dataplane.worker
-    vhost.channel  vhost.rules          dataplane.pump
-    vhost.wire  vhost.fds               dataplane.guest_split  dataplane.shadow_split
-                                        dataplane.bounce
+    vhost.channel                       dataplane.pump
+    vhost.message  vhost.rules          dataplane.guest_split  dataplane.shadow_split
+    vhost.wire  vhost.fds               dataplane.bounce
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard

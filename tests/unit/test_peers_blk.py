@@ -15,19 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock.errors import (
-    Disconnected,
-    PeerRefused,
-    RequestRefused,
-    RingFault,
-)
+from vhost_airlock.errors import Disconnected, PeerRefused, RequestRefused
 from vhost_airlock.peers.blk import FEATURES, main
 from vhost_airlock.peers.blk_process import BlkProcess
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import GuestQueue, Io
 from vhost_airlock.peers.ram import HIGH, MIB
-from vhost_airlock.peers.ring import RingFull
+from vhost_airlock.peers.ring import RingFault, RingFull
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (

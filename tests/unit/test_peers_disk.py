@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhost_airlock.errors import RingFault
 from vhost_airlock.peers.disk import (
     HEADER,
     MAX_ZEROES,
@@ -23,6 +22,7 @@ from vhost_airlock.peers.disk import (
     Disk,
     split,
 )
+from vhost_airlock.peers.ring import RingFault
 from vhost_airlock.vhost.fds import Fd
 
 SECTORS = 64

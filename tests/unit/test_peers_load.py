@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vhost_airlock.errors import Disconnected, RingFault, SessionError, Stopped
+from vhost_airlock.errors import Disconnected, SessionError, Stopped
 from vhost_airlock.peers.blk_load import (
     LoadPlan,
     LoadResult,
@@ -25,7 +25,7 @@ from vhost_airlock.peers.device import DeviceRing
 from vhost_airlock.peers.disk import HEADER, SECTOR
 from vhost_airlock.peers.load import Load, private_size
 from vhost_airlock.peers.ram import MIB
-from vhost_airlock.peers.ring import Buffer, SplitLayout, SplitRing
+from vhost_airlock.peers.ring import Buffer, RingFault, SplitLayout, SplitRing
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
 
 QUEUE = 64

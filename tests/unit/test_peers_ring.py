@@ -17,7 +17,6 @@ from hypothesis.stateful import (
 )
 
 from tests.support.profiles import PROFILE
-from vhost_airlock.errors import RingFault
 from vhost_airlock.peers import (
     Buffer,
     Chain,
@@ -32,6 +31,7 @@ from vhost_airlock.peers.ring import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
+    RingFault,
     need_event,
 )
 

@@ -7,12 +7,13 @@ import select
 import time
 from collections.abc import Collection
 
-from ..errors import AirlockError, DeadlineExceeded, RingFault
+from ..errors import AirlockError, DeadlineExceeded
 from ..peers.disk import SECTOR, BlkType
 from ..peers.events import clear
 from ..peers.guest import BlkGuest
 from ..peers.guest_queue import GuestQueue, Io
 from ..peers.ram import GuestRam
+from ..peers.ring import RingFault
 from ..vhost.channel import Channel
 from ..vhost.wire import Feature, ProtocolFeature
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import RingFault
 from .ring import (
     AVAIL_F_NO_INTERRUPT,
     DESC,
@@ -30,6 +29,7 @@ from .ring import (
     USED_F_NO_NOTIFY,
     Buffer,
     Chain,
+    RingFault,
     SplitRing,
     need_event,
 )

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum, IntFlag
 from typing import Self
 
-from ..errors import RingFault
 from ..vhost.fds import Fd
+from .ring import RingFault
 
 SECTOR = 512
 SEG_MAX = 254

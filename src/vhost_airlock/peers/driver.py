@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..errors import RingFault
 from .ring import (
     AVAIL_F_NO_INTERRUPT,
     DESC,
@@ -21,6 +20,7 @@ from .ring import (
     INDEX_MASK,
     USED_F_NO_NOTIFY,
     Buffer,
+    RingFault,
     RingFull,
     SplitRing,
     TableArea,

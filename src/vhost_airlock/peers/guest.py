@@ -21,7 +21,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Self
 
-from ..errors import DeadlineExceeded, RingFault, SessionError
+from ..errors import DeadlineExceeded, SessionError
 from ..vhost.channel import TIMEOUT as MESSAGE_TIMEOUT
 from ..vhost.channel import Channel
 from ..vhost.fds import notify
@@ -31,7 +31,7 @@ from .disk import ID_SIZE, SEG_MAX, BlkFeature, BlkType
 from .events import clear
 from .guest_queue import GuestQueue, Io, Segment
 from .ram import GuestRam
-from .ring import RingFull
+from .ring import RingFault, RingFull
 
 TIMEOUT = 30.0
 WANTED = (

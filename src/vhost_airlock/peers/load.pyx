@@ -20,8 +20,9 @@ from vhost_airlock.dataplane.layout cimport (
 from vhost_airlock.dataplane.sys cimport now_ns, read, signal_fd
 
 from vhost_airlock.errors import (
-    DeadlineExceeded, Disconnected, RingFault, SessionError, Stopped,
+    DeadlineExceeded, Disconnected, SessionError, Stopped,
 )
+from vhost_airlock.peers.ring import RingFault
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:

@@ -16,6 +16,8 @@ import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..errors import AirlockError
+
 MAX_SIZE = 32768
 DESC_SIZE = 16
 INDEX_MASK = 0xFFFF
@@ -27,6 +29,10 @@ AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
 DESC = struct.Struct("<QIHH")
+
+
+class RingFault(AirlockError):
+    """A ring is broken and stops for good; other rings go on."""
 
 
 class RingFull(Exception):

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from ..errors import Disconnected, RequestRefused, RingFault, Stopped
+from ..errors import Disconnected, RequestRefused, Stopped
 from ..vhost.backend import Backend, Handler
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd, HasFileno, notify
@@ -48,7 +48,7 @@ from ..vhost.wire import (
 from .device import DeviceRing
 from .events import clear
 from .memory import Memory
-from .ring import INDEX_MASK, SplitLayout
+from .ring import INDEX_MASK, RingFault, SplitLayout
 from .vring import Vring
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import shutil
 import socket
 from abc import ABC, abstractmethod
 
-from ..errors import DeadlineExceeded, StartError, Stopped, UsageError
+from ..errors import BackLost, DeadlineExceeded, StartError, Stopped, UsageError
 from ..proxy.config import CONNECTED_FD, LISTENING_FD, Config
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
@@ -21,7 +21,7 @@ from .sockets import Listener, require_socket
 
 
 class Connector(ABC):
-    """A way to the back-end. `stop` ends every wait with Stopped."""
+    """A way to the back-end. `stop` ends the wait for one to come, with Stopped."""
 
     def __init__(self, config: Config, stop: HasFileno) -> None:
         self.config = config
@@ -38,7 +38,7 @@ class Connector(ABC):
         """No more connections are wanted."""
 
     def _channel(self, sock: socket.socket) -> Channel:
-        return Channel(sock, stop=self.stop, peer="back", timeout=self.config.timeout)
+        return Channel(sock, peer="back", timeout=self.config.timeout, lost=BackLost)
 
 
 class Dialler(Connector):
@@ -51,7 +51,7 @@ class Dialler(Connector):
 
     def connect(self) -> Channel:
         return Channel.connect(
-            self.path, stop=self.stop, peer="back", timeout=self.config.timeout
+            self.path, peer="back", timeout=self.config.timeout, lost=BackLost
         )
 
 

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from ..errors import SessionError
+from ..errors import FrontLost, SessionError
 from ..proxy.back import Back
 from ..proxy.config import Config
 from ..proxy.session import Session
@@ -97,7 +97,13 @@ class Daemon:
 
     def _serve(self, sock: socket.socket) -> Session:
         log.info("front: connected")
-        front = Channel(sock, stop=self.stop, peer="front", timeout=self.config.timeout)
+        front = Channel(
+            sock,
+            stop=self.stop,
+            peer="front",
+            timeout=self.config.timeout,
+            lost=FrontLost,
+        )
         session = Session(front, self.config, self._connect, self.stop)
         self._session = session
         self._sessions += 1
@@ -119,7 +125,6 @@ class Daemon:
         kept, self._kept = self._kept, None
         if kept is not None:
             if kept.usable:
-                kept.frontend.channel.stop = self.stop
                 kept.config_changed = config_changed
                 return kept
             kept.close()

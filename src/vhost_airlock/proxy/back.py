@@ -31,8 +31,6 @@ REQUESTS_INTERVAL = 0.02
 """Seconds between looks at the back's own requests."""
 REQUESTS_AT_ONCE = 64
 """How many of them are served in one look."""
-REQUEST_TIMEOUT = 0.5
-"""Seconds that the rest of one has to come: nothing else is served meanwhile."""
 
 
 class Back:
@@ -188,8 +186,7 @@ class Back:
         self._served = time.monotonic()
         try:
             for _ in range(REQUESTS_AT_ONCE):
-                self.requests.handle_one()
-                if not self.requests.channel.pending():
+                if not self.requests.handle_now():
                     break
         except Disconnected:
             log.info("back: it will have no requests any more")
@@ -218,7 +215,7 @@ class Back:
     def _open_requests(self, accepted: ProtocolFeature) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            channel = Channel(ours, peer="back", timeout=REQUEST_TIMEOUT)
+            channel = Channel(ours, peer="back")
             self.requests = Responder(
                 channel,
                 {BackendRequest.CONFIG_CHANGE_MSG: self._on_config_change},

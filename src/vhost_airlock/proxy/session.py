@@ -13,7 +13,7 @@ import logging
 import select
 from collections.abc import Callable
 
-from ..errors import AirlockError, Disconnected, SessionError, Stopped
+from ..errors import AirlockError, FrontLost, SessionError, Stopped
 from ..vhost.backend import Backend
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
@@ -53,7 +53,7 @@ class Session:
         except Stopped:
             self.stopped = True
         except SessionError as error:
-            front_left = isinstance(error, Disconnected) and self._front_left()
+            front_left = isinstance(error, FrontLost)
             log.log(logging.INFO if front_left else logging.ERROR, "%s", error)
             keep = front_left and self.config.keep_backend
         except OSError as error:
@@ -110,17 +110,11 @@ class Session:
             self.back_lost = True
             raise
 
-    def _front_left(self) -> bool:
-        poll = select.poll()
-        poll.register(self.front.fileno(), select.POLLRDHUP)
-        return bool(poll.poll(0))
-
     def _stop_rings(self) -> None:
         """End what is in flight, if the back is still there to end it."""
         back = self.device.connected
         if back is None:
             return
-        back.frontend.channel.stop = None  # from here on, deadlines are enough
         self.back_lost = not back.usable
         if not self.back_lost:
             try:

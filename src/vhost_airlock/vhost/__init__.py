@@ -6,9 +6,10 @@
 """
 
 from .backend import Backend, Handler, Responder
-from .channel import Answer, Channel, Message
+from .channel import Channel
 from .fds import Fd, drain, eventfd, notify
 from .frontend import Frontend, Requester
+from .message import Answer, Message
 from .rules import BACKEND_RULES, RULES
 from .wire import BackendRequest, Feature, ProtocolFeature, Request
 

@@ -23,12 +23,14 @@ its business. It raises `RequestRefused` when it can't do what was asked.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import Disconnected, ProtocolError, RequestRefused
-from .channel import Answer, Channel, Message
+from .channel import Channel
 from .fds import Fd
+from .message import Answer, Message
 from .rules import (
     FAILURE,
     RULES,
@@ -95,17 +97,34 @@ class Responder:
 
     def handle_one(self, deadline: float | None = None) -> None:
         """Wait for one request, and serve it."""
-        with self.channel.recv(deadline, self._limit) as message:
-            rule = self.rules.get(message.request)
+        self._serve(self.channel.recv(deadline, self._limit), None)
+
+    def handle_now(self) -> bool:
+        """Serve one request if it has come whole; False if it has not. Never waits.
+
+        The beginning of a request is kept until the rest comes. Raises
+        `DeadlineExceeded` if there is no room for what is due in return.
+        """
+        message = self.channel.recv_now(self._limit)
+        if message is None:
+            return False
+        self._serve(message, time.monotonic())
+        return True
+
+    def _serve(self, message: Message, deadline: float | None) -> None:
+        """Serve a request; what is due in return leaves by the deadline."""
+        rule = self.rules.get(message.request)
+        with message:
             try:
                 request, payload = self._accept(message, rule)
                 result = self._perform(request, payload, message.fds)
             except RequestRefused as refused:
-                self._refuse(message, rule, refused)
-            else:
-                answer = result if isinstance(result, Answer) else Answer(result)
-                with answer:
-                    self._reply(message, self.rules[request], answer)
+                self._send(message, self._refusal(message, rule, refused), [], deadline)
+                return
+            with result if isinstance(result, Answer) else Answer(result) as answer:
+                reply = self._reply(request, payload, answer)
+                if self._due(message, rule):
+                    self._send(message, reply, answer.fds, deadline)
 
     def _accept(self, message: Message, rule: Rule | None) -> tuple[AnyRequest, Any]:
         """Check a message: which request is it, and what is its payload?"""
@@ -129,25 +148,22 @@ class Responder:
             raise RequestRefused(f"{request.name} isn't supported")
         return handler(payload, fds)
 
-    def _reply(self, message: Message, rule: Rule, answer: Answer) -> None:
-        """Send what is due when a request was done."""
+    def _reply(self, request: AnyRequest, payload: Payload, answer: Answer) -> Payload:
+        """Return the reply or ack to a request that was done."""
+        rule = self.rules[request]
         if rule.ack is not Ack.REPLY:
             if answer.payload is not None or answer.fds:
-                raise TypeError(f"request {message.request} has no reply of its own")
-            payload = message.payload if rule.ack is Ack.ECHO else SUCCESS.pack()
-        elif (
-            isinstance(answer.payload, rule.reply) and len(answer.fds) in rule.reply_fds
-        ):
-            payload = answer.payload.pack()
-        else:
-            raise TypeError(f"{answer} is no reply to request {message.request}")
-        if self._due(message, rule):
-            self._send(message, payload, answer.fds)
+                raise TypeError(f"request {int(request)} has no reply of its own")
+            return payload if rule.ack is Ack.ECHO else SUCCESS
+        reply: Payload = answer.payload
+        if not isinstance(reply, rule.reply) or len(answer.fds) not in rule.reply_fds:
+            raise TypeError(f"{answer} is no reply to request {int(request)}")
+        return reply
 
-    def _refuse(
+    def _refusal(
         self, message: Message, rule: Rule | None, refused: RequestRefused
-    ) -> None:
-        """Tell a request's sender that it was refused, or hang up."""
+    ) -> Payload:
+        """Return the reply or ack that says no. ProtocolError if there is none."""
         # Once each, or a peer could fill the log; those that nobody knows are one.
         kind = message.request if message.request in self._requests else -1
         level = logging.DEBUG if kind in self._refused else logging.WARNING
@@ -158,7 +174,7 @@ class Responder:
             raise ProtocolError(
                 f"{self.channel.peer}: can't be told no: {refused}"
             ) from refused
-        self._send(message, refusal.pack(), [])
+        return refusal
 
     def _due(self, message: Message, rule: Rule | None) -> bool:
         """Does the sender of this message wait for something?"""
@@ -168,8 +184,16 @@ class Responder:
             ProtocolFeature.REPLY_ACK in self.protocol_features
         )
 
-    def _send(self, message: Message, payload: bytes, fds: list[Fd]) -> None:
-        self.channel.send(message.request, payload, fds, flags=REPLY_FLAGS)
+    def _send(
+        self,
+        message: Message,
+        reply: Payload,
+        fds: list[Fd],
+        deadline: float | None,
+    ) -> None:
+        self.channel.send(
+            message.request, reply.pack(), fds, flags=REPLY_FLAGS, deadline=deadline
+        )
 
 
 class Backend(Responder):

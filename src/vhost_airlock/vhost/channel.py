@@ -9,9 +9,11 @@ A channel doesn't know what messages mean. It guarantees:
 - A message arrives whole or not at all. Nothing is read beyond it, and no more is
   allocated than its sender may send. Descriptors that come in the middle of a message,
   and more of them than a message can have, are closed.
-- All waiting is done in `wait()`: it ends with the deadline, and with the stop event.
-- When a message was left half sent or half received, the channel is of no use any more,
-  and says so.
+- All waiting is done in `wait()`. What has begun has a deadline. Waiting for a message
+  that nobody is bound to send has none, and ends with the stop event.
+- `recv_now()` never waits: what has come of a message is kept until the rest comes.
+- When a message was left half sent, or was not whole at its deadline, the channel is of
+  no use any more, and says so.
 """
 
 from __future__ import annotations
@@ -21,9 +23,8 @@ import select
 import socket
 import time
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self
+from collections.abc import Sequence
+from typing import NoReturn, Self
 
 from ..errors import (
     DeadlineExceeded,
@@ -33,75 +34,22 @@ from ..errors import (
     Stopped,
 )
 from .fds import Fd, HasFileno, close_all, number_of
-from .wire import MAX_FDS, MAX_PAYLOAD, Header, HeaderFlag
+from .message import Incoming, Limit, Message, any_payload
+from .wire import MAX_FDS, Header, HeaderFlag
 
 TIMEOUT = 10.0
 """Seconds that a peer has for one message, unless we are told otherwise."""
 
 _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array("i").itemsize)
-_KNOWN_FLAGS = HeaderFlag.REPLY | HeaderFlag.NEED_REPLY
-
-Limit = Callable[[int], int]
-"""From a request's number to the size of the largest payload that may come with it."""
-
-
-def any_payload(request: int) -> int:
-    """The limit when nothing is known about a message."""
-    return MAX_PAYLOAD
-
-
-class OwnsFds:
-    """Has a list of descriptors, and closes those that nobody took out of it."""
-
-    __slots__ = ()
-
-    fds: list[Fd]
-
-    def close(self) -> None:
-        """Close the descriptors that nobody took."""
-        close_all(self.fds)
-        self.fds.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-@dataclass(slots=True)
-class Message(OwnsFds):
-    """A message that was received."""
-
-    request: int
-    flags: int
-    payload: bytes
-    fds: list[Fd]
-
-    @property
-    def reply(self) -> bool:
-        return bool(self.flags & HeaderFlag.REPLY)
-
-    @property
-    def need_reply(self) -> bool:
-        return bool(self.flags & HeaderFlag.NEED_REPLY)
-
-
-@dataclass(slots=True)
-class Answer(OwnsFds):
-    """What a handler returns, or a request got: a decoded payload and descriptors."""
-
-    payload: Any
-    """The reply's payload, of the class that the request's rule says."""
-    fds: list[Fd] = field(default_factory=list)
 
 
 class Channel:
     """One end of a connected vhost-user socket, which it owns.
 
-    `peer` is what error messages call the other end. `stop`, an eventfd, ends every
-    wait with `Stopped` once it is signalled; set it to None to go on after that.
-    `timeout` is for a message that has begun to come, and for one that we send.
+    `peer` is what error messages call the other end, and `lost` what is raised when it
+    is gone. `timeout` is for a message that has begun to come, or that we send.
+    `stop`, an eventfd, ends waits that have no deadline, with `Stopped`, once it is
+    signalled; set it to None to go on after that.
     """
 
     def __init__(
@@ -111,13 +59,16 @@ class Channel:
         stop: HasFileno | None = None,
         peer: str = "back",
         timeout: float = TIMEOUT,
+        lost: type[Disconnected] = Disconnected,
     ) -> None:
         sock.settimeout(None)
         self._sock = sock
         self._torn = False
+        self._incoming = Incoming(peer)
         self.stop = stop
         self.peer = peer
         self.timeout = timeout
+        self.lost = lost
 
     @classmethod
     def connect(
@@ -127,6 +78,7 @@ class Channel:
         stop: HasFileno | None = None,
         peer: str = "back",
         timeout: float = TIMEOUT,
+        lost: type[Disconnected] = Disconnected,
     ) -> Self:
         """Connect to a peer that listens at a path."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -136,16 +88,17 @@ class Channel:
         except OSError as error:
             sock.close()
             reason = error.strerror or error
-            raise Disconnected(f"{peer}: can't connect to {path}: {reason}") from None
-        return cls(sock, stop=stop, peer=peer, timeout=timeout)
+            raise lost(f"{peer}: can't connect to {path}: {reason}") from None
+        return cls(sock, stop=stop, peer=peer, timeout=timeout, lost=lost)
 
     def fileno(self) -> int:
         """Return the socket's number; -1 when it's closed."""
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket; again does nothing."""
+        """Close the socket, and what has come of a message; again does nothing."""
         self._sock.close()
+        self._incoming.close()
 
     def __enter__(self) -> Self:
         return self
@@ -156,25 +109,32 @@ class Channel:
     def wait(self, events: int, deadline: float | None = None) -> None:
         """Wait until the socket is ready: every wait for a peer ends up here.
 
-        `deadline` is a time of time.monotonic(), None is never. Raises `Stopped` even
-        when the socket is ready too, or a peer that never rests could keep us from
-        stopping.
+        `deadline` is a time of time.monotonic(). Without one, nobody owes anything, and
+        `stop` ends it: with `Stopped` even when the socket is ready too, or a peer that
+        never rests could keep us from stopping.
         """
         poll = select.poll()
         poll.register(self._sock, events)
-        if self.stop is not None:
-            poll.register(self.stop.fileno(), select.POLLIN)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = [fd for fd, _ in poll.poll(None if left is None else left * 1000)]
-        if self.stop is not None and self.stop.fileno() in ready:
+        if deadline is not None:
+            left = max(0.0, deadline - time.monotonic())
+            if not poll.poll(left * 1000):
+                does = "read" if events & select.POLLOUT else "answer"
+                raise DeadlineExceeded(f"{self.peer}: did not {does} in time")
+            return
+        stop = -1 if self.stop is None else self.stop.fileno()
+        if stop >= 0:
+            poll.register(stop, select.POLLIN)
+        if any(fd == stop for fd, _ in poll.poll()):
             raise Stopped(f"stopped while waiting for the {self.peer}")
-        if not ready:
-            does = "read" if events & select.POLLOUT else "answer"
-            raise DeadlineExceeded(f"{self.peer}: did not {does} in time")
 
     def pending(self) -> bool:
-        """Is there something to receive? Raises `Disconnected` at the end of it."""
+        """Is there something to receive, or was some of it received already?
+
+        Raises `Disconnected` if the peer has closed its end.
+        """
         self._require_whole()
+        if self._incoming.begun:
+            return True
         try:
             data = self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -194,7 +154,10 @@ class Channel:
         flags: int = HeaderFlag.VERSION,
         deadline: float | None = None,
     ) -> None:
-        """Send a message. The descriptors stay the caller's."""
+        """Send a message. The descriptors stay the caller's.
+
+        A deadline that is over does not wait: what fits into the socket is sent.
+        """
         self._require_whole()
         data = memoryview(Header(request, flags, len(payload)).pack() + payload)
         numbers = array("i", map(number_of, fds))
@@ -202,12 +165,12 @@ class Channel:
         if deadline is None:
             deadline = time.monotonic() + self.timeout
         while data:
-            self.wait(select.POLLOUT, deadline)
             try:
                 sent = self._sock.sendmsg(
                     [data], control, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
                 )
             except BlockingIOError:
+                self.wait(select.POLLOUT, deadline)
                 continue
             except OSError as error:
                 self._fail(error)
@@ -218,74 +181,78 @@ class Channel:
     def recv(
         self, deadline: float | None = None, limit: Limit = any_payload
     ) -> Message:
-        """Receive a message; without a deadline, wait for its first byte for ever."""
-        self._require_whole()
-        self.wait(select.POLLIN, deadline)
-        if deadline is None:
-            deadline = time.monotonic() + self.timeout
-        fds: list[Fd] = []
-        try:
-            # One read of all would not tell with which byte descriptors came.
-            first = self._read(1, deadline, fds)
-            rest = self._read(Header.LAYOUT.size - 1, deadline, None)
-            header = Header.unpack(first + rest)
-            if header.flags & ~_KNOWN_FLAGS != HeaderFlag.VERSION:
-                raise ProtocolError(
-                    f"{self.peer}: request {header.request} has flags {header.flags:#x}"
-                )
-            if header.size > limit(header.request):
-                raise ProtocolError(
-                    f"{self.peer}: request {header.request} has {header.size} bytes,"
-                    f" at most {limit(header.request)} are possible"
-                )
-            payload = self._read(header.size, deadline, None)
-        except BaseException:
-            close_all(fds)
-            raise
-        self._torn = False
-        return Message(header.request, header.flags, payload, fds)
+        """Receive a message, or the rest of one that has begun to come.
 
-    def _read(self, size: int, deadline: float, fds: list[Fd] | None) -> bytes:
-        """Read exactly `size` bytes; fds may come, into `fds`, with the first."""
-        data = bytearray(size)
-        rest = memoryview(data)
-        while rest:
-            self.wait(select.POLLIN, deadline)
+        Without a deadline, its first byte may take for ever, and the rest `timeout`.
+        """
+        self._require_whole()
+        if deadline is None:
+            if not self._incoming.begun:
+                self.wait(select.POLLIN)
+            deadline = time.monotonic() + self.timeout
+        while (message := self.recv_now(limit)) is None:
             try:
-                count, control, flags, _ = self._sock.recvmsg_into(
-                    [rest],
-                    _CONTROL_SIZE,
-                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-                )
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                self._fail(error)
-            came = _descriptors(control)
-            if fds is None and came:
-                close_all(came)
-                raise ProtocolError(f"{self.peer}: sent fds in the middle of a message")
-            if fds is not None:
-                fds += came
-                fds = None
-            if flags & socket.MSG_CTRUNC:
-                # Either there were too many, or this process has no room for them.
-                raise ProtocolError(f"{self.peer}: sent more fds than we can take")
-            if not count:
-                self._fail(None)
-            self._torn = True
-            rest = rest[count:]
-        return bytes(data)
+                self.wait(select.POLLIN, deadline)
+            except DeadlineExceeded:
+                if self._incoming.begun:
+                    self._tear()
+                raise
+        return message
+
+    def recv_now(self, limit: Limit = any_payload) -> Message | None:
+        """Receive what has come, without waiting; return the message if it is whole.
+
+        None: its rest has yet to come. What has come is kept for the next call.
+        """
+        self._require_whole()
+        incoming = self._incoming
+        try:
+            while wanted := incoming.wanted:
+                piece = self._read(wanted)
+                if piece is None:
+                    return None
+                incoming.add(*piece, limit)
+        except ProtocolError:
+            self._tear()
+            raise
+        self._incoming = Incoming(self.peer)
+        return incoming.message()
+
+    def _read(self, size: int) -> tuple[bytes, list[Fd]] | None:
+        """Read at most `size` bytes and their descriptors; None if there are none."""
+        try:
+            data, control, flags, _ = self._sock.recvmsg(
+                size, _CONTROL_SIZE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._fail(error)
+        fds = _descriptors(control)
+        if flags & socket.MSG_CTRUNC:
+            # Either there were too many, or this process has no room for them.
+            close_all(fds)
+            raise ProtocolError(f"{self.peer}: sent more fds than we can take")
+        if not data:
+            close_all(fds)
+            self._fail(None)
+        return data, fds
+
+    def _tear(self) -> None:
+        """Give up the message that has begun to come: nothing can follow it."""
+        self._torn = True
+        self._incoming.close()
 
     def _require_whole(self) -> None:
         if self._torn:
-            raise Disconnected(f"{self.peer}: was cut off in the middle of a message")
+            raise self.lost(f"{self.peer}: was cut off in the middle of a message")
 
     def _fail(self, error: OSError | None) -> NoReturn:
         """Raise what the end of the stream, or an error, means."""
         if error is None or error.errno in (errno.EPIPE, errno.ECONNRESET):
-            where = " in the middle of a message" if self._torn else ""
-            raise Disconnected(f"{self.peer}: closed the connection{where}")
+            amid = self._torn or self._incoming.begun
+            where = " in the middle of a message" if amid else ""
+            raise self.lost(f"{self.peer}: closed the connection{where}")
         raise SessionError(f"{self.peer}: {error.strerror}") from error
 
 

@@ -13,18 +13,34 @@ Ask a back-end what it offers:
 The peer isn't trusted. There is at most one request outstanding, a reply must be the
 one that is due to the last byte, and each exchange has a deadline. Descriptors that are
 passed to methods stay the caller's; those that methods return are the caller's too.
+
+Several exchanges for one purpose can have one deadline together:
+
+    back.until = time.monotonic() + 5
+    back.set_features(features)
+    back.set_mem_table(table)
+    back.until = None
+
+A request whose reply nobody can wait for just now is posted. Its reply is collected
+when the socket is readable, or by the next exchange:
+
+    back.post(Request.ADD_MEM_REG, region, [fd], lambda answer: use(region))
+    ...
+    back.collect()
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from ..errors import DeadlineExceeded, PeerRefused, ProtocolError, RequestRefused
-from .channel import TIMEOUT, Answer, Channel, Message
+from .channel import TIMEOUT, Channel
 from .fds import Fd, HasFileno
+from .message import Answer, Message
 from .rules import RULES, Ack, AnyRequest, AnyRules, Rule, check_reply, permit
 from .wire import (
     REPLY_FLAGS,
@@ -53,6 +69,26 @@ AnyFd = int | HasFileno
 NOTHING = ProtocolFeature(0)
 
 
+Done = Callable[[Answer], None]
+"""Called with the reply or ack to a request that was posted."""
+
+
+@dataclass(slots=True)
+class Owed:
+    """A reply or ack that the peer owes us."""
+
+    request: AnyRequest
+    rule: Rule
+    until: float
+    """Its deadline, of time.monotonic()."""
+    done: Done | None = None
+    """None: an exchange waits for it, or has waited in vain."""
+
+    def limit(self, request: int) -> int:
+        """The size of the largest payload that it may have."""
+        return self.rule.reply.MAX_SIZE
+
+
 class Requester:
     """Sends requests on one channel and receives what is due in return.
 
@@ -73,7 +109,12 @@ class Requester:
         """The features in use."""
         self.timeout = timeout
         """Seconds that the peer has for one request."""
-        self._owed: AnyRequest | None = None
+        self.until: float | None = None
+        """A time of time.monotonic() beyond which no exchange waits, if there is one.
+
+        Once it is over, an exchange raises `DeadlineExceeded` before anything is sent.
+        """
+        self._owed: Owed | None = None
 
     def exchange(
         self,
@@ -87,64 +128,175 @@ class Requester:
         """Send a request, wait for the reply or ack that is due, and return it.
 
         Without REPLY_ACK, or need_reply, and when the request has no reply of its own,
-        there is nothing to wait for, and the answer is `Empty`.
+        there is nothing to wait for, and the answer is `Empty`. Waits for the reply to
+        a posted request first, within the same time.
 
         Raises `PeerRefused` when the peer says no, `RequestRefused` when it may not be
         asked, for want of a feature. Any other exception leaves the channel useless.
         """
-        rule = self.rules[request]
-        permit(request, rule, self.protocol_features)
-        if self._owed is not None:
-            raise ProtocolError(
-                f"{self.channel.peer}: owes the reply to {self._owed.name}"
+        permit(request, self.rules[request], self.protocol_features)
+        deadline = self._deadline(timeout)
+        if self.until is not None and self.until <= time.monotonic():
+            raise DeadlineExceeded(
+                f"{self.channel.peer}: has left no time for {request.name}"
             )
-        self.unsolicited()
+        self._settle(deadline)
+        owed = self._send(request, payload, fds, need_reply, deadline, deadline)
+        if owed is None:
+            return Answer(Empty())
+        return self._take(owed, self._wait_for(owed, deadline))
 
+    def post(
+        self,
+        request: AnyRequest,
+        payload: Payload,
+        fds: Sequence[AnyFd],
+        done: Done,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Send a request without waiting, and call `done` with its reply or ack later.
+
+        That happens in `collect()` or in the next `exchange()`, which raise
+        `ProtocolError` instead if the peer says no. If no ack is due, `done` is called
+        at once. The caller collects before `owed_until`, which is `timeout` from now.
+
+        Raises `RequestRefused` when the peer may not be asked, for want of a feature or
+        since it owes a reply already, and `DeadlineExceeded` when the socket is full.
+        In both cases nothing was sent.
+        """
+        permit(request, self.rules[request], self.protocol_features)
+        if self._owed is not None:
+            raise RequestRefused(
+                f"{request.name}: the reply to {self._owed.request.name} is still owed"
+            )
+        now = time.monotonic()
+        until = now + (self.timeout if timeout is None else timeout)
+        owed = self._send(request, payload, fds, True, now, until)
+        if owed is None:
+            done(Answer(Empty()))
+        else:
+            owed.done = done
+
+    @property
+    def owed_until(self) -> float | None:
+        """The deadline of the reply to a posted request; None: there is none owed."""
+        return None if self._owed is None else self._owed.until
+
+    def collect(self) -> None:
+        """Take the reply to a posted request if it has come whole. Never waits.
+
+        To be called when the socket is readable between exchanges, and at `owed_until`.
+        Raises `DeadlineExceeded` if it's that late, and the reply has not come.
+        """
+        owed = self._owed
+        if owed is None or owed.done is None:
+            self.unsolicited()
+            return
+        message = self.channel.recv_now(owed.limit)
+        if message is not None:
+            self._finish(owed, message)
+        elif owed.until <= time.monotonic():
+            raise DeadlineExceeded(
+                f"{self.channel.peer}: did not answer in time ({owed.request.name})"
+            )
+
+    def unsolicited(self) -> None:
+        """Raise if the peer sent something, or hung up, while nothing was asked of it.
+
+        To be called when the socket is readable between exchanges, by those that post
+        nothing. `exchange()` does it too, so that nothing that was sent before a
+        request is taken for its reply.
+        """
+        if self.channel.pending():
+            raise ProtocolError(f"{self.channel.peer}: sent what nobody asked for")
+
+    def _deadline(self, timeout: float | None) -> float:
+        """When an exchange that begins now has to be over."""
+        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
+        return deadline if self.until is None else min(deadline, self.until)
+
+    def _send(
+        self,
+        request: AnyRequest,
+        payload: Payload,
+        fds: Sequence[AnyFd],
+        need_reply: bool,
+        deadline: float,
+        until: float,
+    ) -> Owed | None:
+        """Send a request by a deadline; return what is owed `until` another, if any."""
+        self.unsolicited()
+        rule = self.rules[request]
         can_ack = ProtocolFeature.REPLY_ACK in self.protocol_features
         waits = rule.answered or (need_reply and can_ack)
         flags = HeaderFlag.VERSION
         if waits and rule.ack in (Ack.ASKED, Ack.ALWAYS):
             flags |= HeaderFlag.NEED_REPLY
-        deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         try:
-            data = payload.pack()
-            self.channel.send(request, data, fds, flags=flags, deadline=deadline)
-            if not waits:
-                return Answer(Empty())
-            self._owed = request
-            message = self.channel.recv(deadline, lambda _: rule.reply.MAX_SIZE)
+            self.channel.send(
+                request, payload.pack(), fds, flags=flags, deadline=deadline
+            )
         except DeadlineExceeded as error:
             raise DeadlineExceeded(f"{error} ({request.name})") from None
+        if waits:
+            self._owed = Owed(request, rule, until)
+        return self._owed
+
+    def _settle(self, deadline: float) -> None:
+        """Wait for the reply to a posted request, if one is owed."""
+        owed = self._owed
+        if owed is None:
+            return
+        if owed.done is None:
+            raise ProtocolError(
+                f"{self.channel.peer}: owes the reply to {owed.request.name}"
+            )
+        self._finish(owed, self._wait_for(owed, min(deadline, owed.until)))
+
+    def _wait_for(self, owed: Owed, deadline: float) -> Message:
         try:
-            reply = self._check(request, rule, message)
+            return self.channel.recv(deadline, owed.limit)
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(f"{error} ({owed.request.name})") from None
+
+    def _finish(self, owed: Owed, message: Message) -> None:
+        """Give the reply to a posted request to the one that waits for it."""
+        assert owed.done is not None
+        try:
+            answer = self._take(owed, message)
+        except PeerRefused as error:
+            # Whoever asks something now must not take it for the answer to that.
+            raise ProtocolError(str(error)) from None
+        with answer:
+            owed.done(answer)
+
+    def _take(self, owed: Owed, message: Message) -> Answer:
+        """Return the answer that is owed, which this message has to be."""
+        try:
+            reply = self._check(owed, message)
         except BaseException:
             message.close()
             raise
         self._owed = None
-        if rule.refuses(reply, len(message.fds)):
-            raise PeerRefused(f"{self.channel.peer}: {request.name} refused: {reply}")
+        if owed.rule.refuses(reply, len(message.fds)):
+            raise PeerRefused(
+                f"{self.channel.peer}: {owed.request.name} refused: {reply}"
+            )
         return Answer(reply, message.fds)
 
-    def _check(self, request: AnyRequest, rule: Rule, message: Message) -> Any:
+    def _check(self, owed: Owed, message: Message) -> Any:
         """Return the payload of a reply if it is the one that is due."""
+        request = owed.request
         if message.request != request or message.flags != REPLY_FLAGS:
             raise ProtocolError(
                 f"{self.channel.peer}: instead of the reply to {request.name} came"
                 f" message {message.request} with flags {message.flags:#x}"
             )
         try:
-            return check_reply(request, rule, message.payload, len(message.fds))
+            return check_reply(request, owed.rule, message.payload, len(message.fds))
         except ProtocolError as error:
             raise ProtocolError(f"{self.channel.peer}: {error}") from None
-
-    def unsolicited(self) -> None:
-        """Raise if the peer sent something, or hung up, while nothing was asked of it.
-
-        To be called when the socket is readable between exchanges. `exchange()` does it
-        too, so that nothing that was sent before a request is taken for its reply.
-        """
-        if self.channel.pending():
-            raise ProtocolError(f"{self.channel.peer}: sent what nobody asked for")
 
     def fileno(self) -> int:
         return self.channel.fileno()
@@ -174,12 +326,11 @@ class Frontend(Requester):
         cls,
         path: str,
         *,
-        stop: HasFileno | None = None,
         peer: str = "back",
         timeout: float = TIMEOUT,
     ) -> Self:
         """Connect to a back-end that listens at a path."""
-        channel = Channel.connect(path, stop=stop, peer=peer, timeout=timeout)
+        channel = Channel.connect(path, peer=peer, timeout=timeout)
         return cls(channel, timeout=timeout)
 
     def _number(self, request: Request) -> int:

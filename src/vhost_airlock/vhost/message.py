@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A message that was received, a message that is still coming, and an answer.
+
+`Incoming` puts a message together from pieces as a socket has them. It does no I/O of
+its own, so one set of checks serves those that wait for a message and those that don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from ..errors import ProtocolError
+from .fds import Fd, close_all
+from .wire import MAX_PAYLOAD, Header, HeaderFlag
+
+_KNOWN_FLAGS = HeaderFlag.REPLY | HeaderFlag.NEED_REPLY
+
+Limit = Callable[[int], int]
+"""From a request's number to the size of the largest payload that may come with it."""
+
+
+def any_payload(request: int) -> int:
+    """The limit when nothing is known about a message."""
+    return MAX_PAYLOAD
+
+
+class OwnsFds:
+    """Has a list of descriptors, and closes those that nobody took out of it."""
+
+    __slots__ = ()
+
+    fds: list[Fd]
+
+    def close(self) -> None:
+        """Close the descriptors that nobody took."""
+        close_all(self.fds)
+        self.fds.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class Message(OwnsFds):
+    """A message that was received."""
+
+    request: int
+    flags: int
+    payload: bytes
+    fds: list[Fd]
+
+    @property
+    def reply(self) -> bool:
+        return bool(self.flags & HeaderFlag.REPLY)
+
+    @property
+    def need_reply(self) -> bool:
+        return bool(self.flags & HeaderFlag.NEED_REPLY)
+
+
+@dataclass(slots=True)
+class Answer(OwnsFds):
+    """What a handler returns, or a request got: a decoded payload and descriptors."""
+
+    payload: Any
+    """The reply's payload, of the class that the request's rule says."""
+    fds: list[Fd] = field(default_factory=list)
+
+
+class Incoming(OwnsFds):
+    """A message as far as it has come. `peer` is the name of its sender in errors."""
+
+    __slots__ = ("_data", "_header", "fds", "peer")
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.fds: list[Fd] = []
+        self._data = bytearray()
+        self._header: Header | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Has the first byte come?"""
+        return bool(self._data)
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes may be read next; 0 when the message is whole.
+
+        The first byte is read alone: one read of more would not tell with which byte
+        descriptors came.
+        """
+        if not self._data:
+            return 1
+        payload = 0 if self._header is None else self._header.size
+        return Header.LAYOUT.size + payload - len(self._data)
+
+    def add(self, data: bytes, fds: list[Fd], limit: Limit) -> None:
+        """Add what came next, at most `wanted` bytes. ProtocolError if it can't be."""
+        if fds and self._data:
+            close_all(fds)
+            raise ProtocolError(f"{self.peer}: sent fds in the middle of a message")
+        self.fds += fds
+        self._data += data
+        if self._header is None and len(self._data) == Header.LAYOUT.size:
+            self._header = self._checked(Header.unpack(bytes(self._data)), limit)
+
+    def _checked(self, header: Header, limit: Limit) -> Header:
+        if header.flags & ~_KNOWN_FLAGS != HeaderFlag.VERSION:
+            raise ProtocolError(
+                f"{self.peer}: request {header.request} has flags {header.flags:#x}"
+            )
+        if header.size > limit(header.request):
+            raise ProtocolError(
+                f"{self.peer}: request {header.request} has {header.size} bytes,"
+                f" at most {limit(header.request)} are possible"
+            )
+        return header
+
+    def message(self) -> Message:
+        """Return the message, which is whole, and owns the descriptors from now on."""
+        assert self._header is not None
+        payload = bytes(self._data[Header.LAYOUT.size :])
+        fds, self.fds = self.fds, []
+        return Message(self._header.request, self._header.flags, payload, fds)

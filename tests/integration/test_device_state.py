@@ -86,8 +86,7 @@ class StatefulBack(ScriptedBack):
 
 @pytest.fixture
 def guest() -> Iterator[BlkGuest]:
-    with small_guest() as guest:
-        guest._wanted_protocol |= ProtocolFeature.DEVICE_STATE
+    with small_guest(also=[ProtocolFeature.DEVICE_STATE]) as guest:
         yield guest
 
 

@@ -199,8 +199,9 @@ def test_i9_repeated_messages(setting: Setting) -> None:
     spare = [eventfd(), eventfd(), eventfd(), Fd(theirs.detach())]
     extra = Fd(os.memfd_create("extra", os.MFD_CLOEXEC))
     os.ftruncate(extra.fileno(), MIB)
-    with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest:
-        guest._wanted_protocol |= ProtocolFeature.BACKEND_REQ
+    with BlkGuest(
+        num_queues=2, queue_size=32, seg_max=6, also=[ProtocolFeature.BACKEND_REQ]
+    ) as guest:
         setting.connect(guest)
         guest.start()
         every = messages(guest, spare, extra)

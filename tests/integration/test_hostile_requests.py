@@ -40,7 +40,7 @@ from vhost_airlock.vhost.wire import (
 
 @pytest.fixture
 def guest() -> Iterator[BlkGuest]:
-    with small_guest() as guest:
+    with small_guest(also=[ProtocolFeature.BACKEND_REQ]) as guest:
         yield guest
 
 
@@ -55,7 +55,6 @@ class Talked:
     """A session with a back that makes requests, and what the front hears of it."""
 
     def __init__(self, airlock: Airlock, back: ScriptedBack, guest: BlkGuest) -> None:
-        guest._wanted_protocol |= ProtocolFeature.BACKEND_REQ
         guest.connect(airlock.channel())
         ours, theirs = socket.socketpair()
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # a few messages

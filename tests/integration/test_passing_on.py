@@ -60,8 +60,7 @@ def airlock(back: ScriptedBack) -> Iterator[Airlock]:
 
 @pytest.fixture
 def guest(airlock: Airlock) -> Iterator[BlkGuest]:
-    with small_guest() as guest:
-        guest._wanted_protocol = OFFERED
+    with small_guest(also=[OFFERED]) as guest:
         guest.connect(airlock.channel())
         guest.start()
         yield guest
@@ -135,8 +134,11 @@ def test_request_that_the_back_has_no_feature_for_is_refused(
 ) -> None:
     """It never gets there."""
     back.protocol_offered &= ~int(RULES[request_].needs)
-    with Airlock(back) as airlock, small_guest() as guest:
-        guest._wanted_protocol = OFFERED & ~int(RULES[request_].needs)
+    needs = RULES[request_].needs
+    with (
+        Airlock(back) as airlock,
+        small_guest(also=[OFFERED], without=[needs]) as guest,
+    ):
         guest.connect(airlock.channel())
         guest.start()
         rule = RULES[request_]
@@ -156,8 +158,7 @@ def test_status_comes_with_features_that_are_known(
     airlock: Airlock, back: ScriptedBack
 ) -> None:
     """QEMU sets FEATURES_OK after the features: the back must have them by then."""
-    with small_guest() as guest:
-        guest._wanted_protocol = OFFERED
+    with small_guest(also=[OFFERED]) as guest:
         guest.connect(airlock.channel())
         guest.front.set_features(guest.features)
         guest.front.set_status(8)

@@ -525,8 +525,7 @@ def test_kept_back_end_is_reset_between_fronts(front: Path, tmp_path: Path) -> N
         running(front, where, "--keep-backend") as program,
     ):
         for _ in range(2):
-            with small_guest() as guest:
-                guest._wanted_protocol |= ProtocolFeature.RESET_DEVICE
+            with small_guest(also=[ProtocolFeature.RESET_DEVICE]) as guest:
                 connect(guest, program, front)
                 serve(back, guest)
         # Known when the next front-end has an answer.

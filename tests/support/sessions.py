@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ SLACK = 5.0
 GONE = Disconnected("the test's back hangs up")
 
 
-def small_guest() -> BlkGuest:
-    return BlkGuest(num_queues=2, queue_size=16, seg_max=14)
+def small_guest(**options: Any) -> BlkGuest:
+    return BlkGuest(num_queues=2, queue_size=16, seg_max=14, **options)
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -6,16 +6,13 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 from tests.real.programs import find
-
-ROOT = Path(__file__).parents[1]
+from tests.support.schedule import Scheduler, has_guests
 
 
 def pytest_report_header():
@@ -25,28 +22,12 @@ def pytest_report_header():
     return f"real programs: in {found.root}"
 
 
-@cache
-def has_guests(file: str) -> bool:
-    """Do tests of this file boot guests, as far as its imports say?"""
-    return "from tests.guest.machine" in (ROOT / file).read_text()
-
-
-class Scheduler(LoadFileScheduling):  # type: ignore[misc]
-    """Of several processes that run tests, one has those with guests, and begins with
-    them: a guest wants a core of its own, and takes the longest. The tests of another
-    module share its fixtures, and so a process."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "guests" if has_guests(file) else file
-
-
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
     return Scheduler(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not has_guests(item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: not has_guests(item.path))
 
 
 @pytest.fixture

@@ -278,6 +278,7 @@ def test_the_largest_payload_passes(peer):
     assert peer.channel.recv().payload == payload
 
 
+@pytest.mark.timing
 def test_waiting_for_a_message_ends_at_the_deadline(peer):
     start = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="back: did not answer"):

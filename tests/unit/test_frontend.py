@@ -614,6 +614,7 @@ def test_a_reply_that_is_not_due_is_an_error(pair, reply, error):
         pair.front.get_features()
 
 
+@pytest.mark.timing
 def test_no_reply_is_waited_for_in_vain(pair):
     start = time.monotonic()
     with pytest.raises(

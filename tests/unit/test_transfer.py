@@ -126,6 +126,7 @@ def test_sink_may_be_closed(make: Callable[[], Ends]) -> None:
             sides.transfer.finish(5)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("make", [pipe, socketpair])
 def test_sink_that_is_made_blocking_holds_nobody_up(
     make: Callable[[], Ends],

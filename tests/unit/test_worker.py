@@ -411,6 +411,7 @@ class TestStorm:
             stop.set()
             thread.join()
 
+    @pytest.mark.timing
     @pytest.mark.parametrize("side", ["guest", "back"])
     def test_b4_the_worker_wakes_once_a_millisecond_at_most(self, wire, worker, side):
         lane = wire()
@@ -631,6 +632,7 @@ class TestPause:
             thread.join(5)
             assert not thread.is_alive()
 
+    @pytest.mark.timing
     def test_i5_a_kick_that_the_back_makes_wait_is_interrupted(self, world, events):
         """It can fill the counter of its eventfd, and make a write to that wait."""
         worker = Worker(events)

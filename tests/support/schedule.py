@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which process runs which tests, and when, where several processes share the work.
+
+Tests of one file stay together. Those with guests share a process, and begin: a guest
+wants a core of its own, and takes the longest. Those that measure time (the marker
+`timing`) come last, when no other test runs any more.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
+
+GUESTS, TIMING = "guests", "timing"
+
+
+@cache
+def has_guests(file: Path) -> bool:
+    """Do tests of this file boot guests, as far as its imports say?"""
+    return "from tests.guest.machine" in file.read_text()
+
+
+@cache
+def marked_timing(file: Path) -> frozenset[str]:
+    """The tests of a file with the marker `timing`; "" if all have it.
+
+    Read from the source: who schedules does not collect.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if any(map(is_timing, node.decorator_list)):
+                found.add(node.name)
+        elif isinstance(node, ast.Assign) and is_timing(node.value):
+            found.add("")
+    return frozenset(found)
+
+
+def is_timing(mark: ast.expr) -> bool:
+    return ast.unparse(mark) == "pytest.mark.timing"
+
+
+def measures_time(root: Path, nodeid: str) -> bool:
+    file, *names = nodeid.partition("[")[0].split("::")
+    return not marked_timing(root / file).isdisjoint(["", *names])
+
+
+class Scheduler(LoadFileScheduling):  # type: ignore[misc]
+    """As the module says."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        if measures_time(self.config.rootpath, nodeid):
+            return TIMING
+        file = str(super()._split_scope(nodeid))
+        return GUESTS if has_guests(self.config.rootpath / file) else file
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        if TIMING in self.workqueue:
+            self.workqueue.move_to_end(TIMING)
+        if not self._only_timing_is_left() or self._is_alone(node):
+            super()._assign_work_unit(node)
+
+    def _reschedule(self, node: WorkerController) -> None:
+        super()._reschedule(node)
+        if self._only_timing_is_left():
+            # One process is enough now. It waits for the end of the others.
+            idle = [each for each in self.nodes if not each.shutting_down]
+            for other in idle[1:]:
+                other.shutdown()
+            for last in idle[:1]:
+                super()._reschedule(last)
+
+    def _only_timing_is_left(self) -> bool:
+        return [*self.workqueue] == [TIMING]
+
+    def _is_alone(self, node: WorkerController) -> bool:
+        """Have all other processes done all they had to?"""
+        return not any(
+            self._pending_of(work)
+            for other, work in self.assigned_work.items()
+            if other is not node
+        )

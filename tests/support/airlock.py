@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,8 +22,44 @@ from vhost_airlock.errors import BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.session import Session
-from vhost_airlock.vhost.channel import Channel
-from vhost_airlock.vhost.fds import eventfd, notify
+from vhost_airlock.vhost.channel import Channel, Limit, Message, any_payload
+from vhost_airlock.vhost.fds import HasFileno, eventfd, notify
+from vhost_airlock.vhost.wire import HeaderFlag
+
+
+class TimedChannel(Channel):
+    """Notes how long the front-end waits: from a message to its answer, or to the end
+    of the connection."""
+
+    _sent: float | None = None
+    longest = 0.0
+    """The longest wait, in seconds."""
+    message: int | None = None
+    """The request for which it was."""
+
+    def send(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int | HasFileno] = (),
+        *,
+        flags: int = HeaderFlag.VERSION,
+        deadline: float | None = None,
+    ) -> None:
+        self._sent, self._request = time.monotonic(), request
+        super().send(request, payload, fds, flags=flags, deadline=deadline)
+
+    def recv(
+        self, deadline: float | None = None, limit: Limit = any_payload
+    ) -> Message:
+        try:
+            return super().recv(deadline, limit)
+        finally:
+            if self._sent is not None:
+                waited = time.monotonic() - self._sent
+                if waited > self.longest:
+                    self.longest, self.message = waited, self._request
+                self._sent = None
 
 
 class Airlock:
@@ -36,6 +73,7 @@ class Airlock:
         self.config = Config(**options)  # type: ignore[arg-type]
         self.stop = eventfd()
         self.sessions: list[Session] = []
+        self.fronts: list[TimedChannel] = []
         self.failures: list[BaseException] = []
         """What a session raised, which it must not."""
         self._threads: list[threading.Thread] = []
@@ -55,7 +93,13 @@ class Airlock:
         self.sessions.append(session)
         self._threads.append(thread)
         thread.start()
-        return Channel(ours, peer="airlock")
+        self.fronts.append(TimedChannel(ours, peer="airlock"))
+        return self.fronts[-1]
+
+    def assert_no_message_took_longer(self, seconds: float) -> None:
+        """The front-end never waited longer for the answer to one message."""
+        for front in self.fronts:
+            assert front.longest < seconds, f"request {front.message}"
 
     def _run(self, session: Session) -> None:
         try:

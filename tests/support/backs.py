@@ -222,12 +222,17 @@ class ScriptedBack(RecordedBack):
     # Messages.
 
     def _handler(self, request: Request) -> tuple[Request, Handler]:
-        usual = self._usual().get(request, lambda payload, fds: None)
-
         def handler(payload: Payload, fds: list[Fd]) -> Result:
-            return self.instead.get(request, usual)(payload, fds)
+            if request in self.instead:
+                return self.instead[request](payload, fds)
+            return self.answer(request, payload, fds)
 
         return request, handler
+
+    def answer(self, request: Request, payload: Payload, fds: list[Fd]) -> Result:
+        """As a good back-end does."""
+        usual = self._usual().get(request)
+        return usual(payload, fds) if usual else None
 
     def _usual(self) -> dict[Request, Handler]:
         return {

@@ -18,6 +18,9 @@ from vhost_airlock.peers.guest_queue import GuestQueue, Io
 from vhost_airlock.vhost.fds import drain
 
 TIMEOUT = 0.4
+LATE = 2 * TIMEOUT
+"""The most that a front-end waits for one message: the time-out, and as much again for
+a machine that is busy."""
 SLACK = 5.0
 """Seconds more than a deadline, for a machine that is busy."""
 GONE = Disconnected("the test's back hangs up")

@@ -154,13 +154,13 @@ def test_signal_while_the_back_does_not_answer(
 ) -> None:
     """It has its time to do so, and no more."""
     back.instead[Request.GET_FEATURES] = lambda _, fds: hold(back)
-    with running(front, where, "--timeout=1") as program:
-        channel = program.connect(front)
+    options = (f"--socket-path={front}", f"--backend={where}", "--timeout=1")
+    with Program(*options) as program, program.connect(front) as channel:
         channel.send(Request.GET_FEATURES)
         wait_until(lambda: back.connections == 1, "the back is asked")
         assert program.stop() == 0
         assert "back: did not answer in time (GET_FEATURES)" in program.errors()
-        channel.close()
+        assert not front.exists()
 
 
 def hold(back: ScriptedBack) -> None:

@@ -22,8 +22,9 @@ from vhost_airlock.errors import BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.session import Session
-from vhost_airlock.vhost.channel import Channel, Limit, Message, any_payload
+from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import HasFileno, eventfd, notify
+from vhost_airlock.vhost.message import Limit, Message, any_payload
 from vhost_airlock.vhost.wire import HeaderFlag
 
 

@@ -20,57 +20,28 @@ from tests.support.sessions import (
     TIMEOUT,
     errors,
     serve,
-    small_guest,
 )
+from tests.support.talk import Talked, talking_back, talking_guest
 from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.guest import BlkGuest
-from vhost_airlock.peers.server import PROTOCOL_FEATURES
-from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.frontend import Requester
-from vhost_airlock.vhost.rules import BACKEND_RULES
 from vhost_airlock.vhost.wire import (
-    U64,
     BackendRequest,
     Header,
     HeaderFlag,
-    ProtocolFeature,
 )
 
 
 @pytest.fixture
 def guest() -> Iterator[BlkGuest]:
-    with small_guest(also=[ProtocolFeature.BACKEND_REQ]) as guest:
+    with talking_guest() as guest:
         yield guest
 
 
 @pytest.fixture
 def talker() -> ScriptedBack:
-    return ScriptedBack(
-        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.BACKEND_REQ
-    )
-
-
-class Talked:
-    """A session with a back that makes requests, and what the front hears of it."""
-
-    def __init__(self, airlock: Airlock, back: ScriptedBack, guest: BlkGuest) -> None:
-        self.airlock = airlock
-        guest.connect(airlock.channel())
-        ours, theirs = socket.socketpair()
-        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # a few messages
-        with theirs:
-            guest.front.set_backend_req_fd(theirs)
-        self.heard = Channel(ours, peer="airlock")
-        guest.start()
-        assert back.asking is not None
-        self.asking = back.asking
-
-    def __enter__(self) -> Talked:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.heard.close()
+    return talking_back()
 
 
 @pytest.fixture
@@ -187,16 +158,7 @@ def test_front_that_hears_nothing_is_not_waited_for(
 def test_i5_other_requests_of_the_back_are_refused(
     talk: Talked, talker: ScriptedBack, guest: BlkGuest, request_: BackendRequest
 ) -> None:
-    rule = BACKEND_RULES[request_]
-    with Fd(os.memfd_create("hostile", os.MFD_CLOEXEC)) as fd:
-        count = rule.fds[-1] if rule.fds else 0
-        channel = talk.asking.channel
-        flags = HeaderFlag.VERSION | HeaderFlag.NEED_REPLY
-        channel.send(request_, bytes(rule.payload.MIN_SIZE), [fd] * count, flags=flags)
-        with channel.recv() as answer:
-            assert answer.request == request_
-            assert U64.unpack(answer.payload).value != 0
-            assert not answer.fds
+    assert talk.refused(request_)
     serve(talker, guest)
 
 

@@ -154,6 +154,45 @@ def test_request_that_the_back_has_no_feature_for_is_refused(
         guest.disconnect()
 
 
+MAC = 0x0000_5634_1290_0052
+SENSELESS: list[tuple[Request, Payload]] = [
+    (R.GET_CONFIG, Config(0, 0)),
+    (R.GET_CONFIG, Config(4089, 8)),
+    (R.GET_CONFIG, Config(0, 4085)),
+    (R.GET_CONFIG, Config(0, 8, 2)),
+    (R.SET_CONFIG, Config(0, 0)),
+    (R.SET_CONFIG, Config(4096, 1, 0, b"x")),
+    (R.SET_CONFIG, Config(0, 1, 2, b"x")),
+    (R.NET_SET_MTU, U64(67)),
+    (R.NET_SET_MTU, U64(65536)),
+    (R.SEND_RARP, U64(MAC | 1 << 48)),
+    (R.CLOSE_CRYPTO_SESSION, U64(1 << 63)),
+    (R.SET_STATUS, U64(256)),
+]
+"""Of a form that can be, with values that can't."""
+
+
+@pytest.mark.parametrize(("request_", "payload"), SENSELESS, ids=str)
+def test_values_that_make_no_sense_never_reach_the_back(
+    back: ScriptedBack,
+    guest: BlkGuest,
+    caplog: pytest.LogCaptureFixture,
+    request_: Request,
+    payload: Payload,
+) -> None:
+    """A hostile VMM; qemu-storage-daemon would end over some. The session lives."""
+    before = back.got(request_)
+    guest.front.channel.send(request_, payload.pack(), flags=9)
+    refusal = RULES[request_].refusal
+    assert refusal is not None
+    with guest.front.channel.recv() as got:
+        assert (got.request, got.payload) == (request_, refusal.pack())
+    (line,) = errors(caplog)
+    assert line.startswith(f"front: refused: {request_.name}: ")
+    serve(back, guest)
+    assert back.got(request_) == before
+
+
 def test_status_comes_with_features_that_are_known(
     airlock: Airlock, back: ScriptedBack
 ) -> None:

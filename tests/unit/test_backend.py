@@ -302,10 +302,25 @@ def test_a_broken_request_ends_the_connection_and_reaches_no_handler(front):
     front.negotiate(ALL)
     calls = []
     front.handlers[R.SET_VRING_ENABLE] = lambda *args: calls.append(args)
-    with pytest.raises(ProtocolError, match=r"front: SET_VRING_ENABLE: .*num=2"):
-        front.ask(R.SET_VRING_ENABLE, VringState(0, 2), flags=VERSION | NEED_REPLY)
+    front.send(R.SET_VRING_ENABLE, bytes(7), flags=VERSION | NEED_REPLY)
+    with pytest.raises(ProtocolError, match=r"front: SET_VRING_ENABLE: .* 7 bytes"):
+        front.backend.handle_one()
     assert calls == []
     assert front.received() == b""
+
+
+def test_values_that_make_no_sense_are_refused_and_reach_no_handler(front, caplog):
+    front.negotiate(ALL)
+    calls = []
+    front.handlers[R.SET_VRING_ENABLE] = lambda *args: calls.append(args)
+    wrong = VringState(0, 2)
+    assert front.ask(R.SET_VRING_ENABLE, wrong, flags=VERSION | NEED_REPLY) == reply(
+        R.SET_VRING_ENABLE, U64(1)
+    )
+    assert caplog.messages == ["front: refused: SET_VRING_ENABLE: num is 2, not 0 to 1"]
+    with pytest.raises(ProtocolError, match=r"can't be told no: .* num is 2"):
+        front.ask(R.SET_VRING_ENABLE, wrong)
+    assert calls == []
 
 
 def test_a_handler_may_take_fds(front, null):

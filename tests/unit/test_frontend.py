@@ -201,12 +201,12 @@ METHODS = [
     ),
     (lambda f, fd: f.net_set_mtu(9000), R.NET_SET_MTU, U64(9000), 0, None, None),
     (
-        lambda f, fd: f.create_crypto_session(CryptoSession(b"abc")),
+        lambda f, fd: f.create_crypto_session(CryptoSession(b"question")),
         R.CREATE_CRYPTO_SESSION,
-        CryptoSession(b"abc"),
+        CryptoSession(b"question"),
         0,
-        CryptoSession(b"xyz"),
-        CryptoSession(b"xyz"),
+        CryptoSession(b"response"),
+        CryptoSession(b"response"),
     ),
     (
         lambda f, fd: f.close_crypto_session(3),
@@ -501,9 +501,9 @@ def test_a_vring_base_is_of_the_vring_that_was_asked_for(pair):
 
 
 def test_a_crypto_session_keeps_its_size(pair):
-    pair.answers((message(R.CREATE_CRYPTO_SESSION, b"xy"), ()))
-    with pytest.raises(ProtocolError, match="2 bytes came back of 3"):
-        pair.front.create_crypto_session(CryptoSession(b"abc"))
+    pair.answers((message(R.CREATE_CRYPTO_SESSION, b"9 bytes.."), ()))
+    with pytest.raises(ProtocolError, match="9 bytes came back of 8"):
+        pair.front.create_crypto_session(CryptoSession(b"question"))
 
 
 # Replies with fds.

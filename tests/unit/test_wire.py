@@ -56,7 +56,7 @@ PAYLOADS = {
     Config: st.builds(Config, u32, u32, u32, st.binary(max_size=Config.MAX_DATA)),
     Inflight: st.builds(Inflight, u64, u64, u16, u16),
     DeviceState: st.builds(DeviceState, u32, u32),
-    CryptoSession: st.builds(CryptoSession, st.binary(min_size=1, max_size=4096)),
+    CryptoSession: st.builds(CryptoSession, st.binary(min_size=8, max_size=4096)),
     SharedObject: st.builds(
         SharedObject, st.just(b"") | st.binary(min_size=16, max_size=16)
     ),

@@ -40,6 +40,7 @@ from .rules import (
     AnyRules,
     Rule,
     check,
+    examine,
     payload_limit,
     permit,
 )
@@ -60,8 +61,8 @@ class Responder:
     negotiated on the main channel, this class serves a back-end's own requests.
 
     What happens to a request that is refused, because there is no handler or it says
-    so, because nobody knows the request, or because it needs a feature that was not
-    offered:
+    so, because nobody knows the request, because it needs a feature that was not
+    offered, or because its values make no sense:
 
     - It gets the reply that says no, if it has a reply that can (GET_CONFIG: nothing).
     - It gets the ack 1, if its sender asked for an ack.
@@ -137,9 +138,11 @@ class Responder:
             raise RequestRefused(f"nobody knows request {message.request}")
         permit(request, rule, self.offered)
         try:
-            return request, check(request, rule, message.payload, len(message.fds))
+            payload = check(request, rule, message.payload, len(message.fds))
         except ProtocolError as error:
             raise ProtocolError(f"{self.channel.peer}: {error}") from None
+        examine(request, rule, payload)
+        return request, payload
 
     def _perform(self, request: AnyRequest, payload: Any, fds: list[Fd]) -> Result:
         """Let the handler do it."""

@@ -3,7 +3,12 @@
 
 `RULES` is the front-end's requests, `BACKEND_RULES` the back-end's own, on its socket.
 Whoever receives a message checks it against its rule before anything else looks at it:
-`check()` for requests, `check_reply()` for replies.
+
+- `check()` finds out whether a request has the form that it must have: size, number of
+  descriptors, and lengths that fit together. If not, its sender is not to be relied on.
+- `examine()` finds out whether the values of a request make sense: none is empty or out
+  of range. If not, this one request is refused.
+- `check_reply()` is for replies.
 
 Two kinds of message are not what we could want them to be:
 
@@ -64,13 +69,20 @@ NO_FDS = range(1)
 MAYBE_FD = range(2)
 ONE_FD = range(1, 2)
 
+MIN_MTU, MAX_MTU = 68, 65535
+"""Of a network device, in the virtio specification."""
+
 SUCCESS = U64(0)
 FAILURE = U64(1)
 _NOTHING = ProtocolFeature(0)
 
 
-def _anything(payload: Any, fds: int) -> bool:
+def _any_form(payload: Any, fds: int) -> bool:
     return True
+
+
+def _any_value(payload: Any) -> str:
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +100,13 @@ class Rule:
     """The ack or reply that says no; None when there is none that does."""
     needs: ProtocolFeature = _NOTHING
     """Without this feature, the request is refused."""
-    valid: Callable[[Any, int], bool] = _anything
-    """Is this payload, with so many fds, possible at all?"""
+    valid: Callable[[Any, int], bool] = _any_form
+    """Is a payload, with this number of fds, possible at all?"""
+    wrong: Callable[[Any], str] = _any_value
+    """What is wrong with the values of a payload? Names the field and its value.
+
+    Empty if nothing is.
+    """
 
     @property
     def answered(self) -> bool:
@@ -114,12 +131,7 @@ def _reply(
     return Rule(payload, reply, Ack.REPLY, refusal=refusal, **more)
 
 
-def _vring(payload: VringState | VringAddr, fds: int) -> bool:
-    return payload.index < MAX_VRINGS
-
-
-def _switch(payload: VringState, fds: int) -> bool:
-    return payload.index < MAX_VRINGS and payload.num in (0, 1)
+# Forms.
 
 
 def _vring_fd(payload: VringFd, fds: int) -> bool:
@@ -130,20 +142,61 @@ def _fd_a_region(payload: MemoryTable, fds: int) -> bool:
     return fds == len(payload.regions)
 
 
-def _status(payload: U64, fds: int) -> bool:
-    return payload.value <= 0xFF
+def _question(payload: Config, fds: int) -> bool:
+    return len(payload.data) in (0, payload.size)
 
 
-def _read_config(payload: Config, fds: int) -> bool:
+def _data(payload: Config, fds: int) -> bool:
+    return len(payload.data) == payload.size
+
+
+# Values.
+
+
+def _outside(field: str, value: int, low: int, high: int) -> str:
+    """Return what is wrong with a number, unless it is from `low` to `high`."""
+    if low <= value <= high:
+        return ""
+    return f"{field} is {value}, not {low} to {high}"
+
+
+def _vring(payload: VringState | VringAddr) -> str:
+    return _outside("index", payload.index, 0, MAX_VRINGS - 1)
+
+
+def _switch(payload: VringState) -> str:
+    return _vring(payload) or _outside("num", payload.num, 0, 1)
+
+
+def _status(payload: U64) -> str:
+    return _outside("status", payload.value, 0, 0xFF)
+
+
+def _mac(payload: U64) -> str:
+    mac = payload.pack()
+    return f"MAC {mac.hex(':')} has more than 6 bytes" if any(mac[6:]) else ""
+
+
+def _mtu(payload: U64) -> str:
+    return _outside("MTU", payload.value, MIN_MTU, MAX_MTU)
+
+
+def _config(payload: Config) -> str:
     return (
-        payload.size <= Config.MAX_DATA
-        and payload.offset + payload.size <= MAX_PAYLOAD
-        and len(payload.data) in (0, payload.size)
+        _outside("size", payload.size, 1, Config.MAX_DATA)
+        or _outside("offset", payload.offset, 0, MAX_PAYLOAD - payload.size)
+        or _outside("flags", payload.flags, 0, 1)
     )
 
 
-def _write_config(payload: Config, fds: int) -> bool:
-    return _read_config(payload, fds) and len(payload.data) == payload.size
+def _crypto_session(payload: U64) -> str:
+    return _outside("session id", payload.value, 0, (1 << 63) - 1)
+
+
+def _transfer(payload: DeviceState) -> str:
+    return _outside("direction", payload.direction, 0, 1) or _outside(
+        "phase", payload.phase, 0, 0
+    )
 
 
 _F = ProtocolFeature
@@ -159,30 +212,37 @@ RULES: dict[Request, Rule] = {
         Log, Log, Ack.ECHO, fds=ONE_FD, refusal=None, needs=_F.LOG_SHMFD
     ),
     Request.SET_LOG_FD: Rule(fds=ONE_FD),
-    Request.SET_VRING_NUM: Rule(VringState, valid=_vring),
-    Request.SET_VRING_ADDR: Rule(VringAddr, valid=_vring),
-    Request.SET_VRING_BASE: Rule(VringState, valid=_vring),
-    Request.GET_VRING_BASE: _reply(VringState, VringState, valid=_vring),
+    Request.SET_VRING_NUM: Rule(VringState, wrong=_vring),
+    Request.SET_VRING_ADDR: Rule(VringAddr, wrong=_vring),
+    Request.SET_VRING_BASE: Rule(VringState, wrong=_vring),
+    Request.GET_VRING_BASE: _reply(VringState, VringState, wrong=_vring),
     Request.SET_VRING_KICK: Rule(VringFd, fds=None, valid=_vring_fd),
     Request.SET_VRING_CALL: Rule(VringFd, fds=None, valid=_vring_fd),
     Request.SET_VRING_ERR: Rule(VringFd, fds=None, valid=_vring_fd),
     Request.GET_PROTOCOL_FEATURES: _reply(U64),
     Request.SET_PROTOCOL_FEATURES: Rule(U64),
     Request.GET_QUEUE_NUM: _reply(U64, needs=_F.MQ),
-    Request.SET_VRING_ENABLE: Rule(VringState, valid=_switch),
-    Request.SEND_RARP: Rule(U64, needs=_F.RARP),
-    Request.NET_SET_MTU: Rule(U64, needs=_F.NET_MTU),
+    Request.SET_VRING_ENABLE: Rule(VringState, wrong=_switch),
+    Request.SEND_RARP: Rule(U64, needs=_F.RARP, wrong=_mac),
+    Request.NET_SET_MTU: Rule(U64, needs=_F.NET_MTU, wrong=_mtu),
     Request.SET_BACKEND_REQ_FD: Rule(fds=ONE_FD, needs=_F.BACKEND_REQ),
     Request.IOTLB_MSG: Rule(Iotlb, U64, Ack.ALWAYS),
-    Request.SET_VRING_ENDIAN: Rule(VringState, needs=_F.CROSS_ENDIAN, valid=_switch),
+    Request.SET_VRING_ENDIAN: Rule(VringState, needs=_F.CROSS_ENDIAN, wrong=_switch),
     Request.GET_CONFIG: _reply(
-        Config, Config, refusal=Empty(), needs=_F.CONFIG, valid=_read_config
+        Config,
+        Config,
+        refusal=Empty(),
+        needs=_F.CONFIG,
+        valid=_question,
+        wrong=_config,
     ),
-    Request.SET_CONFIG: Rule(Config, needs=_F.CONFIG, valid=_write_config),
+    Request.SET_CONFIG: Rule(Config, needs=_F.CONFIG, valid=_data, wrong=_config),
     Request.CREATE_CRYPTO_SESSION: _reply(
         CryptoSession, CryptoSession, needs=_F.CRYPTO_SESSION
     ),
-    Request.CLOSE_CRYPTO_SESSION: Rule(U64, needs=_F.CRYPTO_SESSION),
+    Request.CLOSE_CRYPTO_SESSION: Rule(
+        U64, needs=_F.CRYPTO_SESSION, wrong=_crypto_session
+    ),
     Request.POSTCOPY_ADVISE: _reply(Empty, reply_fds=ONE_FD, needs=_F.PAGEFAULT),
     Request.POSTCOPY_LISTEN: Rule(needs=_F.PAGEFAULT),
     Request.POSTCOPY_END: Rule(Empty, U64, Ack.ALWAYS, needs=_F.PAGEFAULT),
@@ -196,12 +256,12 @@ RULES: dict[Request, Rule] = {
     Request.SET_INFLIGHT_FD: Rule(Inflight, fds=ONE_FD, needs=_F.INFLIGHT_SHMFD),
     Request.GPU_SET_SOCKET: Rule(fds=ONE_FD),
     Request.RESET_DEVICE: Rule(needs=_F.RESET_DEVICE),
-    Request.VRING_KICK: Rule(VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring),
+    Request.VRING_KICK: Rule(VringState, needs=_F.INBAND_NOTIFICATIONS, wrong=_vring),
     Request.GET_MAX_MEM_SLOTS: _reply(U64, needs=_F.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: Rule(MemoryRegion, fds=ONE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
     # Some front-ends send an fd with it, which is for nothing.
     Request.REM_MEM_REG: Rule(MemoryRegion, fds=MAYBE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
-    Request.SET_STATUS: Rule(U64, needs=_F.STATUS, valid=_status),
+    Request.SET_STATUS: Rule(U64, needs=_F.STATUS, wrong=_status),
     Request.GET_STATUS: _reply(U64, needs=_F.STATUS),
     Request.GET_SHARED_OBJECT: _reply(
         SharedObject,
@@ -218,6 +278,7 @@ RULES: dict[Request, Rule] = {
         reply_fds=MAYBE_FD,
         refusal=U64(0x101),
         needs=_F.DEVICE_STATE,
+        wrong=_transfer,
     ),
     Request.CHECK_DEVICE_STATE: Rule(Empty, U64, Ack.ALWAYS, needs=_F.DEVICE_STATE),
     Request.GET_SHMEM_CONFIG: _reply(ShmemConfig, needs=_F.SHMEM_MAP),
@@ -230,10 +291,10 @@ BACKEND_RULES: dict[BackendRequest, Rule] = {
         VringArea, fds=MAYBE_FD, needs=_F.HOST_NOTIFIER
     ),
     BackendRequest.VRING_CALL: Rule(
-        VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring
+        VringState, needs=_F.INBAND_NOTIFICATIONS, wrong=_vring
     ),
     BackendRequest.VRING_ERR: Rule(
-        VringState, needs=_F.INBAND_NOTIFICATIONS, valid=_vring
+        VringState, needs=_F.INBAND_NOTIFICATIONS, wrong=_vring
     ),
     BackendRequest.SHARED_OBJECT_ADD: Rule(SharedObject, needs=_F.SHARED_OBJECT),
     BackendRequest.SHARED_OBJECT_REMOVE: Rule(SharedObject, needs=_F.SHARED_OBJECT),
@@ -270,13 +331,19 @@ def permit(request: AnyRequest, rule: Rule, features: ProtocolFeature) -> None:
 
 
 def check(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:
-    """Return the payload of a request, or raise `ProtocolError`."""
+    """Return the payload of a request, or raise `ProtocolError` if it can't be one."""
     payload = _unpack(request, rule.payload, data)
     if rule.fds is not None and fds not in rule.fds:
         raise ProtocolError(f"{request.name}: {fds} fds, not {_count(rule.fds)}")
     if not rule.valid(payload, fds):
         raise ProtocolError(f"{request.name}: impossible with {fds} fds: {payload}")
     return payload
+
+
+def examine(request: AnyRequest, rule: Rule, payload: Any) -> None:
+    """Raise `RequestRefused` if the values of a request make no sense."""
+    if reason := rule.wrong(payload):
+        raise RequestRefused(f"{request.name}: {reason}")
 
 
 def check_reply(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:

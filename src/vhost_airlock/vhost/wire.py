@@ -489,9 +489,12 @@ class DeviceState(Fixed):
 
 @dataclass(frozen=True, slots=True)
 class CryptoSession(Payload):
-    """A crypto session, with its keys. No address is in it, so we don't look inside."""
+    """A crypto session, with its keys. No address is in it, so we don't look inside.
 
-    MIN_SIZE: ClassVar = 1
+    Programs differ on what is in it, but for the number of the session, of 64 bits.
+    """
+
+    MIN_SIZE: ClassVar = 8
     MAX_SIZE: ClassVar = MAX_PAYLOAD
 
     data: bytes = field(repr=False)

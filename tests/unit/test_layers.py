@@ -192,6 +192,25 @@ def test_each_source_file_names_its_licence():
     assert not without
 
 
+def test_no_file_names_the_host_of_a_registry():
+    """What is downloaded comes from where this machine's apt and pip are told."""
+    host = re.compile(
+        rb"\b(debian|ubuntu|pypi|pythonhosted|crates|npmjs|docker|ghcr|quay|golang)"
+        rb"\.(org|com|io)\b"
+    )
+    root = SOURCE.parents[1]
+    made = {".git", ".hypothesis", ".real", ".venv", "build", "dist"}
+    files = [
+        path
+        for top in root.iterdir()
+        if top.name not in made and not top.name.endswith("_cache")
+        for path in [top, *top.rglob("*")]
+        if path.is_file() and path.suffix not in {".so", ".pyc"}
+    ]
+    assert root / "tools" / "real-root" in files
+    assert [path for path in files if host.search(path.read_bytes())] == []
+
+
 def test_imports_are_found():
     """The test of the test: one of each way to import is seen."""
     pump = set(imports(SOURCE / "dataplane" / "pump.pyx"))

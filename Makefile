@@ -21,9 +21,13 @@ types: develop                          ## annotations; stubs against compiled m
 	mypy src tests bench fuzz
 	stubtest --ignore-unused-allowlist --allowlist tools/stubtest.allow $(STUBS)
 
-test: lint types                        ## everything, with real programs where possible
-	tools/real-root --or-say-why
-	pytest $(IN_PARALLEL)
+test:                                   ## everything, with real programs where possible
+	@tools/phase $(if $(wildcard .venv/ready),0.5,2) "tools and package" $(MAKE) develop
+	@tools/phase 0.5 "style and types" $(MAKE) lint types
+	@tools/phase $(if $(wildcard .real/root/ready),0,3) "real programs" \
+	    tools/real-root --or-say-why
+	@echo "$$(date +%T) tests: 6 min; those that measure time come last, alone"
+	@pytest $(IN_PARALLEL)
 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan $(IN_PARALLEL)
@@ -37,7 +41,7 @@ stress: develop                         ## property tests, races and endurance, 
 fuzz: develop                           ## parsers and rings, for hours
 	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)
 
-coverage: develop                       ## which lines the tests reach; fails below 95 %
+coverage: develop                       ## which lines their own tests reach
 	tools/coverage
 
 demo: develop                           ## see the isolation work; needs nothing else

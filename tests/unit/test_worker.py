@@ -102,6 +102,14 @@ def at_rest(worker: Worker) -> None:
         time.sleep(0.02)
 
 
+def assert_still(worker: Worker) -> None:
+    """Nothing wakes the worker, not even a time-out of its own: of what does not happen
+    there is no event."""
+    before = worker.counters()
+    time.sleep(QUIET)
+    assert worker.counters() == before
+
+
 def one_request(lane: Wired, payload: bytes) -> None:
     """From the guest through the back, and an answer back."""
     lane.world.ram.write(0x1000, payload)
@@ -250,15 +258,11 @@ class TestSleep:
         for lane in lanes:
             one_request(lane, b"wake up")
         at_rest(worker)
-        before = worker.counters()
-        time.sleep(QUIET)
-        assert worker.counters() == before
+        assert_still(worker)
 
     def test_a_worker_without_rings_sleeps(self, worker):
         at_rest(worker)
-        before = worker.counters()
-        time.sleep(QUIET)
-        assert worker.counters() == before
+        assert_still(worker)
 
     @pytest.mark.parametrize("posted", ["unfetched", "fetched"])
     def test_posted_buffers_keep_nobody_awake(self, wire, worker, posted):
@@ -269,9 +273,7 @@ class TestSleep:
         for _ in range(4 if posted == "fetched" else 1):
             lane.await_chain()
         at_rest(worker)
-        before = worker.counters()
-        time.sleep(QUIET)
-        assert worker.counters() == before
+        assert_still(worker)
 
     def test_a_ring_that_waits_for_room_keeps_nobody_awake(self, events, worker):
         world = World(pool=2 * PAGE)
@@ -281,9 +283,7 @@ class TestSleep:
         lane.kick()
         chain = lane.await_chain()
         at_rest(worker)
-        before = worker.counters()
-        time.sleep(QUIET)
-        assert worker.counters() == before
+        assert_still(worker)
         lane.complete(chain)
         lane.call()
         lane.await_used()
@@ -301,9 +301,7 @@ class TestSleep:
                 lane.pump.move(None)
         until(lambda: lane.pump.fault)
         at_rest(worker)
-        before = worker.counters()
-        time.sleep(QUIET)
-        assert worker.counters() == before
+        assert_still(worker)
 
     def test_polling_begins_when_it_pays_and_ends_when_it_does_not(self, events):
         worker = Worker(events, poll_us=20_000)
@@ -515,9 +513,7 @@ class TestPause:
         with worker.pause():
             lane.offer((0, 16))
             os.eventfd_write(lane.kick_in, 1)
-            before = worker.counters()
-            time.sleep(0.02)
-            assert worker.counters() == before
+            assert_still(worker)
             assert lane.shadow.avail_idx == 0
         lane.complete(lane.await_chain())
         lane.call()
@@ -562,10 +558,8 @@ class TestPause:
         with worker.pause():
             with worker.pause():
                 pass
-            rounds = worker.counters()["rounds"]
             os.eventfd_write(lane.kick_in, 1)
-            time.sleep(0.02)
-            assert worker.counters()["rounds"] == rounds
+            assert_still(worker)
         lane.await_chain()
 
     def test_several_threads_may_pause(self, wire, worker):
@@ -609,7 +603,7 @@ class TestPause:
         with worker.pause():
             thread = threading.Thread(target=worker.run)
             thread.start()
-            time.sleep(0.02)
+            assert_still(worker)
             assert worker.counters()["rounds"] == 0
         until(lambda: worker.counters()["rounds"])
         worker.stop()

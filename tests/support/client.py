@@ -11,7 +11,7 @@ from vhost_airlock.peers.driver import DriverRing
 from vhost_airlock.peers.events import clear
 from vhost_airlock.peers.ram import GuestRam
 from vhost_airlock.peers.ring import Buffer, SplitLayout, SplitRing, TableArea
-from vhost_airlock.vhost.fds import eventfd, notify
+from vhost_airlock.vhost.fds import HasFileno, eventfd, notify
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import Feature, ProtocolFeature, VringAddr
 
@@ -41,6 +41,10 @@ class Queue:
         self._driver = DriverRing(self._ring, tables=self._tables)
         self._writable: dict[int, list[memoryview]] = {}
         self._done: dict[int, int] = {}
+        self.patience = TIMEOUT
+        """Seconds for one request."""
+        self.watched: list[HasFileno] = []
+        """What is readable once no request has an end any more."""
 
     def vring_addr(self) -> VringAddr:
         layout = SplitLayout(SIZE, self.ram.user_addr(self._addr))
@@ -67,13 +71,15 @@ class Queue:
     def wait(self, head: int) -> tuple[int, list[bytes]]:
         """The end of a request: how much was written, and what."""
         poll = select.poll()
-        poll.register(self.call, select.POLLIN)
+        for fd in (self.call, *self.watched):
+            poll.register(fd, select.POLLIN)
         while head not in self._done:
             clear(self.call)
             self._done.update(self._driver.used())
             if head not in self._done and not self._driver.arm():
-                ready = poll.poll(TIMEOUT * 1000)
-                assert ready, f"request {head} of queue {self.index} has no end"
+                ready = [fd for fd, _ in poll.poll(self.patience * 1000)]
+                what = f"request {head} of queue {self.index} has no end"
+                assert ready == [self.call.fileno()], what
         written = self._done.pop(head)
         return written, [bytes(view) for view in self._writable.pop(head)]
 

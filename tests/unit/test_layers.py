@@ -36,9 +36,8 @@ LAYERS = """
     peers.ring
 
     process.daemon
-    process.connector  process.fronts  process.stats_server
+    process.connector  process.stats_server
     process.broker
-    process.program
     process.sockets  process.signals  process.__init__
 
     sandbox.enter

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import select
-import signal
 import socket
 import threading
 import time
@@ -42,7 +41,7 @@ class Stats:
         self._describe = describe
         self._started = time.monotonic()
         self._version = version()
-        self.listener = Listener(path)
+        self._listener = Listener(path)
         self._stop = eventfd()
         self._thread = threading.Thread(
             target=self._serve, name="airlock-stats", daemon=True
@@ -65,18 +64,17 @@ class Stats:
             notify(self._stop)
             self._thread.join()
         self._stop.close()
-        self.listener.close()
+        self._listener.close()
 
     def _serve(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         poll = select.poll()
-        poll.register(self.listener.fileno(), select.POLLIN)
+        poll.register(self._listener.fileno(), select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)
         stopped = select.poll()
         stopped.register(self._stop.fileno(), select.POLLIN)
         while self._stop.fileno() not in {fd for fd, _ in poll.poll()}:
             try:
-                reader = self.listener.accept()
+                reader = self._listener.accept()
             except OSError:
                 stopped.poll(PAUSE * 1000)
                 continue

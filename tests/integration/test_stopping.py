@@ -29,6 +29,7 @@ from vhost_airlock.proxy.ring import Ring
 from vhost_airlock.vhost.fds import Fd, drain, notify
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (
+    Config,
     Feature,
     ProtocolFeature,
     Request,
@@ -369,6 +370,33 @@ def test_i8_end_of_the_session_drains_the_rings(
     assert everything(guest) == before
     assert airlock.session.device.memory.find(0x7E57_0000_0000, 1) is None
     assert not airlock.session.back_lost
+
+
+def test_c9_signal_while_the_back_owes_an_answer_drains_the_rings(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The exchange goes on to its end, or the back would be out of step with us."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def late(config: Config, fds: list[Fd]) -> Config:
+        asked.set()
+        answered.wait(PATIENCE)
+        return Config(config.offset, config.size, config.flags, bytes(config.size))
+
+    ios = submit(guest, 3)
+    chains = take(back, 3)
+    back.instead[R.GET_CONFIG] = late
+    guest.front.channel.send(R.GET_CONFIG, Config(0, 8).pack())
+    assert asked.wait(PATIENCE)
+    notify(airlock.stop)
+    answering = later(answered.set)
+    answering.join()
+    timer = later(lambda: complete(back, *chains))
+    airlock.join()
+    timer.join()
+    guest.queues[0].reap()
+    assert statuses(ios) == [BlkStatus.OK] * 3
+    assert airlock.session.stopped
 
 
 def test_i8_front_that_is_gone_is_not_waited_for_by_its_memory(

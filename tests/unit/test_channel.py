@@ -3,6 +3,7 @@
 
 import array
 import contextlib
+import itertools
 import os
 import select
 import signal
@@ -621,6 +622,25 @@ noise = st.one_of(
         st.binary(max_size=40),
     ),
 )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.binary(max_size=40)), max_size=4),
+    st.lists(st.integers(1, 30), min_size=1),
+)
+def test_pieces_of_any_size_are_the_same_messages(messages, sizes):
+    data = b"".join(Header(r, 1, len(p)).pack() + p for r, p in messages)
+    received = []
+    with Peer() as peer:
+        for size in itertools.cycle(sizes):
+            while message := peer.channel.recv_now():
+                received.append((message.request, message.payload))
+            if not data:
+                break
+            peer.sock.send(data[:size])
+            data = data[size:]
+    assert received == messages
 
 
 def receive_all(channel):

@@ -643,6 +643,7 @@ def test_after_a_reply_that_never_came_nothing_more_is_asked(pair):
         pair.front.get_features()
     with pytest.raises(ProtocolError, match="back: owes the reply to GET_FEATURES"):
         pair.front.get_features()
+    assert pair.front.owed_until is None, "nobody is to collect it"
 
 
 def test_a_peer_that_hangs_up_instead_is_a_disconnect(pair):

@@ -181,7 +181,8 @@ class Requester:
     @property
     def owed_until(self) -> float | None:
         """The deadline of the reply to a posted request; None: there is none owed."""
-        return None if self._owed is None else self._owed.until
+        owed = self._owed
+        return None if owed is None or owed.done is None else owed.until
 
     def collect(self) -> None:
         """Take the reply to a posted request if it has come whole. Never waits.

@@ -380,9 +380,9 @@ class ScriptedBack(RecordedBack):
         """Let the airlock see what is completed, and call it if it wants."""
         ring, call = self.ring(index), self.vrings[index].call
         ring.publish()
-        if ring.call_needed() and call is not None:
-            # An airlock that looked by itself may have stopped the ring since.
-            with contextlib.suppress(OSError, ValueError):
+        # An airlock that looked by itself may have stopped the ring since, and ended.
+        with contextlib.suppress(OSError, ValueError):
+            if ring.call_needed() and call is not None:
                 notify(call)
 
 

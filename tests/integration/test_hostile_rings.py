@@ -254,6 +254,7 @@ def test_i5_err_descriptor_of_the_back_breaks_the_ring(
     assert_broken(guest, back, "the back signalled an error of the ring", log)
 
 
+@pytest.mark.timing
 def test_i5_signals_without_end_cost_nothing_when_they_end(
     session: Airlock, back: ScriptedBack, guest: BlkGuest
 ) -> None:

@@ -159,6 +159,7 @@ def assert_idle() -> None:
     assert time.process_time() - before < 0.1
 
 
+@pytest.mark.timing
 def test_waiting_for_room_costs_nothing(play: Play) -> None:
     """At the limit, while the back takes its time."""
     scene = play(pool_limit=64 * MIB)
@@ -185,6 +186,7 @@ def fill(scene: Scene) -> list[list[Chain]]:
     ]
 
 
+@pytest.mark.timing
 def test_waiting_for_a_large_buffer_costs_nothing(play: Play) -> None:
     """There would be room, but it is in pieces. Then one region more is all free."""
     scene = play(pool_limit=224 * MIB)

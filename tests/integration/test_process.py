@@ -11,16 +11,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from tests.support.airlock import hung_up
-from tests.support.backs import DiskBack, ScriptedBack, readable, wait_until
+from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
 from tests.support.program import COMMAND, LOOKED_INTO, Program, listening
 from tests.support.sessions import serve, small_guest
-from vhost_airlock.errors import AirlockError
+from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
@@ -153,20 +156,22 @@ def test_signal_while_the_back_does_not_answer(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
     """It has its time to do so, and no more."""
-    back.instead[Request.GET_FEATURES] = lambda _, fds: hold(back)
+    asked = threading.Event()
+
+    def hold(_: object, fds: list[Fd]) -> NoReturn:
+        asked.set()
+        assert back.channel is not None
+        readable(back.channel, 60)
+        raise AirlockError("the test is over")
+
+    back.instead[Request.GET_FEATURES] = hold
     options = (f"--socket-path={front}", f"--backend={where}", "--timeout=1")
     with Program(*options) as program, program.connect(front) as channel:
         channel.send(Request.GET_FEATURES)
-        wait_until(lambda: back.connections == 1, "the back is asked")
+        assert asked.wait(PATIENCE)
         assert program.stop() == 0
         assert "back: did not answer in time (GET_FEATURES)" in program.errors()
         assert not front.exists()
-
-
-def hold(back: ScriptedBack) -> None:
-    assert back.channel is not None
-    readable(back.channel, 60)
-    raise AirlockError("the test is over")
 
 
 def test_signal_at_any_time_of_the_start_leaves_nothing(
@@ -193,7 +198,12 @@ def test_signal_at_any_time_of_the_start_leaves_nothing(
             "argument --pool-limit: none: no size from 4K to 4G",
         ),
         (["--socket-path=F"], 2, "one of --backend, --backend-listen, -- COMMAND is"),
-        (["--socket-path=F", "--backend=B"], 1, "no back-end at B: No such file"),
+        (
+            ["--socket-path=F", "--backend=B", "--no-wait"],
+            1,
+            "no back-end at B: No such file",
+        ),
+        (["--socket-path=F", "--backend=."], 1, "no back-end at .: it is no socket"),
         (["--fd=77", "--backend=S"], 1, "descriptor 77: Bad file descriptor"),
         (["--fd=0", "--backend=S"], 1, "descriptor 0: Socket operation on non-socket"),
     ],
@@ -244,11 +254,7 @@ def test_socket_of_a_live_airlock_is_left_to_it(
 def test_socket_of_a_dead_airlock_is_replaced(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
-    with Program(f"--socket-path={front}", f"--backend={where}") as program:
-        program.connect(front).close()
-        program.process.kill()
-        program.wait()
-    assert front.is_socket()
+    make_stale(front)
     with running(front, where) as program, small_guest() as guest:
         connect(guest, program, front)
         serve(back, guest)
@@ -350,8 +356,8 @@ def test_signal_ends_the_back_end_that_was_started(
 
 def started(program: Program) -> list[str]:
     """The back-ends: children of the one process that the airlock has for that."""
-    (starter,) = children(str(program.pid))
-    return children(starter)
+    (broker,) = children(str(program.pid))
+    return children(broker)
 
 
 def children(pid: str) -> list[str]:
@@ -392,41 +398,136 @@ def test_back_end_may_connect(front: Path, tmp_path: Path, back: ScriptedBack) -
 def test_back_end_that_does_not_come_is_told_of(front: Path, tmp_path: Path) -> None:
     path = tmp_path / "back.sock"
     with Program(
-        f"--socket-path={front}", f"--backend-listen={path}", "--timeout=0.1"
+        f"--socket-path={front}",
+        f"--backend-listen={path}",
+        "--timeout=0.1",
+        "--no-wait",
     ) as program:
         with BlkGuest() as guest, pytest.raises(AirlockError):
             connect(guest, program, front)
         assert program.stop() == 0
         assert program.errors() == (
-            f"vhost-airlock: back: did not connect to {path} in 0.1 s\n"
+            f"vhost-airlock: back: did not connect to {path} in time\n"
         )
 
 
 # When the back goes away.
 
 
-def test_back_end_that_is_not_there_is_waited_for_by_the_next_front(
+def make_stale(path: Path) -> None:
+    """As a back-end leaves it that was killed."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+
+
+def test_back_end_that_is_not_there_is_tried_for_by_each_front(
     front: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "back.sock"
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(str(path))
+    make_stale(path)
+    away = f"vhost-airlock: back: can't connect to {path}: Connection refused"
     with (
-        Program(f"--socket-path={front}", f"--backend={path}") as program,
+        Program(
+            f"--socket-path={front}", f"--backend={path}", "--timeout=0.2", "--no-wait"
+        ) as program,
         small_guest() as guest,
     ):
         with pytest.raises(AirlockError):
             connect(guest, program, front)
         guest.disconnect()
-        assert program.errors() == (
-            f"vhost-airlock: back: can't connect to {path}: Connection refused\n"
-        )
+        assert program.errors() == f"{away}; trying again\n{away}\n"
         back = ScriptedBack()
         with listening(back, path):
             connect(guest, program, front)
             serve(back, guest)
             guest.disconnect()
             assert program.stop() == 0
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_first_back_end_is_waited_for_however_long_it_takes(
+    front: Path, tmp_path: Path, stale: bool
+) -> None:
+    """Longer than any time-out; the front that has come meanwhile is served."""
+    path = tmp_path / "back.sock"
+    if stale:
+        make_stale(path)
+    back = ScriptedBack()
+    with (
+        Program(
+            f"--socket-path={front}", f"--backend={path}", "--timeout=0.01"
+        ) as program,
+        small_guest() as guest,
+    ):
+        channel = program.connect(front)
+        wait_until(lambda: tries(program), "it tries")
+        assert not readable(channel, 0.1), "it has not hung up"
+        with listening(back, path):
+            wait_until(lambda: back.connections == 1, "it is connected to")
+            channel.close()
+            connect(guest, program, front)
+            serve(back, guest)
+            guest.disconnect()
+            assert program.stop() == 0
+            assert back.connections == 1
+
+
+def test_back_end_that_is_away_for_a_while_loses_no_front(
+    front: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "back.sock"
+    ways = [f"--socket-path={front}", f"--backend={path}", "--timeout=60"]
+    with Program(*ways) as program, small_guest() as guest:
+        for turn in range(3):
+            channel = program.connect(front)
+            wait_until(partial(tries, program, turn + 1), "it tries")
+            back = ScriptedBack()
+            with listening(back, path):
+                guest.connect(channel)
+                guest.start()
+                serve(back, guest)
+                guest.disconnect()
+            for queue in guest.queues:
+                queue.reset()
+        assert program.stop() == 0
+
+
+def tries(program: Program, times: int = 1) -> bool:
+    """Has it said so often that the back is away?"""
+    return program.errors().count("trying again") >= times
+
+
+def test_signal_while_the_back_is_away(front: Path, tmp_path: Path) -> None:
+    ways = [f"--socket-path={front}", f"--backend={tmp_path}/none"]
+    with Program(*ways) as program, program.connect(front):
+        wait_until(lambda: tries(program), "it tries")
+        assert program.stop() == 0
+        assert not front.exists()
+
+
+def test_no_connection_to_the_back_is_made_for_nothing(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """Some back-ends end with the first connection that does."""
+    with running(front, where) as program, small_guest() as guest:
+        for _ in range(3):
+            program.connect(front).close()
+        connect(guest, program, front)
+        serve(back, guest)
+        assert back.connections == 1
+
+
+def test_connection_that_was_lost_before_a_front_needed_it_is_made_again(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with running(front, where) as program, small_guest() as guest:
+        program.connect(front).close()
+        wait_until(lambda: back.connections == 1, "it is connected to")
+        lose(back)
+        connect(guest, program, front)
+        serve(back, guest)
+        assert back.connections == 2
 
 
 def lose(back: ScriptedBack) -> None:
@@ -462,16 +563,20 @@ def test_loss_of_the_back_ends_the_process_if_it_shall(
 ) -> None:
     with (
         Program(
-            f"--socket-path={front}", f"--backend={where}", "--exit-with-backend"
+            f"--socket-path={front}",
+            f"--backend={where}",
+            "--exit-with-backend",
+            "--no-wait",
+            "--timeout=0.5",
         ) as program,
         small_guest() as guest,
     ):
+        wait_until(front.exists, "it has looked for the back")
+        if moment == "connect":
+            make_stale(where)
         first = program.connect(front)
         if moment == "connect":
-            where.unlink()
-            with socket.socket(socket.AF_UNIX) as stale:
-                stale.bind(str(where))
-            first.send(Request.GET_FEATURES)
+            assert hung_up(first)
         elif moment == "features":
             back.offered = 0
             first.send(Request.GET_FEATURES)
@@ -637,9 +742,7 @@ def test_session_that_takes_more_than_there_is_ends_alone(
         with small_guest() as guest:
             connect(guest, program, front)
             serve(back, guest)
-            room = program.holdings().fds + 20
-            _, hard = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (room, hard))
+            leave_room(program, 20)
             with pytest.raises(AirlockError):
                 enable_all(guest)
         with small_guest() as guest:
@@ -648,6 +751,74 @@ def test_session_that_takes_more_than_there_is_ends_alone(
         assert program.stop() == 0
         (line,) = program.errors().splitlines()
         assert line.endswith("what a session takes: [Errno 24] Too many open files")
+
+
+def leave_room(program: Program, room: int) -> tuple[int, int]:
+    """Let it have only so many more descriptors; returns its limits before."""
+    most = max(int(fd.name) for fd in Path(f"/proc/{program.pid}/fd").iterdir())
+    _, hard = resource.prlimit(program.pid, resource.RLIMIT_NOFILE)
+    limits = (most + 1 + room, hard)
+    return resource.prlimit(program.pid, resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_want_of_descriptors_at_the_start_of_a_session_ends_no_more_than_that(
+    front: Path, where: Path, back: ScriptedBack, room: int
+) -> None:
+    """With some room the front is served, with some it has to wait, or is let go."""
+    ways = [f"--socket-path={front}", f"--backend={where}"]
+    with Program(*ways, *LOOKED_INTO) as program, small_guest() as guest:
+        with small_guest() as first:
+            connect(first, program, front)
+            serve(back, first)
+        tasks = Path(f"/proc/{program.pid}/task")
+        wait_until(lambda: len(list(tasks.iterdir())) == 1, "it waits for the next")
+        limits = leave_room(program, room)
+        with program.connect(front) as channel:
+            with contextlib.suppress(Disconnected):
+                channel.send(Request.GET_FEATURES)
+            wait_until(
+                lambda: readable(channel, 0) or "no room" in program.errors(),
+                "it has met its limit",
+            )
+        resource.prlimit(program.pid, resource.RLIMIT_NOFILE, limits)
+        connect(guest, program, front)
+        serve(back, guest)
+        assert back.connections <= 3, "there were none for nothing"
+        assert program.stop() == 0
+        assert "Traceback" not in program.errors()
+
+
+NO_THREADS = """
+import os, sys, threading
+from vhost_airlock.cli import main as cli, run
+start = threading.Thread.start
+def want(thread):
+    if not os.path.exists(sys.argv[1]):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = want
+sys.exit(cli.main(["run", *sys.argv[2:]]))
+"""
+
+
+def test_want_of_threads_ends_the_session_and_not_the_process(
+    front: Path, where: Path, back: ScriptedBack, tmp_path: Path
+) -> None:
+    allowed = tmp_path / "allowed"
+    command = (sys.executable, "-c", NO_THREADS, str(allowed))
+    ways = [f"--socket-path={front}", f"--backend={where}", "--sandbox=off"]
+    with Program(*ways, command=command) as program, small_guest() as guest:
+        with program.connect(front) as channel:
+            assert hung_up(channel)
+        allowed.touch()
+        connect(guest, program, front)
+        serve(back, guest)
+        assert program.stop() == 0
+        (line,) = program.errors().splitlines()
+        assert (
+            line == "vhost-airlock: no session for this front: can't start new thread"
+        )
 
 
 # Options that show from outside.

@@ -96,16 +96,16 @@ def test_what_is_started_is_not_locked_in(front: Path, tmp_path: Path) -> None:
         with BlkGuest() as guest:
             guest.connect(program.connect(front))
             guest.start()
-            (starter,) = children(program.pid)
-            (started,) = children(starter)
+            (broker,) = children(program.pid)
+            (started,) = children(broker)
             assert status(program.pid)["Seccomp"] == "2"
-            for pid in (starter, started):
+            for pid in (broker, started):
                 for name in ("Seccomp", "NoNewPrivs"):
                     assert status(pid)[name] == status(os.getpid())[name]
                 for name in ("core file size", "open files"):
                     assert limit_of(pid, name) == limit_of(os.getpid(), name)
         assert program.stop() == 0
-        assert not Path(f"/proc/{starter}").exists()
+        assert not Path(f"/proc/{broker}").exists()
         assert not Path(f"/proc/{started}").exists()
 
 
@@ -115,24 +115,31 @@ def limit_of(pid: int, name: str) -> str:
     return line
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGHUP])
 def test_nothing_is_left_of_an_airlock_that_is_killed(
-    front: Path, tmp_path: Path
+    front: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
+    """No process, and no socket."""
+    stats = tmp_path / "stats.sock"
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(4096))
     command = [*BLK, "--fd={fd}", f"--blk-file={image}"]
     with (
-        Program(f"--socket-path={front}", "--", *command) as program,
+        Program(
+            f"--socket-path={front}", f"--stats-path={stats}", "--", *command
+        ) as program,
         BlkGuest() as guest,
     ):
         guest.connect(program.connect(front))
         guest.start()
-        (starter,) = children(program.pid)
-        (started,) = children(starter)
-        program.process.send_signal(signal.SIGKILL)
+        (broker,) = children(program.pid)
+        (started,) = children(broker)
+        program.process.send_signal(number)
         program.wait()
-        for pid in (started, starter):
+        for pid in (started, broker):
             wait_until(lambda pid=pid: gone(pid), "it has ended")  # type: ignore[misc]
+        assert not front.exists()
+        assert not stats.exists()
 
 
 def gone(pid: int) -> bool:

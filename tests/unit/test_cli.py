@@ -196,7 +196,10 @@ def test_device_types_have_names_and_numbers_of_their_own() -> None:
 
 
 UNREACHABLE: list[tuple[list[str], str]] = [
-    (["--socket-path=F", "--backend=B"], "no back-end at B: No such file"),
+    (
+        ["--socket-path=F", "--backend=B", "--no-wait"],
+        "no back-end at B: No such file",
+    ),
     (["--socket-path=F", "--backend=FILE"], "no back-end at FILE: it is no socket"),
     (["--socket-path=F", "--backend="], "no back-end at : No such file"),
     (["--socket-path=F", "--", "/no/prog", "{fd}"], "there is no program /no/prog"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to the back-end: connecting, waiting, and starting it."""
+"""The ways to the back-end: connecting, waiting, starting it; and the broker's part."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.support.backs import wait_until
+from tests.support.limits import no_more_fds
 from vhost_airlock.errors import (
     BackLost,
     DeadlineExceeded,
@@ -24,7 +27,8 @@ from vhost_airlock.errors import (
     Stopped,
     UsageError,
 )
-from vhost_airlock.process import broker
+from vhost_airlock.process import broker, program
+from vhost_airlock.process.broker import Broker
 from vhost_airlock.process.connector import (
     Connector,
     Dialler,
@@ -32,6 +36,7 @@ from vhost_airlock.process.connector import (
     Waiter,
     make_connector,
 )
+from vhost_airlock.process.sockets import Listener
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
@@ -104,12 +109,31 @@ def stack(stop: Fd) -> Iterator[ExitStack]:
         yield stack
 
 
+def broker_for(config: Config, stop: Fd) -> Broker:
+    """A broker that does not run yet."""
+    return Broker(
+        stop, back=config.backend, front=config.front_connect, command=config.command
+    )
+
+
 def make(stack: ExitStack, stop: Fd, **options: object) -> Connector:
     config = Config(**{"timeout": 5.0, **options})  # type: ignore[arg-type]
-    made = make_connector(config, stop)
+    helper = broker_for(config, stop)
+    stack.callback(helper.close)
+    made = make_connector(config, stop, helper)
     stack.callback(made.close)
+    helper.start()
     stack.callback(made.disconnected)
     return made
+
+
+def require(config: Config, stop: Fd) -> None:
+    """What can be said at once against this config."""
+    make_connector(config, stop, broker_for(config, stop))
+
+
+def connect(made: Connector, seconds: float = 5.0) -> Channel:
+    return made.connect(time.monotonic() + seconds)
 
 
 def received(channel: Channel) -> bytes:
@@ -145,7 +169,7 @@ def test_dialler_connects_each_time(stack: ExitStack, stop: Fd, path: str) -> No
     back = listening(path, stack)
     dialler = make(stack, stop, backend=path)
     for _ in range(3):
-        with dialler.connect() as channel, back.accept()[0] as accepted:
+        with connect(dialler) as channel, back.accept()[0] as accepted:
             assert channel.peer == "back"
             assert channel.lost is BackLost
             channel.send(Request.SET_OWNER)
@@ -164,9 +188,26 @@ def test_dialler_does_not_connect_before_it_is_told(
         back.accept()
 
 
-def test_dialler_needs_a_socket_at_once(stop: Fd, path: str) -> None:
+def test_dialler_needs_a_socket_at_once_if_it_may_not_wait(stop: Fd, path: str) -> None:
     with pytest.raises(StartError, match=f"no back-end at {path}"):
-        make_connector(Config(backend=path), stop)
+        require(Config(backend=path, no_wait=True), stop)
+
+
+def test_dialler_says_that_it_waits(
+    stop: Fd, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    require(Config(backend=path), stop)
+    (record,) = caplog.records
+    assert record.message == (
+        f"no back-end at {path}: No such file or directory; waiting for it"
+    )
+
+
+def test_dialler_never_waits_where_no_socket_can_come(stop: Fd, path: str) -> None:
+    Path(path).touch()
+    for bad in (path, f"{path}/sock", ""):
+        with pytest.raises(StartError, match=f"no back-end at {bad}: "):
+            require(Config(backend=bad), stop)
 
 
 def test_dialler_says_when_nobody_listens(
@@ -174,11 +215,44 @@ def test_dialler_says_when_nobody_listens(
 ) -> None:
     listening(path, stack).close()
     dialler = make(stack, stop, backend=path)
-    with pytest.raises(Disconnected, match=f"back: can't connect to {path}: Connect"):
-        dialler.connect()
+    with pytest.raises(BackLost, match=f"back: can't connect to {path}: Connect"):
+        connect(dialler, 0)
     os.unlink(path)
-    with pytest.raises(Disconnected, match=f"back: can't connect to {path}: No such"):
-        dialler.connect()
+    with pytest.raises(BackLost, match=f"back: can't connect to {path}: No such"):
+        connect(dialler, 0)
+
+
+@pytest.mark.parametrize("deadline", [True, False])
+def test_dialler_waits_for_the_back(
+    stack: ExitStack, stop: Fd, path: str, deadline: bool
+) -> None:
+    dialler = make(stack, stop, backend=path)
+    thread = threading.Timer(0.1, listening, [path, stack])
+    thread.start()
+    (connect(dialler) if deadline else dialler.connect(None)).close()
+    thread.join()
+
+
+def test_dialler_waits_for_a_back_that_has_no_room(
+    stack: ExitStack, stop: Fd, path: str
+) -> None:
+    """Its queue is full: the broker must not wait in connect()."""
+    back = stack.enter_context(socket.socket(socket.AF_UNIX))
+    back.bind(path)
+    back.listen(0)
+    dialler = make(stack, stop, backend=path)
+    with connect(dialler):
+        with pytest.raises(BackLost, match="temporarily unavailable"):
+            connect(dialler, 0.01)
+        back.accept()[0].close()
+        connect(dialler).close()
+
+
+def test_dialler_stops_when_told(stack: ExitStack, stop: Fd, path: str) -> None:
+    dialler = make(stack, stop, backend=path)
+    threading.Timer(0.1, notify, [stop]).start()
+    with pytest.raises(Stopped):
+        dialler.connect(None)
 
 
 def test_waiter_takes_the_back_that_comes(
@@ -188,12 +262,14 @@ def test_waiter_takes_the_back_that_comes(
     for _ in range(3):
         with socket.socket(socket.AF_UNIX) as back:
             back.connect(path)
-            with waiter.connect() as channel:
+            with connect(waiter) as channel:
                 assert channel.lost is BackLost
                 channel.send(Request.SET_OWNER)
                 assert len(back.recv(100)) == 12
         waiter.disconnected()
     waiter.close()
+    assert os.path.exists(path), "the broker removes it"
+    waiter.broker.close()
     assert not os.path.exists(path)
 
 
@@ -202,27 +278,27 @@ def test_waiter_waits_for_the_back(stack: ExitStack, stop: Fd, path: str) -> Non
     back = stack.enter_context(socket.socket(socket.AF_UNIX))
     thread = threading.Timer(0.05, back.connect, [path])
     thread.start()
-    waiter.connect().close()
+    connect(waiter).close()
     thread.join()
 
 
 def test_waiter_does_not_wait_for_ever(stack: ExitStack, stop: Fd, path: str) -> None:
-    waiter = make(stack, stop, backend_listen=path, timeout=0.02)
-    with pytest.raises(DeadlineExceeded, match=f"did not connect to {path} in 0.02 s"):
-        waiter.connect()
+    waiter = make(stack, stop, backend_listen=path)
+    with pytest.raises(DeadlineExceeded, match=f"did not connect to {path} in time"):
+        connect(waiter, 0.02)
 
 
 def test_waiter_stops_when_told(stack: ExitStack, stop: Fd, path: str) -> None:
     waiter = make(stack, stop, backend_listen=path)
     notify(stop)
     with pytest.raises(Stopped):
-        waiter.connect()
+        connect(waiter)
 
 
 def test_waiter_needs_a_place_at_once(stop: Fd, path: str) -> None:
     Path(path).write_text("precious")
     with pytest.raises(StartError, match=f"can't listen at {path}"):
-        make_connector(Config(backend_listen=path), stop)
+        require(Config(backend_listen=path), stop)
 
 
 @pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
@@ -233,7 +309,7 @@ def test_starter_starts_a_back_for_each_session(
     assert isinstance(made, Starter)
     pids = set()
     for _ in range(2):
-        with made.connect() as channel:
+        with connect(made) as channel:
             assert channel.lost is BackLost
             assert_echoes(channel)
             assert made.pid is not None
@@ -247,7 +323,7 @@ def test_starter_puts_the_number_where_it_is_wanted(stack: ExitStack, stop: Fd) 
     program = "import socket,sys; socket.socket(fileno=int(sys.argv[1][5:])).send(%s)"
     say = program % "' '.join(sys.argv[1:]).encode()"
     made = make(stack, stop, command=(*PYTHON, say, "--fd={fd}", "x{fd}y", "{f}"))
-    with made.connect() as channel:
+    with connect(made) as channel:
         words = received(channel).decode().split()
     number = words[0].removeprefix("--fd=")
     assert words == [f"--fd={number}", f"x{number}y", "{f}"]
@@ -259,7 +335,7 @@ def test_started_back_has_no_other_descriptor_of_ours(
     made = make(stack, stop, command=(*PYTHON, HOLDINGS, "{fd}"))
     inherited = stack.enter_context(Fd(os.open("/dev/null", os.O_RDONLY)))
     os.set_inheritable(inherited.fileno(), True)
-    with made.connect() as channel:
+    with connect(made) as channel:
         fds = [int(word) for word in received(channel).split()]
     assert fds[:3] == [0, 1, 2]
     assert len(fds) == 4
@@ -271,10 +347,10 @@ def test_signals_of_the_terminal_are_not_for_the_back(
     """It is needed until the rings are drained."""
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect():
+    with connect(made):
         assert made.pid is not None
         assert os.getpgid(made.pid) == made.pid
-        assert os.getpgid(made.starter.pid) == made.starter.pid
+        assert os.getpgid(made.broker.pid) == made.broker.pid
 
 
 def test_starter_leaves_a_back_time_to_end_by_itself(
@@ -282,7 +358,7 @@ def test_starter_leaves_a_back_time_to_end_by_itself(
 ) -> None:
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect() as channel:
+    with connect(made) as channel:
         assert_echoes(channel)
     made.disconnected()
     assert made.status == 0
@@ -301,29 +377,75 @@ def test_starter_ends_a_back_that_does_not(
     status: int,
 ) -> None:
     monkeypatch.setattr(broker, "GRACE", 0.05)
-    monkeypatch.setattr(broker, "PATIENCE", 0.05)
-    program = DEAF.format(handler=handler)
-    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    monkeypatch.setattr(program, "PATIENCE", 0.05)
+    deaf = DEAF.format(handler=handler)
+    made = make(stack, stop, command=(*PYTHON, deaf, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect() as channel:
+    with connect(made) as channel:
         assert received(channel), "it is up, and has its signal handler"
     made.disconnected()
     assert made.status == status
 
 
-def test_starter_leaves_no_time_when_we_are_told_to_stop(
+def test_starter_does_not_wait_for_a_back_when_we_are_told_to_stop(
     stack: ExitStack, stop: Fd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither before it is waited for nor meanwhile; the broker sees to its end."""
     monkeypatch.setattr(broker, "GRACE", 3600)
-    program = DEAF.format(handler="signal.SIG_DFL")
-    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    deaf = DEAF.format(handler="signal.SIG_DFL")
+    for delay in (0, 0.1):
+        made = make(stack, stop, command=(*PYTHON, deaf, "{fd}"))
+        assert isinstance(made, Starter)
+        with connect(made) as channel:
+            assert received(channel)
+            pid = made.pid
+        assert pid is not None
+        timer = threading.Timer(delay, notify, [stop])
+        timer.start()
+        if not delay:
+            timer.join()
+        made.disconnected()
+        made.broker.close()
+        assert made.status is None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        assert drain(stop), "it is for others as well"
+
+
+FAMILY = """
+import os, signal, socket, sys
+sock = socket.socket(fileno=int(sys.argv[1]))
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, {handler})
+    sock.send(str(os.getpid()).encode())
+    while True:
+        signal.pause()
+sock.recv(1)
+"""
+"""A back-end that leaves a process behind when it ends with its connection."""
+
+
+@pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN"])
+def test_what_a_back_has_started_ends_with_it(
+    stack: ExitStack, stop: Fd, monkeypatch: pytest.MonkeyPatch, handler: str
+) -> None:
+    monkeypatch.setattr(program, "PATIENCE", 0.1)
+    family = FAMILY.format(handler=handler)
+    made = make(stack, stop, command=(*PYTHON, family, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect() as channel:
-        assert received(channel)
-    notify(stop)
+    with connect(made) as channel:
+        left = int(received(channel))
     made.disconnected()
-    assert made.status == -signal.SIGTERM
-    assert drain(stop), "it is for others as well"
+    assert made.status == 0
+    wait_until(lambda: ended(left), "it has ended too")
+
+
+def ended(pid: int) -> bool:
+    """Whoever has taken an orphan on may be slow to bury it."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.parametrize(
@@ -333,15 +455,15 @@ def test_starter_needs_a_place_for_the_number(
     stop: Fd, command: tuple[str, ...]
 ) -> None:
     with pytest.raises(UsageError, match=r"either \{fd\} or \{listen-fd\}"):
-        make_connector(Config(command=command), stop)
+        require(Config(command=command), stop)
 
 
 def test_starter_needs_a_program(stop: Fd, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("text")
-    for program in ("/no/such/program", "no-such-program", str(plain), str(tmp_path)):
-        with pytest.raises(StartError, match=f"there is no program {program}"):
-            make_connector(Config(command=(program, "{fd}")), stop)
+    for name in ("/no/such/program", "no-such-program", str(plain), str(tmp_path)):
+        with pytest.raises(StartError, match=f"there is no program {name}"):
+            require(Config(command=(name, "{fd}")), stop)
 
 
 def test_starter_says_when_a_program_does_not_start(
@@ -353,7 +475,7 @@ def test_starter_says_when_a_program_does_not_start(
     for placeholder in ("{fd}", "{listen-fd}"):
         made = make(stack, stop, command=(str(program), placeholder))
         with pytest.raises(SessionError, match=f"back: can't start {program}: Exec"):
-            made.connect()
+            connect(made)
         made.disconnected()
 
 
@@ -363,64 +485,120 @@ def test_back_that_ends_at_once_is_a_closed_connection(
 ) -> None:
     made = make(stack, stop, command=("true", placeholder))
     with (
-        made.connect() as channel,
+        connect(made) as channel,
         pytest.raises(Disconnected, match="back: closed the connection"),
     ):
         channel.recv()
     made.disconnected()
 
 
-def test_back_goes_with_the_process_that_starts_it(stack: ExitStack, stop: Fd) -> None:
+def test_back_goes_with_the_broker(stack: ExitStack, stop: Fd) -> None:
     """Though nobody told it to end, as when the airlock was killed."""
-    program = DEAF.format(handler="signal.SIG_DFL")
-    made = make(stack, stop, command=(*PYTHON, program, "{fd}"))
+    deaf = DEAF.format(handler="signal.SIG_DFL")
+    made = make(stack, stop, command=(*PYTHON, deaf, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect() as channel:
+    with connect(made) as channel:
         assert received(channel)
         pid = made.pid
         assert pid is not None
-        made.close()
+        made.broker.close()
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-def test_signals_to_all_are_not_for_the_process_that_starts(
-    stack: ExitStack, stop: Fd
-) -> None:
+# The broker.
+
+
+def test_signals_to_all_are_not_for_the_broker(stack: ExitStack, stop: Fd) -> None:
     """A service manager sends them to every process of the service."""
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
-    assert isinstance(made, Starter)
-    made.connect().close()
+    connect(made).close()
     made.disconnected()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(made.starter.pid, number)
-    with made.connect() as channel:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(made.broker.pid, number)
+    with connect(made) as channel:
         assert_echoes(channel)
 
 
-def test_process_that_starts_takes_no_arguments(
-    stack: ExitStack, stop: Fd, tmp_path: Path
-) -> None:
-    """Nor another program: it has one, and is told when."""
-    made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
-    assert isinstance(made, Starter)
+def test_broker_takes_no_arguments(stack: ExitStack, stop: Fd, tmp_path: Path) -> None:
+    """It has one path for each side, or one command, and is told when."""
+    other = listening(str(tmp_path / "other"), stack)
+    other.setblocking(False)
     wanted = tmp_path / "made"
-    for request in (b"start touch %s", b"touch %s", b"start\0touch %s"):
-        text, sock = made.starter._ask(request % bytes(wanted))
-        assert (text, sock) == ("0", None), "nothing was started that could end"
-    with made.connect() as channel:
-        assert_echoes(channel)
+    for options in ({"command": (*PYTHON, ECHO, "{fd}")}, {"backend": str(wanted)}):
+        made = make(stack, stop, **options)
+        for request in (
+            b"start touch %s" % bytes(wanted),
+            b"back %s/other" % bytes(tmp_path),
+            b"back\0%s/other" % bytes(tmp_path),
+            b"front",
+            b"unlink %s/other" % bytes(tmp_path),
+            b"x" * 4000,
+        ):
+            sock, text = made.broker._ask(request)
+            assert (sock, text) == (None, "this is nothing that the broker does")
     assert not wanted.exists()
+    assert (tmp_path / "other").is_socket()
+    with pytest.raises(BlockingIOError):
+        other.accept()
 
 
-def test_process_that_starts_may_be_lost(stack: ExitStack, stop: Fd) -> None:
+def test_broker_removes_what_was_entrusted_to_it_and_nothing_else(
+    stop: Fd, tmp_path: Path
+) -> None:
+    names = ["removed", "replaced", "gone", "beside"]
+    listeners = {name: Listener(str(tmp_path / name)) for name in names}
+    helper = Broker(stop)
+    for name in names[:3]:
+        helper.entrust(listeners[name])
+    helper.start()
+    for name in names[1:3]:
+        (tmp_path / name).unlink()
+    with ExitStack() as stack:
+        listening(str(tmp_path / "replaced"), stack)
+        for name in names[:3]:
+            listeners[name].close()
+        assert (tmp_path / "removed").exists(), "until the broker ends"
+        helper.close()
+        left = {path.name for path in tmp_path.iterdir() if path.is_socket()}
+        assert left == {"replaced", "beside"}
+    listeners["beside"].close()
+
+
+def test_broker_connects_to_the_front(stack: ExitStack, stop: Fd, path: str) -> None:
+    helper = Broker(stop, front=path)
+    stack.callback(helper.close)
+    helper.start()
+    assert helper.connect_front() == (None, "No such file or directory")
+    front = listening(path, stack)
+    sock, _ = helper.connect_front()
+    assert sock is not None
+    with sock, front.accept()[0] as accepted:
+        sock.send(b"hello")
+        assert accepted.recv(10) == b"hello"
+
+
+def test_want_of_descriptors_makes_no_connection(
+    stack: ExitStack, stop: Fd, path: str
+) -> None:
+    back = listening(path, stack)
+    back.setblocking(False)
+    made = make(stack, stop, backend=path)
+    with no_more_fds(), pytest.raises(OSError, match="Too many open files"):
+        connect(made)
+    with pytest.raises(BlockingIOError):
+        back.accept()
+    connect(made).close()
+
+
+def test_broker_may_be_lost(stack: ExitStack, stop: Fd) -> None:
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
     assert isinstance(made, Starter)
-    with made.connect() as channel:
-        os.kill(made.starter.pid, signal.SIGKILL)
+    with connect(made) as channel:
+        os.kill(made.broker.pid, signal.SIGKILL)
         assert_echoes(channel)
     made.disconnected()
     assert made.status is None
     for _ in range(2):
-        with pytest.raises(SessionError, match="back: nobody is there to start it"):
-            made.connect()
+        with pytest.raises(SessionError, match=r"back: can't start .* broker is gone"):
+            connect(made)

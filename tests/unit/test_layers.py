@@ -36,8 +36,9 @@ LAYERS = """
     peers.ring
 
     process.daemon
-    process.connector  process.stats_server
+    process.connector  process.fronts  process.stats_server
     process.broker
+    process.program
     process.sockets  process.signals  process.__init__
 
     sandbox.enter

@@ -170,6 +170,31 @@ def test_path_of_somebody_else_is_not_removed(path: Path) -> None:
         assert path.is_socket()
 
 
+def test_path_of_a_successor_with_the_same_inode_is_not_removed(path: Path) -> None:
+    """File systems use numbers of inodes again at once."""
+    listener = Listener(str(path))
+    os.utime(path, ns=(0, 0))
+    listener.close()
+    assert path.is_socket()
+
+
+def test_path_whose_rights_were_changed_is_removed(path: Path) -> None:
+    """So that a VMM of another user can connect."""
+    listener = Listener(str(path))
+    path.chmod(0o666)
+    listener.close()
+    assert not path.exists()
+
+
+def test_path_that_is_left_to_somebody_else_is_not_removed(path: Path) -> None:
+    listener = Listener(str(path))
+    listener.disown()
+    listener.close()
+    assert path.is_socket()
+    listener.file.remove()
+    assert not path.exists()
+
+
 def test_path_that_is_gone_is_no_trouble(path: Path) -> None:
     listener = Listener(str(path))
     path.unlink()

@@ -90,7 +90,7 @@ def test_want_of_descriptors_is_waited_for(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Stats(str(path), dict).start()
-    accept = told._listener.accept
+    accept = told.listener.accept
     failures = iter([OSError(24, "Too many open files")] * 2)
 
     def fail_at_first() -> socket.socket:
@@ -98,6 +98,6 @@ def test_want_of_descriptors_is_waited_for(
             raise error
         return accept()
 
-    monkeypatch.setattr(told._listener, "accept", fail_at_first)
+    monkeypatch.setattr(told.listener, "accept", fail_at_first)
     assert json.loads(ask(str(path)))
     told.close()

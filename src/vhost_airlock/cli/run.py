@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from ..dataplane.pump import POLICIES
 from ..errors import StartError, UsageError
 from ..process.daemon import Daemon
-from ..proxy.config import CONNECTED_FD, LISTENING_FD, Config
+from ..process.program import CONNECTED_FD, LISTENING_FD
+from ..proxy.config import Config
 from ..proxy.device_types import find_type
 from .arguments import cpus, number, seconds, size, switch
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     back.add_argument("--backend", metavar="PATH", help="connect to it here")
     back.add_argument("--backend-listen", metavar="PATH", help="wait for it here")
+    parser.add_argument(
+        "--no-wait",
+        action="store_true",
+        help="fail at the start if the back-end is not there, instead of waiting",
+    )
     parser.add_argument(
         "--keep-backend",
         action="store_true",

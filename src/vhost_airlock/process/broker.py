@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that starts the back-end's program, time and again, and does nothing else.
+"""A process that opens the outside for the airlock, and does nothing else.
 
-The airlock locks itself in and can start nothing from then on, and what it starts must
-not be locked in with it: back-ends have sandboxes of their own. So this process is
-forked before. It has the user's rights still, but no sockets of the airlock, no memory
-of a guest, and no choice of what it starts.
+The airlock locks itself in and can connect to nothing, start nothing and remove nothing
+from then on; and what it starts must not be locked in with it, since back-ends have
+sandboxes of their own. So this process is forked before. It has the user's rights
+still, but no sockets of the airlock, no memory of a guest, and no choice: the paths
+and the command are fixed when it starts, and no request has an argument.
 
 They talk over a pair of sockets, a datagram a message, one request at a time:
 
-    start      the program's process number, with a socket that is connected to it; or
-               what was wrong, as text
-    end        its status, as soon as it is gone; it has GRACE seconds to end by itself
-    end now    the same, but it has none
+    back     a socket that is connected to the back-end: at its path, or to the program
+             that was started for it, with its process number as text
+    front    a socket that is connected to the front, which listens
+    end      the program's status as text, as soon as it is gone
 
-It ends when the airlock does, however that ends, since the pair of sockets is no more
-then; a back-end that does not end by itself goes first.
+An answer without a socket says why there is none. When the pair of sockets is no more,
+which is when the airlock ends, however that happens, the broker removes the sockets
+that the airlock has made, ends the program, and ends itself.
 """
 
 from __future__ import annotations
@@ -22,83 +24,144 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import shutil
+import select
 import signal
 import socket
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from ..errors import SessionError
-from ..proxy.config import CONNECTED_FD, LISTENING_FD
+from ..errors import StartError, Stopped
+from ..vhost.fds import Fd, HasFileno
+from .program import GRACE, PATIENCE, Program
+from .sockets import Listener, SocketFile, reason_of
 
-GRACE = 0.5
-"""Seconds that a back-end has to end with its connection."""
-PATIENCE = 3.0
-"""Seconds that it has when it is told to end, before it is made to."""
 ANSWER = 10.0
-"""Seconds that the process has beside these, for what takes no time."""
+"""Seconds that the broker has for what takes no time, beside those for a program."""
 
-_START, _END, _END_NOW = b"start", b"end", b"end now"
+_BACK, _FRONT, _END = b"back", b"front", b"end"
 _SIZE = 4096
 """More than any message has."""
+_GONE = "the broker is gone"
 
 
-class StarterProcess:
-    """The airlock's handle on it: it runs from now on, until close()."""
+class Broker:
+    """The airlock's handle on it. It runs from start() to close().
 
-    def __init__(self, command: Sequence[str]) -> None:
+    `back` and `front` are paths to connect to, `command` starts the back-end instead.
+    `stop` ends every wait with Stopped; the broker is of no more use then.
+    """
+
+    def __init__(
+        self,
+        stop: HasFileno,
+        *,
+        back: str | None = None,
+        front: str | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
+        self.stop = stop
+        self.back = back
+        self.front = front
+        self.command = command
+        self.pid = 0
+        """The broker's process number, while it runs."""
+        self._listeners: list[Listener] = []
+        self._sock: socket.socket | None = None
+
+    def entrust(self, listener: Listener) -> None:
+        """Let the broker remove this listener's path, once it runs."""
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Fork it, while this process has one thread. StartError if that can't be."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.pid = os.fork()
+            try:
+                self.pid = os.fork()
+            except OSError as error:
+                ours.close()
+                raise StartError(
+                    f"no process for the broker: {error.strerror}"
+                ) from None
             if self.pid == 0:
-                _run(command, theirs)
-        ours.settimeout(GRACE + PATIENCE + ANSWER)
+                files = [listener.file for listener in self._listeners]
+                _run(_Server(self, files), theirs)
         self._sock = ours
+        for listener in self._listeners:
+            listener.disown()
 
-    def start(self) -> tuple[int, socket.socket]:
-        """Start the program; its process number, and the connection to it."""
-        text, sock = self._ask(_START)
-        if sock is None:
-            raise SessionError(f"back: {text or 'nobody is there to start it'}")
-        return int(text), sock
+    def connect_back(self) -> tuple[socket.socket | None, str]:
+        """Connect to the back-end, or start it.
 
-    def end(self, *, now: bool) -> int | None:
+        Returns the socket and the program's number, or None and what was wrong.
+        """
+        return self._ask(_BACK)
+
+    def connect_front(self) -> tuple[socket.socket | None, str]:
+        """Connect to the front; returns the socket, or None and what was wrong."""
+        return self._ask(_FRONT)
+
+    def end_back(self) -> int | None:
         """Wait until the program is gone, or see to that; its status, if known."""
-        text, _ = self._ask(_END_NOW if now else _END)
-        return int(text) if text else None
+        _, text = self._ask(_END)
+        return int(text) if text.lstrip("-").isdigit() else None
 
     def close(self) -> None:
-        """End the process; a program that it has started goes first."""
-        if self._sock.fileno() >= 0:
+        """End it, and the program; the paths that were entrusted to it are gone."""
+        if self._sock is not None:
             self._sock.close()
+            self._sock = None
             os.waitpid(self.pid, 0)
+            self.pid = 0
 
-    def _ask(self, request: bytes) -> tuple[str, socket.socket | None]:
-        """Return the answer, and the socket that came with it; "" if there is none."""
-        fds = array.array("i")
-        room = socket.CMSG_SPACE(fds.itemsize)
-        try:
-            self._sock.send(request, socket.MSG_NOSIGNAL)
-            data, control, _, _ = self._sock.recvmsg(
-                _SIZE, room, socket.MSG_CMSG_CLOEXEC
-            )
-        except OSError:
-            # A late answer would be taken for that of the next request.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
-            return "", None
-        for _, _, packed in control:
-            fds.frombytes(packed)
-        return data.decode(), socket.socket(fileno=fds[0]) if fds else None
+    def _ask(self, request: bytes) -> tuple[socket.socket | None, str]:
+        """Return the socket that was asked for, if any, and the text of the answer.
+
+        OSError: this process has no descriptor left for it.
+        """
+        sock = self._sock
+        if sock is None:
+            return None, _GONE
+        with Fd(os.dup(sock.fileno())):  # room for the answer's descriptor
+            try:
+                sock.send(request, socket.MSG_NOSIGNAL)
+            except OSError:
+                return None, _GONE
+            self._wait(sock)
+        return _receive(sock)
+
+    def _wait(self, sock: socket.socket) -> None:
+        """Wait for an answer. A late one would be taken for the next request's."""
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        poll.register(self.stop.fileno(), select.POLLIN)
+        ready = {fd for fd, _ in poll.poll((GRACE + 3 * PATIENCE + ANSWER) * 1000)}
+        stopped = self.stop.fileno() in ready
+        if stopped or not ready:
+            sock.shutdown(socket.SHUT_RDWR)
+        if stopped:
+            raise Stopped("stopped while the broker was at work")
+
+
+def _receive(sock: socket.socket) -> tuple[socket.socket | None, str]:
+    """Receive an answer: its socket, if it has one, and its text."""
+    fds = array.array("i")
+    room = socket.CMSG_SPACE(fds.itemsize)
+    data, control, flags, _ = sock.recvmsg(_SIZE, room, socket.MSG_CMSG_CLOEXEC)
+    for _, _, packed in control:
+        fds.frombytes(packed)
+    if fds:
+        return socket.socket(fileno=fds[0]), data.decode()
+    if flags & socket.MSG_CTRUNC:
+        return None, "there is no descriptor left for the connection"
+    return None, data.decode() or _GONE
 
 
 # What follows runs in the process itself.
 
 
-def _run(command: Sequence[str], sock: socket.socket) -> NoReturn:
+def _run(server: _Server, sock: socket.socket) -> NoReturn:
     """Be the process. Nothing of the airlock's is closed, freed or flushed here."""
     status = 1
     try:
@@ -106,12 +169,12 @@ def _run(command: Sequence[str], sock: socket.socket) -> NoReturn:
         # back-end, which is needed until the rings are drained. To ignore them would be
         # inherited by the back-end; a handler is not.
         os.setpgid(0, 0)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _pass_over)
         # Whoever holds the airlock's sockets keeps them from ending with it.
         kept = os.dup2(sock.fileno(), 3, inheritable=False)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-        _serve(command, socket.socket(fileno=kept))
+        server.serve(socket.socket(fileno=kept))
         status = 0
     finally:
         os._exit(status)
@@ -121,81 +184,63 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _serve(command: Sequence[str], sock: socket.socket) -> None:
-    """Do what the airlock asks for until it is gone."""
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        while asked := sock.recv(_SIZE):
-            if asked == _START:
-                try:
-                    process, ours = _start(command)
-                except OSError as error:
-                    text = f"can't start {command[0]}: {error.strerror or error}"
-                    sock.send(text.encode()[:_SIZE])
-                    continue
-                with ours:
-                    socket.send_fds(sock, [str(process.pid).encode()], [ours.fileno()])
-            else:
-                status = _end(process, grace=GRACE if asked == _END else 0)
-                process = None
-                sock.send(str(status).encode())
-    finally:
-        _end(process, grace=GRACE)
+class _Server:
+    """What the process does: the three requests, and the end."""
 
+    def __init__(self, plan: Broker, made: Sequence[SocketFile]) -> None:
+        self.plan = plan
+        self.made = made
+        self.program: Program | None = None
 
-def _start(
-    command: Sequence[str],
-) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start the program with a socket of its own; return our end of that too."""
-    if CONNECTED_FD in " ".join(command):
-        ours, theirs = socket.socketpair()
-    else:
-        ours, theirs = _listening_pair()
-    number = str(theirs.fileno())
-    try:
-        process = subprocess.Popen(
-            [
-                part.replace(CONNECTED_FD, number).replace(LISTENING_FD, number)
-                for part in command
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-        )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    return process, ours
-
-
-def _end(process: subprocess.Popen[bytes] | None, *, grace: float) -> int:
-    """Wait for a program's end. Most end with their connection; others are told to."""
-    if process is None:
-        return 0
-    for seconds, end in ((grace, process.terminate), (PATIENCE, process.kill)):
+    def serve(self, sock: socket.socket) -> None:
+        """Do what the airlock asks for until it is gone, and clean up after it."""
         try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            end()
-    return process.wait()
+            with contextlib.suppress(OSError):  # it went while it was answered
+                while asked := sock.recv(_SIZE):
+                    self._answer(asked, sock)
+        finally:
+            for file in self.made:
+                file.remove()
+            self._end(0, None)
+
+    def _answer(self, asked: bytes, sock: socket.socket) -> None:
+        if asked == _END:
+            sock.send(str(self._end(GRACE, sock)).encode())
+            return
+        try:
+            text, connected = self._connect(asked)
+        except OSError as error:
+            sock.send(reason_of(error).encode()[:_SIZE])
+            return
+        with connected:
+            socket.send_fds(sock, [text.encode()], [connected.fileno()])
+
+    def _connect(self, asked: bytes) -> tuple[str, socket.socket]:
+        """Return a text and a connected socket for one of the fixed requests."""
+        if asked == _FRONT and self.plan.front is not None:
+            return "", _dial(self.plan.front)
+        if asked == _BACK and self.plan.back is not None:
+            return "", _dial(self.plan.back)
+        if asked == _BACK and self.plan.command:
+            self._end(GRACE, None)
+            self.program = Program(self.plan.command)
+            return str(self.program.pid), self.program.socket
+        raise OSError("this is nothing that the broker does")
+
+    def _end(self, grace: float, hurry: socket.socket | None) -> int | None:
+        """End the program, if there is one; returns its status, if it is known."""
+        program, self.program = self.program, None
+        return None if program is None else program.end(grace, hurry)
 
 
-def _listening_pair() -> tuple[socket.socket, socket.socket]:
-    """Return a connected socket, and the listening one that it waits to be taken by."""
-    folder = tempfile.mkdtemp(prefix="vhost-airlock-")
-    path = os.path.join(folder, "back.sock")
-    theirs = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _dial(path: str) -> socket.socket:
+    """Return a socket that is connected to a path, without waiting for anybody."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        theirs.bind(path)
-        theirs.listen(1)
-        ours.connect(path)
+        sock.setblocking(False)
+        sock.connect(path)
+        sock.setblocking(True)
     except BaseException:
-        ours.close()
-        theirs.close()
+        sock.close()
         raise
-    finally:
-        shutil.rmtree(folder)
-    return ours, theirs
+    return sock

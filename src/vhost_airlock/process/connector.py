@@ -1,35 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the airlock comes by its back-end: it connects, waits to be called, or starts it.
 
-A connector gives one connected socket for each session. A back-end that was started
-lives as long as its session; the others are nobody's children.
+A connector gives one connected socket at a time. A back-end that was started lives as
+long as its connection; the others are nobody's children.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import select
 import shutil
 import socket
+import time
 from abc import ABC, abstractmethod
 
-from ..errors import BackLost, DeadlineExceeded, StartError, Stopped, UsageError
-from ..proxy.config import CONNECTED_FD, LISTENING_FD, Config
+from ..errors import (
+    BackLost,
+    DeadlineExceeded,
+    SessionError,
+    StartError,
+    Stopped,
+    UsageError,
+)
+from ..proxy.config import Config
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
-from .broker import StarterProcess
+from .broker import Broker
+from .program import CONNECTED_FD, LISTENING_FD
 from .sockets import Listener, require_socket
+
+log = logging.getLogger(__name__)
+
+PAUSE = 0.05
+"""Seconds between attempts to connect to a back-end that is away."""
 
 
 class Connector(ABC):
     """A way to the back-end. `stop` ends the wait for one to come, with Stopped."""
 
-    def __init__(self, config: Config, stop: HasFileno) -> None:
+    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
         self.config = config
         self.stop = stop
+        self.broker = broker
 
     @abstractmethod
-    def connect(self) -> Channel:
-        """Return a connection, or raise SessionError."""
+    def connect(self, deadline: float | None) -> Channel:
+        """Return a connection, or raise SessionError.
+
+        A back-end that is away is waited for until `deadline`, a time of
+        time.monotonic(); with None for as long as it takes. OSError: there is no
+        descriptor left for it.
+        """
 
     def disconnected(self) -> None:  # noqa: B027 (most have nothing to do)
         """The connection is closed."""
@@ -40,35 +62,58 @@ class Connector(ABC):
     def _channel(self, sock: socket.socket) -> Channel:
         return Channel(sock, peer="back", timeout=self.config.timeout, lost=BackLost)
 
+    def _wait(self, seconds: float | None, waited: HasFileno | None = None) -> bool:
+        """Wait until a descriptor is ready; returns whether it is."""
+        poll = select.poll()
+        poll.register(self.stop.fileno(), select.POLLIN)
+        if waited is not None:
+            poll.register(waited.fileno(), select.POLLIN)
+        ready = poll.poll(None if seconds is None else seconds * 1000)
+        if any(fd == self.stop.fileno() for fd, _ in ready):
+            raise Stopped("stopped while waiting for the back")
+        return bool(ready)
+
 
 class Dialler(Connector):
     """Connects to a path on which the back-end listens."""
 
-    def __init__(self, config: Config, stop: HasFileno) -> None:
-        super().__init__(config, stop)
+    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+        super().__init__(config, stop, broker)
         self.path = config.backend or ""
-        require_socket(self.path)
+        if absent := require_socket(self.path, may_come=not config.no_wait):
+            log.warning("%s; waiting for it", absent)
 
-    def connect(self) -> Channel:
-        return Channel.connect(
-            self.path, peer="back", timeout=self.config.timeout, lost=BackLost
-        )
+    def connect(self, deadline: float | None) -> Channel:
+        told = False
+        while True:
+            sock, reason = self.broker.connect_back()
+            if sock is not None:
+                return self._channel(sock)
+            trouble = f"back: can't connect to {self.path}: {reason}"
+            left = _left(deadline)
+            if left == 0:
+                raise BackLost(trouble)
+            if not told:
+                log.warning("%s; trying again", trouble)
+                told = True
+            self._wait(PAUSE if left is None else min(PAUSE, left))
 
 
 class Waiter(Connector):
     """Listens at a path to which the back-end connects."""
 
-    def __init__(self, config: Config, stop: HasFileno) -> None:
-        super().__init__(config, stop)
+    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+        super().__init__(config, stop, broker)
         self.listener = Listener(config.backend_listen or "")
+        broker.entrust(self.listener)
 
-    def connect(self) -> Channel:
-        ready = _wait(self.listener, self.stop, self.config.timeout)
-        if not ready:
-            raise DeadlineExceeded(
-                f"back: did not connect to {self.listener.path}"
-                f" in {self.config.timeout} s"
-            )
+    def connect(self, deadline: float | None) -> Channel:
+        if not self._wait(0, self.listener):
+            log.info("back: waiting for it to connect to %s", self.listener.path)
+            if not self._wait(_left(deadline), self.listener):
+                raise DeadlineExceeded(
+                    f"back: did not connect to {self.listener.path} in time"
+                )
         return self._channel(self.listener.accept())
 
     def close(self) -> None:
@@ -78,8 +123,8 @@ class Waiter(Connector):
 class Starter(Connector):
     """Starts the back-end's program with a socket of its own."""
 
-    def __init__(self, config: Config, stop: HasFileno) -> None:
-        super().__init__(config, stop)
+    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+        super().__init__(config, stop, broker)
         command = config.command
         whole = " ".join(command)
         if (CONNECTED_FD in whole) == (LISTENING_FD in whole):
@@ -89,47 +134,35 @@ class Starter(Connector):
             )
         if shutil.which(command[0]) is None:
             raise StartError(f"no back-end: there is no program {command[0]}")
-        self.starter = StarterProcess(command)
         self.pid: int | None = None
         """The program's process number, while there is one."""
         self.status: int | None = None
         """How the last one ended, as far as is known."""
 
-    def connect(self) -> Channel:
-        self.pid, sock = self.starter.start()
+    def connect(self, deadline: float | None) -> Channel:
+        sock, text = self.broker.connect_back()
+        if sock is None:
+            raise SessionError(f"back: can't start {self.config.command[0]}: {text}")
+        self.pid = int(text)
         return self._channel(sock)
 
     def disconnected(self) -> None:
-        """The program shall end; at once, if we are about to end ourselves."""
+        """The program shall end. If we are told to end, the broker sees to that."""
         if self.pid is not None:
-            self.status = self.starter.end(now=_signalled(self.stop))
-            self.pid = None
-
-    def close(self) -> None:
-        self.starter.close()
+            self.pid = self.status = None
+            with contextlib.suppress(Stopped):
+                self.status = self.broker.end_back()
 
 
-def make_connector(config: Config, stop: HasFileno) -> Connector:
-    """Return the way to the back-end that the user chose."""
+def make_connector(config: Config, stop: HasFileno, broker: Broker) -> Connector:
+    """Return the way to the back-end that the user chose. The broker need not run."""
     if config.command:
-        return Starter(config, stop)
+        return Starter(config, stop, broker)
     if config.backend_listen is not None:
-        return Waiter(config, stop)
-    return Dialler(config, stop)
+        return Waiter(config, stop, broker)
+    return Dialler(config, stop, broker)
 
 
-def _signalled(stop: HasFileno) -> bool:
-    poll = select.poll()
-    poll.register(stop.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _wait(listener: HasFileno, stop: HasFileno, timeout: float) -> bool:
-    """Wait until somebody connects. False: nobody did in time."""
-    poll = select.poll()
-    poll.register(listener.fileno(), select.POLLIN)
-    poll.register(stop.fileno(), select.POLLIN)
-    ready = poll.poll(timeout * 1000)
-    if any(fd == stop.fileno() for fd, _ in ready):
-        raise Stopped("stopped while waiting for the back to connect")
-    return bool(ready)
+def _left(deadline: float | None) -> float | None:
+    """Return the seconds that are left; None if there is no deadline."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

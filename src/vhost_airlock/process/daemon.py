@@ -2,8 +2,10 @@
 """The process: listens for the front, serves one session after the other, and ends.
 
 It serves one front at a time, as a vhost-user back-end does; the next one waits to be
-accepted. SIGTERM and SIGINT end it: rings are drained first, within the time for that.
-Before it serves anybody it locks itself in, see sandbox/enter.py.
+accepted. So does a front that comes while the back-end is away: it is accepted when the
+back-end was reached, or was not in time. SIGTERM and SIGINT end the process: rings are
+drained first, within the time for that. Before it serves anybody it locks itself in,
+see sandbox/enter.py; what opens the outside from then on is the broker.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import contextlib
 import logging
 import select
 import signal
-import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from types import FrameType
 
-from ..errors import FrontLost, SessionError
+from ..errors import AirlockError, FrontLost, SessionError, Stopped
 from ..proxy.back import Back
 from ..proxy.config import Config
 from ..proxy.session import Session
@@ -24,14 +26,18 @@ from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
 from ..vhost.fds import eventfd, notify
 from ..vhost.wire import ProtocolFeature
+from .broker import Broker
 from .connector import make_connector
-from .sockets import Listener, inherited
+from .fronts import make_fronts
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
 
-RETRY = 0.5
-"""Seconds between attempts to connect to a front that listens."""
+PAUSE = 0.1
+"""Seconds until the next try, when the system has no room for another session."""
+
+WANT = (OSError, MemoryError)
+"""What is raised for want of descriptors or memory."""
 
 
 class Daemon:
@@ -41,7 +47,13 @@ class Daemon:
         self.config = config
         self._open = contextlib.ExitStack()
         self.stop = self._open.enter_context(eventfd())
+        self._reached: Channel | None = None
+        """A connection to the back that no session has had yet."""
         self._kept: Back | None = None
+        """A back that a session has left to the next one."""
+        self._awaited = not config.no_wait
+        """Whether the first back is waited for, for as long as it takes."""
+        self._wanting = False
         self._session: Session | None = None
         self._sessions = 0
         self._stats: Stats | None = None
@@ -51,35 +63,46 @@ class Daemon:
             self._open.callback(signal.signal, number, old)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            self.connector = make_connector(config, self.stop)
+            broker = Broker(
+                self.stop,
+                back=config.backend,
+                front=config.front_connect,
+                command=config.command,
+            )
+            # The last to be closed: it removes what the others listened at.
+            self._open.callback(broker.close)
+            self.connector = make_connector(config, self.stop, broker)
             self._open.callback(self.connector.close)
-            self._fronts = self._listen()
+            self._fronts = make_fronts(config, self.stop, broker)
+            self._open.callback(self._fronts.close)
             if config.stats_path is not None:
                 self._stats = Stats(config.stats_path, self.describe)
                 self._open.callback(self._stats.close)
+                broker.entrust(self._stats.listener)
+            broker.start()
             undo.pop_all()
 
     def run(self) -> int:
         """Lock the process in, serve until told to stop; returns the exit status."""
         with contextlib.closing(self):
             if self.config.sandbox:
-                sandbox.enter(self._to_remove)
+                sandbox.enter()
             if self._stats is not None:
                 self._stats.start()
-            for sock in self._fronts:
-                session = self._serve(sock)
-                if session.stopped:
-                    return 0
-                if session.back_lost and self.config.exit_with_backend:
-                    log.error("the back is gone: ending as told")
-                    return 1
+            try:
+                while self._fronts.wait():
+                    if self._serve_next() and self.config.exit_with_backend:
+                        log.error("the back is gone: ending as told")
+                        return 1
+            except Stopped:
+                pass
         return 0
 
     def describe(self) -> dict[str, object]:
         """What the process is doing, as JSON can hold it. Any thread may ask."""
         session = self._session
         idle = {
-            "backend_connected": self._kept is not None,
+            "backend_connected": (self._kept or self._reached) is not None,
             "rings": {},
             "counters": {},
         }
@@ -91,11 +114,22 @@ class Daemon:
 
     def close(self) -> None:
         """Close everything; nothing is left of the sockets that were made."""
-        if self._kept is not None:
-            self._drop_back()
+        self._drop_back()
         self._open.close()
 
-    def _serve(self, sock: socket.socket) -> Session:
+    def _serve_next(self) -> bool:
+        """Serve the front that waits; returns whether it was the back that was lost."""
+        try:
+            reached = self._reach()
+            sock = self._fronts.take()
+        except WANT as error:
+            # The front waits on, and may be served when there is room again.
+            if not self._wanting:
+                log.error("no room for another session: %s; trying again", error)
+            self._wanting = True
+            self._pause()
+            return False
+        self._wanting = False
         log.info("front: connected")
         front = Channel(
             sock,
@@ -104,32 +138,60 @@ class Daemon:
             timeout=self.config.timeout,
             lost=FrontLost,
         )
-        session = Session(front, self.config, self._connect, self.stop)
+        with contextlib.closing(front):
+            return self._serve(front) if reached else True
+
+    def _serve(self, front: Channel) -> bool:
+        """Serve a front to its end; returns whether it was the back that was lost."""
+        try:
+            session = Session(front, self.config, self._connect, self.stop)
+        except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
+            log.error("no session for this front: %s", error)
+            log.debug("", exc_info=True)
+            return False
         self._session = session
         self._sessions += 1
         try:
-            kept = session.run()
+            self._kept = session.run() or self._kept
         finally:
             self._session = None
-        if self._kept is not None:
-            return session  # it left before it needed the back, which is ours still
-        if kept is None:
-            self.connector.disconnected()
-        else:
-            self._kept = kept
-            self._refresh(kept)
-        return session
+        if session.stopped:
+            raise Stopped("stopped in a session")
+        self._tidy()
+        return session.back_lost
+
+    def _reach(self) -> bool:
+        """Have a back for the next session; False: there is none, and the log says why.
+
+        No connection is made for nothing: one that a session had no need of is there
+        for the next, since some back-ends end with their first connection.
+        """
+        if self._kept is not None and not self._kept.usable:
+            self._drop_back()
+        if self._reached is not None and _hung_up(self._reached):
+            self._drop_back()
+        if self._kept is None and self._reached is None:
+            deadline = time.monotonic() + self.config.timeout
+            try:
+                self._reached = self.connector.connect(
+                    None if self._awaited else deadline
+                )
+            except SessionError as error:
+                log.error("%s", error)
+                return False
+        self._awaited = False
+        return True
 
     def _connect(self, config_changed: Callable[[], None]) -> Back:
-        """Return the back of a new session: the kept one, or a new connection."""
+        """Return the back of the session, which needs it now."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            if kept.usable:
-                kept.config_changed = config_changed
-                return kept
-            kept.close()
-            self.connector.disconnected()
-        channel = self.connector.connect()
+            kept.config_changed = config_changed
+            return kept
+        channel, self._reached = self._reached, None
+        if channel is None:
+            deadline = time.monotonic() + self.config.timeout
+            channel = self.connector.connect(deadline)
         try:
             return Back(channel, self.config, config_changed)
         except BaseException:
@@ -145,60 +207,35 @@ class Daemon:
                 log.error("%s", error)
                 self._drop_back()
 
-    def _drop_back(self) -> None:
+    def _tidy(self) -> None:
+        """After a session: its back is gone, or is made ready for the next."""
         if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+            self._refresh(self._kept)
+        elif self._reached is None:
             self.connector.disconnected()
 
-    def _listen(self) -> Iterator[socket.socket]:
-        """Prepare for fronts now; return what yields them one by one."""
-        if self.config.front_connect is not None:
-            return self._dial(self.config.front_connect)
-        if self.config.fd is not None:
-            sock, listening = inherited(self.config.fd)
-            if not listening:
-                return iter([sock])
-            self._open.enter_context(sock)
-            return self._accept(sock, lambda: sock.accept()[0])
-        listener = Listener(self.config.socket_path or "")
-        self._open.callback(listener.close)
-        return self._accept(listener.socket, listener.accept)
+    def _drop_back(self) -> None:
+        """Let go of the back that is there for the next session."""
+        held = self._kept or self._reached
+        self._kept = self._reached = None
+        if held is not None:
+            held.close()
+            self.connector.disconnected()
 
-    @property
-    def _to_remove(self) -> list[str]:
-        """The paths of sockets that we have made, and remove at the end."""
-        config = self.config
-        paths = (config.socket_path, config.backend_listen, config.stats_path)
-        return [path for path in paths if path is not None]
-
-    def _accept(
-        self, waited: socket.socket, accept: Callable[[], socket.socket]
-    ) -> Iterator[socket.socket]:
-        poll = select.poll()
-        poll.register(waited.fileno(), select.POLLIN)
-        poll.register(self.stop.fileno(), select.POLLIN)
-        while True:
-            if any(fd == self.stop.fileno() for fd, _ in poll.poll()):
-                return
-            yield accept()
-
-    def _dial(self, path: str) -> Iterator[socket.socket]:
-        """Connect to a front that listens, again and again, as it may come back."""
+    def _pause(self) -> None:
+        """Wait for a moment. Raises Stopped."""
         poll = select.poll()
         poll.register(self.stop.fileno(), select.POLLIN)
-        while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.connect(path)
-            except OSError as error:
-                sock.close()
-                log.info("front: can't connect to %s: %s", path, error.strerror)
-            else:
-                yield sock
-            if poll.poll(RETRY * 1000):
-                return
+        if poll.poll(PAUSE * 1000):
+            raise Stopped("stopped while there was no room")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: ending", signal.Signals(number).name)
         notify(self.stop)
+
+
+def _hung_up(channel: Channel) -> bool:
+    """Has the peer closed its end?"""
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))

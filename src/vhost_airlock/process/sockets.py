@@ -7,15 +7,41 @@ import contextlib
 import os
 import socket
 import stat
+from dataclasses import dataclass
+from typing import Self
 
 from ..errors import StartError
+
+
+@dataclass(frozen=True)
+class SocketFile:
+    """A socket at a path, and what tells it from another one that takes its place."""
+
+    path: str
+    device: int
+    inode: int
+    modified: int
+    """When it was made, in nanoseconds: numbers of inodes are used again."""
+
+    @classmethod
+    def at(cls, path: str) -> Self:
+        """Return what is at this path now. OSError if nothing is."""
+        found = os.lstat(path)
+        return cls(path, found.st_dev, found.st_ino, found.st_mtime_ns)
+
+    def remove(self) -> None:
+        """Remove it, if it is still there."""
+        with contextlib.suppress(OSError):
+            if SocketFile.at(self.path) == self:
+                os.unlink(self.path)
 
 
 class Listener:
     """A listening socket at a path, which only its owner can connect to.
 
     A stale socket, one that nobody listens on, is replaced. One that is in use, and
-    anything else at that path, is left alone: StartError. close() removes the path.
+    anything else at that path, is left alone: StartError. close() removes the path,
+    unless that was left to somebody else.
     """
 
     def __init__(self, path: str) -> None:
@@ -30,10 +56,11 @@ class Listener:
             self.socket.listen(1)
         except OSError as error:
             self.socket.close()
-            raise StartError(f"can't listen at {path}: {_reason(error)}") from None
+            raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
         finally:
             os.umask(mask)
-        self._inode = os.stat(path).st_ino
+        self.file = SocketFile.at(path)
+        self._owned = True
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -44,19 +71,29 @@ class Listener:
     def close(self) -> None:
         """Stop listening, and remove the path if it is still ours."""
         self.socket.close()
-        with contextlib.suppress(OSError):
-            if os.stat(self.path).st_ino == self._inode:
-                os.unlink(self.path)
+        if self._owned:
+            self.file.remove()
+
+    def disown(self) -> None:
+        """Leave it to somebody else to remove the path."""
+        self._owned = False
 
 
-def require_socket(path: str) -> None:
-    """Raise StartError unless there is a socket at this path."""
+def require_socket(path: str, *, may_come: bool = False) -> str:
+    """Raise StartError unless there is a socket at this path.
+
+    Returns "", or if one may come later and nothing is there yet, the reason.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise StartError(f"no back-end at {path}: {_reason(error)}") from None
+        trouble = f"no back-end at {path}: {reason_of(error)}"
+        if may_come and path and isinstance(error, FileNotFoundError):
+            return trouble
+        raise StartError(trouble) from None
     if not stat.S_ISSOCK(mode):
         raise StartError(f"no back-end at {path}: it is no socket")
+    return ""
 
 
 def inherited(fd: int) -> tuple[socket.socket, bool]:
@@ -64,7 +101,7 @@ def inherited(fd: int) -> tuple[socket.socket, bool]:
     try:
         sock = socket.socket(fileno=fd)
     except (OSError, ValueError, OverflowError) as error:
-        raise StartError(f"descriptor {fd}: {_reason(error)}") from None
+        raise StartError(f"descriptor {fd}: {reason_of(error)}") from None
     listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     trouble = ""
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
@@ -92,7 +129,7 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise StartError(f"can't listen at {path}: {_reason(error)}") from None
+        raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
     if not stat.S_ISSOCK(mode):
         raise StartError(f"can't listen at {path}: it is there and no socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -103,9 +140,10 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
             return
         except OSError as error:
-            raise StartError(f"can't listen at {path}: {_reason(error)}") from None
+            raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
     raise StartError(f"can't listen at {path}: another process does")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Return what was wrong, in the words of the system."""
     return getattr(error, "strerror", None) or str(error)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import select
+import signal
 import socket
 import threading
 import time
@@ -41,7 +42,7 @@ class Stats:
         self._describe = describe
         self._started = time.monotonic()
         self._version = version()
-        self._listener = Listener(path)
+        self.listener = Listener(path)
         self._stop = eventfd()
         self._thread = threading.Thread(
             target=self._serve, name="airlock-stats", daemon=True
@@ -64,17 +65,18 @@ class Stats:
             notify(self._stop)
             self._thread.join()
         self._stop.close()
-        self._listener.close()
+        self.listener.close()
 
     def _serve(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         poll = select.poll()
-        poll.register(self._listener.fileno(), select.POLLIN)
+        poll.register(self.listener.fileno(), select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)
         stopped = select.poll()
         stopped.register(self._stop.fileno(), select.POLLIN)
         while self._stop.fileno() not in {fd for fd, _ in poll.poll()}:
             try:
-                reader = self._listener.accept()
+                reader = self.listener.accept()
             except OSError:
                 stopped.poll(PAUSE * 1000)
                 continue

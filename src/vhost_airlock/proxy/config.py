@@ -7,11 +7,6 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 
-CONNECTED_FD = "{fd}"
-"""In a back-end's command: the number of a connected socket (as passt wants it)."""
-LISTENING_FD = "{listen-fd}"
-"""In a back-end's command: the number of a listening socket (as virtiofsd wants it)."""
-
 
 @dataclass(frozen=True)
 class Config:
@@ -32,7 +27,9 @@ class Config:
     backend_listen: str | None = None
     """Where to wait for the back to connect."""
     command: tuple[str, ...] = ()
-    """What starts the back, with CONNECTED_FD or LISTENING_FD in one argument."""
+    """What starts the back, with a place for a socket's number: process/program.py."""
+    no_wait: bool = False
+    """The back-end must be there at the start; otherwise the first one is awaited."""
     keep_backend: bool = False
     """Hold the connection to the back from one front to the next."""
     exit_with_backend: bool = False

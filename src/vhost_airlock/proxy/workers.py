@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -22,24 +23,30 @@ log = logging.getLogger(__name__)
 class Workers:
     """`count` threads, started at once. They signal `events`, see Worker.
 
+    OSError, MemoryError or RuntimeError if the system has no room for all of them.
     `cpus` are processors that they are bound to, in turn; without, they run on any.
     """
 
     def __init__(
         self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
     ) -> None:
-        self._workers = [Worker(events.fileno(), poll_us=poll_us) for _ in range(count)]
-        self._threads = [
-            threading.Thread(
-                target=_run,
-                args=(worker, cpus[i % len(cpus)] if cpus else None),
-                name=f"airlock-{i}",
-                daemon=True,
-            )
-            for i, worker in enumerate(self._workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._workers: list[Worker] = []
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(count):
+                worker = Worker(events.fileno(), poll_us=poll_us)
+                thread = threading.Thread(
+                    target=_run,
+                    args=(worker, cpus[i % len(cpus)] if cpus else None),
+                    name=f"airlock-{i}",
+                    daemon=True,
+                )
+                thread.start()
+                self._workers.append(worker)
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def of(self, index: int) -> Worker:
         """The worker of the ring with this number: neighbours have different ones."""
@@ -73,6 +80,8 @@ class Workers:
 
 
 def _run(worker: Worker, cpu: int | None) -> None:
+    # The main thread waits in poll(), which a signal to another thread does not end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     if cpu is not None:
         try:
             os.sched_setaffinity(0, {cpu})

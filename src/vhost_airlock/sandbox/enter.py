@@ -7,11 +7,11 @@ programs, open files, or get more rights, whoever might have taken it over by th
 - no_new_privs, so that no program gives it rights;
 - bounds for descriptors, and no core dumps, which would have the guest's memory;
 - other processes of the same user can't look into its memory;
-- Landlock: of files, it can only remove its own sockets (where the kernel has that);
+- Landlock: it can do nothing with files, as far as the kernel can deny that;
 - seccomp: the system calls of syscalls.py, and no others.
 
-All of this binds this process and its threads. What starts back-ends is another process
-(process/broker.py), which was there before.
+All of this binds this process and its threads. What connects, starts back-ends and
+removes sockets is another process (process/broker.py), which was there before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import logging
 import os
 import resource
 import traceback
-from collections.abc import Iterable
 
 from ..errors import StartError
 from .files import restrict_files
@@ -38,20 +37,16 @@ _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 
 
-def enter(sockets: Iterable[str]) -> None:
-    """Lock this process in, while it has one thread. StartError if that can't be.
-
-    `sockets` are the paths that it is to remove at its end.
-    """
-    folders = {os.path.dirname(os.path.abspath(path)) for path in sockets}
+def enter() -> None:
+    """Lock this process in, while it has one thread. StartError if that can't be."""
     try:
         library = load()
         _load_what_is_loaded_late()
         _limit()
         _prctl(_PR_SET_DUMPABLE, 0)
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        if not restrict_files(folders):
-            log.info("sandbox: this kernel has no Landlock, to limit what is removed")
+        if not restrict_files():
+            log.info("sandbox: this kernel has no Landlock; seccomp has to do")
         restrict_calls(library)
     except OSError as error:
         raise StartError(

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Landlock: which files the process may still do what with (landlock(7)).
+"""Landlock: the process may do nothing with files any more (landlock(7)).
 
-The C library has no functions for it, so these are bare system calls. A right that
-the ruleset handles is denied wherever no rule grants it; one that the kernel does not
-know yet must not be in the ruleset.
+A right that a ruleset handles is denied wherever no rule grants it, and here are no
+rules. Which rights there are is asked of the kernel, one by one: so whatever it can
+deny is denied, also what was not known when this was written. (Version 9 has connecting
+to a socket by its path, version 6 signals and abstract sockets.)
+
+The C library has no functions for it, so these are bare system calls.
 """
 
 from __future__ import annotations
@@ -12,61 +15,71 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable
 
 from ..vhost.fds import Fd
 
-REMOVE_FILE = 1 << 5
-"""The right to remove files, and sockets."""
+CREATE_RULESET, RESTRICT_SELF = 444, 446
+"""Numbers of system calls, the same on every architecture."""
+CREATE_RULESET_VERSION = 1
+"""A flag: tell the version, and make nothing."""
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
-_ASK_VERSION = 1
-_PATH_BENEATH = 1
+KINDS = 3
+"""Of rights in a ruleset's attributes: for files, for the network, and scopes."""
+BITS = 64
 
-_FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
-"""From which version of Landlock on there are so many rights for files."""
-_NETWORK = (4, 0b11)
-"""From version 4 on: to bind and to connect TCP sockets."""
-_SCOPES = (6, 0b11)
-"""From version 6 on: abstract sockets and signals of processes outside."""
+_UNKNOWN = (errno.EINVAL, errno.E2BIG)
+"""The kernel does not know a right; or none of that kind."""
 
 
 def version() -> int:
     """Return which version of Landlock the kernel has; 0: none, or none for us."""
     try:
-        return _call(_CREATE_RULESET, None, 0, _ASK_VERSION)
+        return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return 0
         raise
 
 
-def restrict_files(folders: Iterable[str]) -> bool:
-    """Deny this thread all that can be denied, save removing what is in these folders.
+def restrict_files() -> bool:
+    """Deny this thread all that can be denied. False: there is no Landlock.
 
-    False: there is no Landlock. The thread must have no_new_privs.
+    The thread must have no_new_privs.
     """
-    abi = version()
-    if not abi:
+    if not version():
         return False
-    attributes = handled(abi)
-    with Fd(_call(_CREATE_RULESET, attributes, len(attributes), 0)) as ruleset:
-        for folder in folders:
-            with Fd(os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
-                rule = struct.pack("=Qi", REMOVE_FILE, fd.fileno())
-                _call(_ADD_RULE, ruleset.fileno(), _PATH_BENEATH, rule, 0)
-        _call(_RESTRICT_SELF, ruleset.fileno(), 0)
+    with Fd(_ruleset(known_rights())) as ruleset:
+        _call(RESTRICT_SELF, ruleset.fileno(), 0)
     return True
 
 
-def handled(abi: int) -> bytes:
-    """The attributes of a ruleset that denies whatever this version can deny."""
-    rights = max(count for since, count in _FILE_RIGHTS.items() if since <= abi)
-    network, scopes = (
-        bits if since <= abi else 0 for since, bits in (_NETWORK, _SCOPES)
-    )
-    # Kernels that know only a part of it want the rest to be zero.
-    return struct.pack("=QQQ", (1 << rights) - 1, network, scopes)
+def known_rights() -> list[int]:
+    """Return all rights that this kernel can deny, as a mask for each kind."""
+    masks = [0] * KINDS
+    for kind in range(KINDS):
+        for bit in range(BITS):
+            if _known(kind, 1 << bit):
+                masks[kind] |= 1 << bit
+    return masks
+
+
+def _known(kind: int, right: int) -> bool:
+    """Does the kernel make a ruleset for this right?"""
+    masks = [0] * KINDS
+    masks[kind] = right
+    try:
+        os.close(_ruleset(masks))
+    except OSError as error:
+        if error.errno in _UNKNOWN:
+            return False
+        raise
+    return True
+
+
+def _ruleset(masks: list[int]) -> int:
+    """Return the descriptor of a ruleset that handles these rights."""
+    attributes = struct.pack(f"={KINDS}Q", *masks)
+    return _call(CREATE_RULESET, attributes, len(attributes), 0)
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:

@@ -22,11 +22,11 @@ LIBRARY = "libseccomp.so.2"
 
 _PLAIN = """
     read readv preadv preadv2 write writev pwritev pwritev2 close
-    dup lseek ftruncate fstat fstatfs newfstatat statx unlink unlinkat
+    dup lseek ftruncate fstat fstatfs newfstatat statx
     poll ppoll epoll_create1 epoll_ctl epoll_wait epoll_pwait
     eventfd2 pipe2 memfd_create
-    accept accept4 connect getpeername getsockname getsockopt
-    recvfrom recvmsg sendto sendmsg shutdown
+    accept accept4 getpeername getsockname getsockopt
+    recvfrom recvmsg sendmsg shutdown
     brk madvise mremap munmap
     futex set_robust_list rseq sched_yield sched_getaffinity
     rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
@@ -53,6 +53,8 @@ _NEW_NAMESPACE = 0x7E020080
 _SET_NAME, _SET_VMA = 15, 0x53564D41
 _TERMINAL = (0x5401, 0x802C542A, 0x5413)
 """TCGETS, TCGETS2 and TIOCGWINSZ: is this a terminal, and how large?"""
+_SOCKET_TYPE = 0xF
+"""Of a socket's type, without flags."""
 _FIONBIO, _FIOCLEX, _FIONCLEX = 0x5421, 0x5451, 0x5450
 
 # Of libseccomp.
@@ -62,14 +64,21 @@ _EQUAL, _MASKED_EQUAL = 4, 7
 
 
 @dataclass(frozen=True, slots=True)
+class Only:
+    """A condition: an argument, masked, has this value."""
+
+    argument: int
+    value: int
+    mask: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of a call, if an argument, masked, has a value."""
+    """What becomes of a call, if all conditions hold."""
 
     call: str
     action: int
-    argument: int | None = None
-    value: int = 0
-    mask: int | None = None
+    conditions: tuple[Only, ...] = ()
 
 
 class _Comparison(ctypes.Structure):
@@ -84,19 +93,24 @@ class _Comparison(ctypes.Structure):
 def rules() -> Iterator[Rule]:
     """Return all that does not end this process."""
     for call in _PLAIN.split():
-        yield Rule(call, _ALLOW)
+        yield _allow(call)
     for error, calls in _FAILING.items():
         for call in calls.split():
             yield Rule(call, _FAIL | error)
     for call in ("mmap", "mprotect"):
-        yield Rule(call, _ALLOW, 2, 0, mask=_PROT_EXEC)
-    yield Rule("clone", _ALLOW, 0, _NEW_THREAD, mask=_NEW_THREAD | _NEW_NAMESPACE)
-    for call in ("socket", "socketpair"):
-        yield Rule(call, _ALLOW, 0, socket.AF_UNIX)
+        yield _allow(call, Only(2, 0, mask=_PROT_EXEC))
+    yield _allow("clone", Only(0, _NEW_THREAD, mask=_NEW_THREAD | _NEW_NAMESPACE))
+    # A datagram could be sent to any socket that has a path; these have one peer.
+    yield _allow(
+        "socketpair",
+        Only(0, socket.AF_UNIX),
+        Only(1, socket.SOCK_STREAM, mask=_SOCKET_TYPE),
+    )
+    yield _allow("sendto", Only(4, 0))
     for request in (_FIONBIO, _FIOCLEX, _FIONCLEX):
-        yield Rule("ioctl", _ALLOW, 1, request)
+        yield _allow("ioctl", Only(1, request))
     for request in _TERMINAL:
-        yield Rule("ioctl", _FAIL | errno.ENOTTY, 1, request)
+        yield Rule("ioctl", _FAIL | errno.ENOTTY, (Only(1, request),))
     for command in (
         fcntl.F_GETFD,
         fcntl.F_SETFD,
@@ -106,12 +120,16 @@ def rules() -> Iterator[Rule]:
         fcntl.F_ADD_SEALS,
         fcntl.F_GET_SEALS,
     ):
-        yield Rule("fcntl", _ALLOW, 1, command)
-    yield Rule("prctl", _ALLOW, 0, _SET_NAME)
-    yield Rule("prctl", _FAIL | errno.EINVAL, 0, _SET_VMA)
-    yield Rule("tgkill", _ALLOW, 0, os.getpid())
-    yield Rule("prlimit64", _ALLOW, 2, 0)  # to ask, not to set
-    yield Rule("sched_setaffinity", _ALLOW, 0, 0)  # of the thread that asks
+        yield _allow("fcntl", Only(1, command))
+    yield _allow("prctl", Only(0, _SET_NAME))
+    yield Rule("prctl", _FAIL | errno.EINVAL, (Only(0, _SET_VMA),))
+    yield _allow("tgkill", Only(0, os.getpid()))
+    yield _allow("prlimit64", Only(2, 0))  # to ask, not to set
+    yield _allow("sched_setaffinity", Only(0, 0))  # of the thread that asks
+
+
+def _allow(call: str, *conditions: Only) -> Rule:
+    return Rule(call, _ALLOW, conditions)
 
 
 def available() -> bool:
@@ -153,15 +171,15 @@ def _add(library: ctypes.CDLL, context: ctypes.c_void_p, rule: Rule) -> None:
     number = library.seccomp_syscall_resolve_name(rule.call.encode())
     if number == -1:
         return  # an older libseccomp does not know it: the call ends the process
-    compared = (_Comparison * 1)()
-    count = 0
-    if rule.argument is not None:
-        compared[0] = _Comparison(rule.argument, _EQUAL, rule.value, 0)
-        if rule.mask is not None:
-            compared[0] = _Comparison(
-                rule.argument, _MASKED_EQUAL, rule.mask, rule.value
+    count = len(rule.conditions)
+    compared = (_Comparison * max(count, 1))()
+    for i, only in enumerate(rule.conditions):
+        if only.mask is None:
+            compared[i] = _Comparison(only.argument, _EQUAL, only.value, 0)
+        else:
+            compared[i] = _Comparison(
+                only.argument, _MASKED_EQUAL, only.mask, only.value
             )
-        count = 1
     code = library.seccomp_rule_add_array(
         context, ctypes.c_uint32(rule.action), number, count, compared
     )

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fronts come to the airlock, one after the other: they connect, or it does.
+
+wait() tells that a front is there; take() is called once the airlock can serve it.
+Until then a front that connects is in the kernel's queue: its connect() has succeeded,
+and its first message waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+from abc import ABC, abstractmethod
+
+from ..proxy.config import Config
+from ..vhost.fds import HasFileno
+from .broker import Broker
+from .sockets import Listener, inherited
+
+log = logging.getLogger(__name__)
+
+RETRY = 0.5
+"""Seconds between attempts to connect to a front that listens."""
+
+
+class Fronts(ABC):
+    """A way to the fronts."""
+
+    @abstractmethod
+    def wait(self) -> bool:
+        """Wait for the next front. False: there is none, or we were told to stop."""
+
+    @abstractmethod
+    def take(self) -> socket.socket:
+        """Return the front's connection. OSError: the system has no room for it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """No more fronts are wanted."""
+
+
+class Accepted(Fronts):
+    """Fronts that connect to a listening socket."""
+
+    def __init__(self, listener: Listener | socket.socket, stop: HasFileno) -> None:
+        self._listener = listener
+        self._socket = listener.socket if isinstance(listener, Listener) else listener
+        self._stop = stop
+
+    def wait(self) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.register(self._stop.fileno(), select.POLLIN)
+        return all(fd != self._stop.fileno() for fd, _ in poll.poll())
+
+    def take(self) -> socket.socket:
+        return self._socket.accept()[0]
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Given(Fronts):
+    """One front, whose connection we have."""
+
+    def __init__(self, sock: socket.socket | None) -> None:
+        self._sock = sock
+
+    def wait(self) -> bool:
+        return self._sock is not None
+
+    def take(self) -> socket.socket:
+        sock, self._sock = self._sock, None
+        assert sock is not None, "wait() comes first"
+        return sock
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+
+
+class Dialled(Given):
+    """Fronts that listen: connected to again and again, as they may come back."""
+
+    def __init__(self, path: str, stop: HasFileno, broker: Broker) -> None:
+        super().__init__(None)
+        self.path = path
+        self._stop = stop
+        self._broker = broker
+        self._pause = 0.0
+
+    def wait(self) -> bool:
+        poll = select.poll()
+        poll.register(self._stop.fileno(), select.POLLIN)
+        while self._sock is None:
+            if poll.poll(self._pause * 1000):
+                return False
+            self._pause = RETRY
+            self._sock, reason = self._broker.connect_front()
+            if self._sock is None:
+                log.info("front: can't connect to %s: %s", self.path, reason)
+        return True
+
+
+def make_fronts(config: Config, stop: HasFileno, broker: Broker) -> Fronts:
+    """Return the way to the fronts that the user chose. StartError if it can't be."""
+    if config.front_connect is not None:
+        return Dialled(config.front_connect, stop, broker)
+    if config.fd is not None:
+        sock, listening = inherited(config.fd)
+        return Accepted(sock, stop) if listening else Given(sock)
+    listener = Listener(config.socket_path or "")
+    broker.entrust(listener)
+    return Accepted(listener, stop)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The back-end's program: started with a socket of its own, and ended.
+
+It leads a process group, so that what it starts itself ends with it. Most programs end
+when their connection does; the others get SIGTERM, and at last SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+
+from ..vhost.fds import Fd
+
+CONNECTED_FD = "{fd}"
+"""In a command: the number of a connected socket (as passt wants it)."""
+LISTENING_FD = "{listen-fd}"
+"""In a command: the number of a listening socket (as virtiofsd wants it)."""
+
+GRACE = 0.5
+"""Seconds that a program has to end with its connection."""
+PATIENCE = 3.0
+"""Seconds that it has after SIGTERM."""
+TICK = 0.02
+"""Seconds between looks at a process group, whose end is no event."""
+
+
+class Program:
+    """A program that runs; OSError if it does not. `socket` is connected to it."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        if CONNECTED_FD in " ".join(command):
+            ours, theirs = socket.socketpair()
+        else:
+            ours, theirs = _listening_pair()
+        with theirs:
+            number = str(theirs.fileno())
+            try:
+                self._process = subprocess.Popen(
+                    [
+                        part.replace(CONNECTED_FD, number).replace(LISTENING_FD, number)
+                        for part in command
+                    ],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self.socket = ours
+        self.pid = self._process.pid
+
+    def end(self, grace: float, hurry: socket.socket | None = None) -> int | None:
+        """See to its end; returns its status, None if it can't be ended.
+
+        It has `grace` seconds to end by itself, or until the peer of `hurry` hangs up.
+        """
+        with Fd(os.pidfd_open(self.pid)) as pidfd:
+            if not _ready(pidfd, grace, hurry):
+                self._signal(signal.SIGTERM)
+                if not _ready(pidfd, PATIENCE, None):
+                    self._signal(signal.SIGKILL)
+            if not _ready(pidfd, PATIENCE, None):
+                return None
+        status = self._process.wait()
+        self._end_rest()
+        return status
+
+    def _end_rest(self) -> None:
+        """End what it has started and left behind."""
+        deadline = time.monotonic() + PATIENCE
+        left = self._signal(signal.SIGTERM)
+        while left and time.monotonic() < deadline:
+            time.sleep(TICK)
+            left = self._signal(0)
+        if left:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> bool:
+        """Send a signal to the whole group; returns whether there is a group."""
+        with contextlib.suppress(PermissionError):  # it has become another user
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                return False
+        return True
+
+
+def _ready(pidfd: Fd, seconds: float, hurry: socket.socket | None) -> bool:
+    """Wait for the end of a process; returns whether it has come."""
+    poll = select.poll()
+    poll.register(pidfd.fileno(), select.POLLIN)
+    if hurry is not None:
+        poll.register(hurry, select.POLLRDHUP)
+    return pidfd.fileno() in {fd for fd, _ in poll.poll(seconds * 1000)}
+
+
+def _listening_pair() -> tuple[socket.socket, socket.socket]:
+    """Return a connected socket, and the listening one that it waits to be taken by."""
+    folder = tempfile.mkdtemp(prefix="vhost-airlock-")
+    path = os.path.join(folder, "back.sock")
+    theirs = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        theirs.bind(path)
+        theirs.listen(1)
+        ours.connect(path)
+    except BaseException:
+        ours.close()
+        theirs.close()
+        raise
+    finally:
+        shutil.rmtree(folder)
+    return ours, theirs

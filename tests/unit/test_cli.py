@@ -16,6 +16,7 @@ from tests.support.tables import each_row
 from vhost_airlock.cli import main as cli
 from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
+from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.proxy.config import MIB, Config
 from vhost_airlock.proxy.device_types import TYPES
 
@@ -25,9 +26,9 @@ WAYS = ["--socket-path=/front", "--backend=/back"]
 class Recorded:
     """Stands in for the daemon: keeps what it is made of."""
 
-    configs: list[Config]
+    configs: list[ProcessConfig]
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ProcessConfig) -> None:
         Recorded.configs.append(config)
 
     def run(self) -> int:
@@ -35,7 +36,7 @@ class Recorded:
 
 
 @pytest.fixture
-def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[ProcessConfig]:
     Recorded.configs = []
     monkeypatch.setattr(run, "Daemon", Recorded)
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)
@@ -47,14 +48,14 @@ def eight_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
 
 
-def config_of(configs: list[Config], *arguments: str) -> Config:
+def config_of(configs: list[ProcessConfig], *arguments: str) -> ProcessConfig:
     assert cli.main(["run", *arguments]) == 7, "the daemon's status is the program's"
     return configs[-1]
 
 
-def test_defaults_are_those_of_config(configs: list[Config]) -> None:
+def test_defaults_are_those_of_config(configs: list[ProcessConfig]) -> None:
     config = config_of(configs, *WAYS)
-    assert config == Config(socket_path="/front", backend="/back")
+    assert config == ProcessConfig(socket_path="/front", backend="/back")
 
 
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
@@ -87,28 +88,30 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("arguments", "changes"), OPTIONS, ids=str)
 def test_option(
-    configs: list[Config], arguments: list[str], changes: dict[str, Any]
+    configs: list[ProcessConfig], arguments: list[str], changes: dict[str, Any]
 ) -> None:
-    plain = Config(socket_path="/front", backend="/back")
-    expected = dataclasses.replace(plain, **changes)
+    plain = ProcessConfig(socket_path="/front", backend="/back")
+    of_device = {field.name for field in dataclasses.fields(Config)} & {*changes}
+    device = Config(**{name: changes.pop(name) for name in of_device})
+    expected = dataclasses.replace(plain, device=device, **changes)
     assert config_of(configs, *WAYS, *arguments) == expected
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--fd=5", "--backend=/b"], Config(fd=5, backend="/b")),
-        (["--fd=0", "--backend-listen=/b"], Config(fd=0, backend_listen="/b")),
-        (["--front-connect=/f", "--backend=/b"], Config(None, None, "/f", "/b")),
+        (["--fd=5", "--backend=/b"], ProcessConfig(fd=5, backend="/b")),
+        (["--fd=0", "--backend-listen=/b"], ProcessConfig(fd=0, backend_listen="/b")),
+        (["--front-connect=/f", "--backend=/b"], ProcessConfig(None, None, "/f", "/b")),
         (
             ["--socket-path=/f", "--", "back", "--fd={fd}", "--", "x"],
-            Config(socket_path="/f", command=("back", "--fd={fd}", "--", "x")),
+            ProcessConfig(socket_path="/f", command=("back", "--fd={fd}", "--", "x")),
         ),
     ],
     ids=str,
 )
 def test_ways_to_the_front_and_the_back(
-    configs: list[Config], arguments: list[str], expected: Config
+    configs: list[ProcessConfig], arguments: list[str], expected: ProcessConfig
 ) -> None:
     assert config_of(configs, *arguments) == expected
 
@@ -283,6 +286,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    for field in dataclasses.fields(Config):
-        if field.name != "command":
+    for field in (*dataclasses.fields(Config), *dataclasses.fields(ProcessConfig)):
+        if field.name not in ("command", "device"):
             assert "--" + field.name.replace("_", "-") in text

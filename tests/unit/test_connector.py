@@ -29,6 +29,7 @@ from vhost_airlock.errors import (
 )
 from vhost_airlock.process import broker, program
 from vhost_airlock.process.broker import Broker
+from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.connector import (
     Connector,
     Dialler,
@@ -37,7 +38,6 @@ from vhost_airlock.process.connector import (
     make_connector,
 )
 from vhost_airlock.process.sockets import Listener
-from vhost_airlock.proxy.config import Config
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Request
@@ -109,7 +109,7 @@ def stack(stop: Fd) -> Iterator[ExitStack]:
         yield stack
 
 
-def broker_for(config: Config, stop: Fd) -> Broker:
+def broker_for(config: ProcessConfig, stop: Fd) -> Broker:
     """A broker that does not run yet."""
     return Broker(
         stop, back=config.backend, front=config.front_connect, command=config.command
@@ -117,7 +117,7 @@ def broker_for(config: Config, stop: Fd) -> Broker:
 
 
 def make(stack: ExitStack, stop: Fd, **options: object) -> Connector:
-    config = Config(**{"timeout": 5.0, **options})  # type: ignore[arg-type]
+    config = ProcessConfig(**options)  # type: ignore[arg-type]
     helper = broker_for(config, stop)
     stack.callback(helper.close)
     made = make_connector(config, stop, helper)
@@ -127,7 +127,7 @@ def make(stack: ExitStack, stop: Fd, **options: object) -> Connector:
     return made
 
 
-def require(config: Config, stop: Fd) -> None:
+def require(config: ProcessConfig, stop: Fd) -> None:
     """What can be said at once against this config."""
     make_connector(config, stop, broker_for(config, stop))
 
@@ -190,13 +190,13 @@ def test_dialler_does_not_connect_before_it_is_told(
 
 def test_dialler_needs_a_socket_at_once_if_it_may_not_wait(stop: Fd, path: str) -> None:
     with pytest.raises(StartError, match=f"no back-end at {path}"):
-        require(Config(backend=path, no_wait=True), stop)
+        require(ProcessConfig(backend=path, no_wait=True), stop)
 
 
 def test_dialler_says_that_it_waits(
     stop: Fd, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    require(Config(backend=path), stop)
+    require(ProcessConfig(backend=path), stop)
     (record,) = caplog.records
     assert record.message == (
         f"no back-end at {path}: No such file or directory; waiting for it"
@@ -207,7 +207,7 @@ def test_dialler_never_waits_where_no_socket_can_come(stop: Fd, path: str) -> No
     Path(path).touch()
     for bad in (path, f"{path}/sock", ""):
         with pytest.raises(StartError, match=f"no back-end at {bad}: "):
-            require(Config(backend=bad), stop)
+            require(ProcessConfig(backend=bad), stop)
 
 
 def test_dialler_says_when_nobody_listens(
@@ -298,7 +298,7 @@ def test_waiter_stops_when_told(stack: ExitStack, stop: Fd, path: str) -> None:
 def test_waiter_needs_a_place_at_once(stop: Fd, path: str) -> None:
     Path(path).write_text("precious")
     with pytest.raises(StartError, match=f"can't listen at {path}"):
-        require(Config(backend_listen=path), stop)
+        require(ProcessConfig(backend_listen=path), stop)
 
 
 @pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
@@ -455,7 +455,7 @@ def test_starter_needs_a_place_for_the_number(
     stop: Fd, command: tuple[str, ...]
 ) -> None:
     with pytest.raises(UsageError, match=r"either \{fd\} or \{listen-fd\}"):
-        require(Config(command=command), stop)
+        require(ProcessConfig(command=command), stop)
 
 
 def test_starter_needs_a_program(stop: Fd, tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_starter_needs_a_program(stop: Fd, tmp_path: Path) -> None:
     plain.write_text("text")
     for name in ("/no/such/program", "no-such-program", str(plain), str(tmp_path)):
         with pytest.raises(StartError, match=f"there is no program {name}"):
-            require(Config(command=(name, "{fd}")), stop)
+            require(ProcessConfig(command=(name, "{fd}")), stop)
 
 
 def test_starter_says_when_a_program_does_not_start(

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vhost-airlock run`: arguments to Config, Config to Daemon."""
+"""`vhost-airlock run`: arguments to ProcessConfig, that to Daemon."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import subprocess
 from collections.abc import Sequence
+from typing import Any
 
 from ..dataplane.pump import POLICIES
 from ..errors import StartError, UsageError
+from ..process.config import ProcessConfig
 from ..process.daemon import Daemon
 from ..process.program import CONNECTED_FD, LISTENING_FD
 from ..proxy.config import Config
@@ -112,11 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
     )
-    parser.add_argument("--log-level", choices=LEVELS, default=Config.log_level)
+    parser.add_argument("--log-level", choices=LEVELS, default=ProcessConfig.log_level)
     parser.add_argument(
         "--sandbox",
         type=switch,
-        default=Config.sandbox,
+        default=ProcessConfig.sandbox,
         metavar="on|off",
         help="give up all rights that are not needed (default: on)",
     )
@@ -137,8 +140,8 @@ def run(options: argparse.Namespace) -> int:
     return Daemon(config_of(options)).run()
 
 
-def config_of(options: argparse.Namespace) -> Config:
-    """Return the options as a Config, or say which don't go together."""
+def config_of(options: argparse.Namespace) -> ProcessConfig:
+    """Return the options as one object, or say which don't go together."""
     kind = options.device_type
     if kind is not None and kind.refused:
         raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
@@ -146,9 +149,16 @@ def config_of(options: argparse.Namespace) -> Config:
         options.copy = kind.copy if kind is not None else Config.copy
     _exactly_one(options, ("socket_path", "fd", "front_connect"))
     _exactly_one(options, ("backend", "backend_listen", "command"))
-    return Config(
-        **{name: getattr(options, name) for name in Config.__dataclass_fields__}
+    return ProcessConfig(
+        device=Config(**_chosen(options, Config)),
+        **_chosen(options, ProcessConfig),
     )
+
+
+def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return those options that this class of config has."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def print_capabilities(options: argparse.Namespace) -> int:

@@ -23,10 +23,10 @@ from ..errors import (
     Stopped,
     UsageError,
 )
-from ..proxy.config import Config
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
 from .broker import Broker
+from .config import ProcessConfig
 from .program import CONNECTED_FD, LISTENING_FD
 from .sockets import Listener, require_socket
 
@@ -39,7 +39,7 @@ PAUSE = 0.05
 class Connector(ABC):
     """A way to the back-end. `stop` ends the wait for one to come, with Stopped."""
 
-    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+    def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         self.config = config
         self.stop = stop
         self.broker = broker
@@ -60,7 +60,9 @@ class Connector(ABC):
         """No more connections are wanted."""
 
     def _channel(self, sock: socket.socket) -> Channel:
-        return Channel(sock, peer="back", timeout=self.config.timeout, lost=BackLost)
+        return Channel(
+            sock, peer="back", timeout=self.config.device.timeout, lost=BackLost
+        )
 
     def _wait(self, seconds: float | None, waited: HasFileno | None = None) -> bool:
         """Wait until a descriptor is ready; returns whether it is."""
@@ -77,7 +79,7 @@ class Connector(ABC):
 class Dialler(Connector):
     """Connects to a path on which the back-end listens."""
 
-    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+    def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
         self.path = config.backend or ""
         if absent := require_socket(self.path, may_come=not config.no_wait):
@@ -102,7 +104,7 @@ class Dialler(Connector):
 class Waiter(Connector):
     """Listens at a path to which the back-end connects."""
 
-    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+    def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
         self.listener = Listener(config.backend_listen or "")
         broker.entrust(self.listener)
@@ -123,7 +125,7 @@ class Waiter(Connector):
 class Starter(Connector):
     """Starts the back-end's program with a socket of its own."""
 
-    def __init__(self, config: Config, stop: HasFileno, broker: Broker) -> None:
+    def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
         command = config.command
         whole = " ".join(command)
@@ -154,7 +156,7 @@ class Starter(Connector):
                 self.status = self.broker.end_back()
 
 
-def make_connector(config: Config, stop: HasFileno, broker: Broker) -> Connector:
+def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Connector:
     """Return the way to the back-end that the user chose. The broker need not run."""
     if config.command:
         return Starter(config, stop, broker)

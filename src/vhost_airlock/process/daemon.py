@@ -20,13 +20,13 @@ from types import FrameType
 
 from ..errors import AirlockError, FrontLost, SessionError, Stopped
 from ..proxy.back import Back
-from ..proxy.config import Config
 from ..proxy.session import Session
 from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
 from ..vhost.fds import eventfd, notify
 from ..vhost.wire import ProtocolFeature
 from .broker import Broker
+from .config import ProcessConfig
 from .connector import make_connector
 from .fronts import make_fronts
 from .stats_server import Stats
@@ -43,7 +43,7 @@ WANT = (OSError, MemoryError)
 class Daemon:
     """Everything that lives as long as the process. StartError when it can't begin."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ProcessConfig) -> None:
         self.config = config
         self._open = contextlib.ExitStack()
         self.stop = self._open.enter_context(eventfd())
@@ -135,7 +135,7 @@ class Daemon:
             sock,
             stop=self.stop,
             peer="front",
-            timeout=self.config.timeout,
+            timeout=self.config.device.timeout,
             lost=FrontLost,
         )
         with contextlib.closing(front):
@@ -144,7 +144,13 @@ class Daemon:
     def _serve(self, front: Channel) -> bool:
         """Serve a front to its end; returns whether it was the back that was lost."""
         try:
-            session = Session(front, self.config, self._connect, self.stop)
+            session = Session(
+                front,
+                self.config.device,
+                self._connect,
+                self.stop,
+                keep_backend=self.config.keep_backend,
+            )
         except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
             log.error("no session for this front: %s", error)
             log.debug("", exc_info=True)
@@ -171,7 +177,7 @@ class Daemon:
         if self._reached is not None and _hung_up(self._reached):
             self._drop_back()
         if self._kept is None and self._reached is None:
-            deadline = time.monotonic() + self.config.timeout
+            deadline = time.monotonic() + self.config.device.timeout
             try:
                 self._reached = self.connector.connect(
                     None if self._awaited else deadline
@@ -190,10 +196,10 @@ class Daemon:
             return kept
         channel, self._reached = self._reached, None
         if channel is None:
-            deadline = time.monotonic() + self.config.timeout
+            deadline = time.monotonic() + self.config.device.timeout
             channel = self.connector.connect(deadline)
         try:
-            return Back(channel, self.config, config_changed)
+            return Back(channel, self.config.device, config_changed)
         except BaseException:
             channel.close()
             raise

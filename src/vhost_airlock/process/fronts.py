@@ -13,9 +13,9 @@ import select
 import socket
 from abc import ABC, abstractmethod
 
-from ..proxy.config import Config
 from ..vhost.fds import HasFileno
 from .broker import Broker
+from .config import ProcessConfig
 from .sockets import Listener, inherited
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Dialled(Given):
         return True
 
 
-def make_fronts(config: Config, stop: HasFileno, broker: Broker) -> Fronts:
+def make_fronts(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Fronts:
     """Return the way to the fronts that the user chose. StartError if it can't be."""
     if config.front_connect is not None:
         return Dialled(config.front_connect, stop, broker)

@@ -32,12 +32,20 @@ class Session:
     """Serves one front until it leaves, until the back is gone, or until `stop`."""
 
     def __init__(
-        self, front: Channel, config: Config, connect: Connect, stop: HasFileno
+        self,
+        front: Channel,
+        config: Config,
+        connect: Connect,
+        stop: HasFileno,
+        *,
+        keep_backend: bool = False,
     ) -> None:
         self.front = front
         self.config = config
         self.connect = connect
         self.stop = stop
+        self.keep_backend = keep_backend
+        """Whether the back is left to the next session when the front leaves."""
         self.device = Device(config, self._connect)
         self.backend = Backend(front, bind(self.device))
         self.back_lost = False
@@ -55,7 +63,7 @@ class Session:
         except SessionError as error:
             front_left = isinstance(error, FrontLost)
             log.log(logging.INFO if front_left else logging.ERROR, "%s", error)
-            keep = front_left and self.config.keep_backend
+            keep = front_left and self.keep_backend
         except OSError as error:
             log.error("the system has no more of what a session takes: %s", error)
         finally:

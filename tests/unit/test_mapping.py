@@ -192,3 +192,21 @@ def test_huge_pages_are_mapped_whole():
     assert pages(mapping.address - 3 * PAGE) == huge // PAGE
     mapping.close()
     assert mapped(mapping.address) is None
+
+
+def test_a_part_can_be_emptied(fd):
+    """It is zeros then, takes no memory, and is still mapped."""
+    with mmap.mmap(fd, 16 * PAGE) as view:
+        view[:] = b"x" * 16 * PAGE
+        mapping = Mapping(fd, 16 * PAGE)
+        mapping.empty(4 * PAGE)
+        assert view[:] == b"x" * 4 * PAGE + bytes(12 * PAGE)
+        mapping.empty()
+        assert os.fstat(fd).st_blocks == 0
+        assert view[:] == bytes(16 * PAGE)
+        for start in (1, 17 * PAGE):
+            with pytest.raises(ValueError, match=f"from byte {start} on"):
+                mapping.empty(start)
+        mapping.close()
+        with pytest.raises(ValueError, match="cannot empty"):
+            mapping.empty()

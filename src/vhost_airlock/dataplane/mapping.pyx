@@ -6,8 +6,9 @@ from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 
 from vhost_airlock.dataplane.layout cimport PAGE
 from vhost_airlock.dataplane.sys cimport (
-    HUGETLBFS_MAGIC, MADV_DONTDUMP, MADV_HUGEPAGE, MAP_FAILED, MAP_NORESERVE,
-    MAP_SHARED, PROT_READ, PROT_WRITE, fstatfs, madvise, mmap, munmap, statfs_t,
+    HUGETLBFS_MAGIC, MADV_DONTDUMP, MADV_HUGEPAGE, MADV_REMOVE, MAP_FAILED,
+    MAP_NORESERVE, MAP_SHARED, PROT_READ, PROT_WRITE, fstatfs, madvise, mmap, munmap,
+    statfs_t,
 )
 
 
@@ -46,6 +47,22 @@ cdef class Mapping:
         madvise(start, self._length, MADV_DONTDUMP)
         if huge_pages:
             madvise(start, self._length, MADV_HUGEPAGE)
+
+    def empty(self, uint64_t start=0):
+        """Give the memory from byte `start` on back to the system; whole pages of it.
+
+        The file keeps its size, and is zeros there. OSError when the kernel refuses.
+        """
+        cdef int rc
+
+        if self._start == NULL or start % PAGE or start > self.size:
+            raise ValueError(f"cannot empty a mapping from byte {start} on")
+        with nogil:
+            rc = madvise(
+                <char *> self._start + start, self._length - start, MADV_REMOVE
+            )
+        if rc != 0:
+            raise OSError(errno, f"cannot empty a mapping from byte {start} on")
 
     def close(self):
         """Unmap. Nothing may use the memory any more; a second call does nothing."""

@@ -17,6 +17,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_NORESERVE
         MADV_DONTDUMP
         MADV_HUGEPAGE
+        MADV_REMOVE
 
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs_t "statfs":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +19,8 @@ PIECES = (16, 4, 7, 1, 16, 37)
 """Pages of the memory that can be a region."""
 LIMIT = 64
 LARGEST = 16
+LONE = 80
+"""Pages of the lone region: enough for LIMIT pages in any six buffers."""
 RAM = 128
 LENGTHS = (16, 511, 512, PAGE, PAGE + 1, 2 * PAGE, 5 * PAGE, 300, 9 * PAGE, 17 * PAGE)
 
@@ -27,12 +30,12 @@ Block = tuple[int, int]
 
 @cache
 def kept() -> tuple[World, list[int]]:
-    """A world with two lanes, and what can be its pool's regions."""
+    """A world with two lanes, what can be its pool's regions, and its lone region."""
     world = World(pool=PAGE, largest=PAGE, regions=[(0, RAM * PAGE)])
     for back_indirect in (True, False):
         Lane(world, size=16, back_indirect=back_indirect, start=False)
     ring_areas = {lane.area_at for lane in world.lanes}
-    for pages in PIECES:
+    for pages in (*PIECES, LONE):
         world.grow(pages * PAGE)
     pieces = [at for at in world.isolated.pieces if at not in ring_areas]
     return world, pieces[1:]
@@ -44,14 +47,28 @@ class Held(NamedTuple):
     head: int
     chain: Chain
     blocks: list[Block]
+    alone: bool = False
+    """It is in the lone region."""
+
+
+class Lone(Enum):
+    """What has become of the lone region."""
+
+    NONE = auto()
+    OPEN = auto()
+    BUSY = auto()
+    USED = auto()
 
 
 class PoolModel:
     def __init__(self) -> None:
-        self.world, self.pieces = kept()
+        self.world, (*self.pieces, self.room_at) = kept()
         self.pool = self.world.pool = Pool(LIMIT * PAGE, largest=LARGEST * PAGE)
         self.regions: dict[int, int] = {}
         """By piece: the number of the region that it is."""
+        self.lone = Lone.NONE
+        self.queue: list[int] = []
+        """The lanes that wait for the lone region."""
         self.common = LIMIT
         self.guaranteed = [0, 0]
         self.flight: list[dict[int, Held]] = [{}, {}]
@@ -64,8 +81,11 @@ class PoolModel:
         lane.ring.avail_idx = lane.ring.used_idx = 0
         lane.start(0)
         lane.pump.set_guaranteed(self.guaranteed[lane.index] * PAGE)
+        for held in self.flight[lane.index].values():
+            self.ended(held)
         self.flight[lane.index] = {}
         self.waiting[lane.index] = None
+        self.leave_queue(lane.index)
 
     # Regions.
 
@@ -95,6 +115,26 @@ class PoolModel:
         lane.pump.set_guaranteed(self.guaranteed[lane.index] * PAGE)
         self.common = LIMIT - sum(self.guaranteed)
         self.pool.set_common(self.common * PAGE)
+
+    def serve_lone(self) -> None:
+        """As the control plane does it: make the lone region anew when that is due."""
+        due = self.lone is Lone.USED or bool(self.lone is Lone.NONE and self.queue)
+        assert self.pool.lone_due == due
+        if due:
+            wanted = self.pool.close_lone()
+            assert bool(wanted) == bool(self.queue)
+            assert wanted <= LONE * PAGE
+            host = self.world.isolated.host(self.room_at)
+            self.pool.open_lone(host, self.room_at, LONE * PAGE)
+            self.lone = Lone.OPEN
+
+    def ended(self, held: Held) -> None:
+        if held.alone:
+            self.lone = Lone.USED
+
+    def leave_queue(self, index: int) -> None:
+        if index in self.queue:
+            self.queue.remove(index)
 
     def blocks(self) -> list[Block]:
         held = [held for flight in self.flight for held in flight.values()]
@@ -178,6 +218,7 @@ class PoolModel:
         flight = self.flight[lane.index]
         if flight:
             held = flight.pop(sorted(flight)[source.below(len(flight))])
+            self.ended(held)
             lane.complete(held.chain)
             self.step(lane, 1)
 
@@ -187,9 +228,11 @@ class PoolModel:
         if waiting is not None:
             head, buffers = waiting
             wanted = self.wanted(lane, buffers)
+            alone = self.alone(lane.index, wanted)
             if lane.pump.fault:
-                most = self.guaranteed[lane.index] + self.common
-                assert max(wanted, default=0) > LARGEST or sum(wanted) > most, "it fits"
+                large = sum(b.length for b in buffers if b.length >= SMALL)
+                assert alone, "it fits"
+                assert large > LIMIT * PAGE, "there is a lone region for it"
                 lane.pump.detach(None)
                 self.start(lane)
             elif moved == done:
@@ -197,7 +240,11 @@ class PoolModel:
             else:
                 moved -= 1
                 self.waiting[lane.index] = None
-                self.placed(lane, head, buffers, sorted(wanted))
+                if alone:
+                    self.placed_alone(lane, head, buffers)
+                else:
+                    self.placed(lane, head, buffers, sorted(wanted))
+                self.leave_queue(lane.index)
         assert moved == done or lane.pump.fault
         assert self.pool.used == PAGE * sum(pages for _, pages in self.blocks())
 
@@ -206,10 +253,36 @@ class PoolModel:
         needs = [1 if lane.back_indirect else len(buffers)]
         for held in self.flight[lane.index].values():
             needs.append(1 if lane.back_indirect else len(held.chain.buffers))
-        slots = sum(needs) <= 16
-        assert not (
-            slots and self.allowed(lane.index, sum(wanted)) and self.room(wanted)
-        )
+        if sum(needs) > 16:
+            return
+        if not self.alone(lane.index, wanted):
+            self.leave_queue(lane.index)
+            assert not (self.allowed(lane.index, sum(wanted)) and self.room(wanted))
+            return
+        if lane.index not in self.queue:
+            self.queue.append(lane.index)
+        assert not (self.lone is Lone.OPEN and self.queue[0] == lane.index)
+
+    def alone(self, index: int, wanted: list[int]) -> bool:
+        """Is it too large for its ring's share?"""
+        most = self.guaranteed[index] + self.common
+        return max(wanted, default=0) > LARGEST or sum(wanted) > most
+
+    def placed_alone(self, lane: Lane, head: int, buffers: list[Buffer]) -> None:
+        """In the lone region, one behind the other, each at its offset in a page."""
+        assert self.lone is Lone.OPEN
+        assert self.queue[:1] in ([], [lane.index]), "another ring was first"
+        self.lone = Lone.BUSY
+        chain = lane.take()
+        at = self.room_at
+        for double, buffer in zip(chain.buffers, buffers, strict=True):
+            assert double.length == buffer.length
+            if double.length >= SMALL:
+                assert double.addr >= at
+                assert double.addr % PAGE == buffer.addr % PAGE
+                at = double.addr + double.length
+        assert at <= self.room_at + LONE * PAGE
+        self.flight[lane.index][chain.head] = Held(head, chain, [], alone=True)
 
     def placed(
         self, lane: Lane, head: int, buffers: list[Buffer], wanted: list[int]
@@ -274,6 +347,7 @@ def one(data: bytes) -> None:
             model.complete(source)
         elif kind < 7:
             model.change_regions(source)
+            model.serve_lone()
         else:
             model.change_shares(source)
     model.end()

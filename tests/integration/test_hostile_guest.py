@@ -76,7 +76,7 @@ class Scene:
 def scene() -> Iterator[Scene]:
     back = ScriptedBack()
     with (
-        Airlock(back, drain_timeout=0.2, pool_limit=POOL) as airlock,
+        Airlock(back, drain_timeout=0.2, pool_limit=POOL, request_limit=0) as airlock,
         small_guest() as guest,
     ):
         guest.connect(airlock.channel())
@@ -130,7 +130,7 @@ ATTACKS: dict[str, tuple[Callable[[Scene], None], str]] = {
     ),
     "everything": (
         lambda s: s.chain((0, 0xFFFFFFFF, W, 0)),
-        "outside of the guest's memory|larger than the pool",
+        "outside of the guest's memory|a request has 4294967295 bytes",
     ),
     "writable in a hole": (
         lambda s: s.chain((P, 16, N, 9), (LOW_END, 1, W, 0)),
@@ -147,7 +147,7 @@ ATTACKS: dict[str, tuple[Callable[[Scene], None], str]] = {
     ),
     "larger than the pool": (
         lambda s: s.chain((HIGH, POOL + 1, W, 0)),
-        "a chain is larger than the pool allows",
+        f"a request has {POOL + 1} bytes, and those with more than {POOL} are not",
     ),
     "more than 32 bits": (
         lambda s: s.table(*[(HIGH, 128 * MIB, W | N, i + 1) for i in range(40)]),

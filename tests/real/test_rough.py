@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.real.storage import Disk
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.ram import GuestRam
 
 MIB = 1 << 20
 
@@ -28,6 +30,37 @@ def test_data_survives(serve, drive, disk, option):
     """Far more in flight than the pool has room for; polling instead of sleeping."""
     served = serve(disk, option)
     drive.run(served.front, "verify", queues=2, qd=32, queue_size=1024)
+
+
+@pytest.mark.parametrize(
+    ("size", "queues", "options"),
+    [(300, 1, []), (8, 1, ["--pool-limit=4M"]), (129, 4, [])],
+    ids=["defaults", "small pool", "four queues"],
+)
+def test_one_request_larger_than_its_share_of_the_pool(
+    serve, folder, size, queues, options
+):
+    """As firmware reads a boot image; two in a row, and others beside."""
+    image = folder / "image.img"
+    with image.open("wb") as file:
+        for mebibyte in range(size):
+            file.seek(mebibyte * MIB)
+            file.write(mebibyte.to_bytes(4, "little"))
+        file.truncate(size * MIB)
+    served = serve(Disk(image, queues=queues), *options)
+    with BlkGuest(ram=GuestRam(MIB, (2 * size + 16) * MIB), num_queues=queues) as guest:
+        guest.connect(str(served.front))
+        guest.start()
+        for _ in range(2):
+            buffer = guest.ram.alloc(size * MIB - 4096)
+            guest.read(0, [(buffer, size * MIB - 4096)])
+            marks = [
+                int.from_bytes(guest.ram.view(buffer + number * MIB, 4), "little")
+                for number in range(size)
+            ]
+            assert marks == list(range(size))
+            guest.read(0, [(guest.ram.alloc(4096), 4096)])
+        guest.stop()
 
 
 def moved(pid: int, goal: int) -> bool:

@@ -131,11 +131,13 @@ class World:
         pool: int | Sequence[int] = 4 * MIB,
         limit: int | None = None,
         largest: int | None = None,
+        lone_limit: int = 0,
         regions: Iterable[tuple[int, int]] = REGIONS,
         shared: bool = False,
     ) -> None:
         """`pool`: the sizes of its regions, in bytes; `limit`: its own, if another;
-        `shared`: by several workers.
+        `lone_limit`: the size of the largest chain, if that is larger; `shared`: by
+        several workers.
         """
         sizes = [pool] if isinstance(pool, int) else list(pool)
         self.ram = AddressSpace()
@@ -149,7 +151,7 @@ class World:
         total = sum(sizes) if limit is None else limit
         if largest is None:
             largest = 1 << (total.bit_length() - 1)
-        self.pool = Pool(total, largest=largest, shared=shared)
+        self.pool = Pool(total, largest=largest, lone_limit=lone_limit, shared=shared)
         self.pool_regions = [self.grow(size) for size in sizes]
         self.set_regions()
 
@@ -157,6 +159,12 @@ class World:
         """One more region for the pool; its number."""
         back = next(self._back)
         return self.pool.add_region(self.isolated.add(back, size).address, back, size)
+
+    def open_lone(self, size: int) -> int:
+        """Give the pool a lone region; returns the back's address of it."""
+        back = next(self._back)
+        self.pool.open_lone(self.isolated.add(back, size).address, back, size)
+        return back
 
     def add_ram(self, size: int) -> int:
         """Guest memory beside all other, for a ring; its guest-physical address."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import threading
 import time
 
@@ -14,10 +15,11 @@ import pytest
 from tests.support.limits import no_more_fds
 from tests.support.plane import BACK_BASE, MIB, PAGE, Lane, Wired, World
 from vhost_airlock.dataplane.pool import DEBUG, Pool
+from vhost_airlock.dataplane.pump import BACK_SIGNALLED
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import Chain
 
-NEVER_FITS = "a chain is larger than the pool allows"
+NEVER_FITS = r"a request has \d+ bytes, and those with more than \d+ are not placed"
 
 
 @pytest.fixture
@@ -229,29 +231,27 @@ class TestExhaustion:
         give(lane, half)
         assert world.pool.used == 40 * PAGE
 
-    def test_a_chain_that_can_never_fit_is_a_fault(self, world, lane):
+    def test_a_chain_larger_than_pool_and_limit_is_a_fault(self, world, lane):
         assert take(lane, 65) is None
-        assert lane.fault == NEVER_FITS
+        assert lane.pump.reason == (
+            "a request has 266240 bytes, and those with more than 262144 are not"
+            " placed: see --request-limit"
+        )
         assert world.pool.used == 0
+        assert not world.pool.lone_due
 
-    def test_so_is_one_with_too_many_pages_in_all(self, world, lane):
-        assert take(lane, 32, 32) is not None
-        give(lane, *[])
-        other = Lane(world)
-        assert take(other, 32, 16, 8, 8, 1) is None
-        assert other.fault == NEVER_FITS
+    def test_so_is_one_with_too_many_bytes_in_all(self, world, lane):
+        assert take(lane, 32, 16, 8, 8, 1) is None
+        assert re.match(NEVER_FITS, lane.pump.reason)
 
-    def test_so_is_one_with_a_buffer_larger_than_the_largest_block(self):
-        world = World(pool=64 * PAGE, largest=16 * PAGE)
-        lane = Lane(world)
-        assert take(lane, 16, 16) is not None
-        assert take(lane, 17) is None
-        assert lane.fault == NEVER_FITS
-
-    def test_an_unaligned_buffer_needs_a_page_more(self, world, lane):
-        lane.offer(((1 << 32) + 1, 64 * PAGE, True))
-        lane.step()
-        assert lane.fault == NEVER_FITS
+    def test_the_limit_may_be_larger_than_the_pool(self):
+        world = World(pool=4 * PAGE, lone_limit=16 * PAGE)
+        assert world.pool.largest_chain == 16 * PAGE
+        lane, other = Lane(world), Lane(world)
+        assert take(lane, 16) is None
+        assert lane.pump.fault == 0
+        assert take(other, 16, 1) is None
+        assert re.match(NEVER_FITS, other.pump.reason)
 
     def test_a_ring_goes_on_when_another_one_gives_room(self, world):
         """In the next step: nobody needs to tell it."""
@@ -301,10 +301,11 @@ class TestQuotas:
         assert greedy.device.take() is not None
         assert len(self.fill(other)) == 16 + 19
 
-    def test_a_chain_larger_than_its_share_never_fits(self, lanes):
+    def test_a_chain_larger_than_its_share_waits_for_a_lone_region(self, world, lanes):
         assert take(lanes[0], 32, 16) is not None
         assert take(lanes[1], 32, 16, 1) is None
-        assert lanes[1].fault == NEVER_FITS
+        assert lanes[1].pump.fault == 0
+        assert world.pool.close_lone() == 49 * PAGE
 
     def test_shares_may_change_while_blocks_are_out(self, world, lanes):
         one, other = lanes
@@ -338,6 +339,186 @@ class TestQuotas:
         lanes.pop(0)
         assert world.pool.used == 0
         assert len(self.fill(other)) == 48
+
+
+class TestLoneRegion:
+    """Memory for a chain that does not fit into its ring's share."""
+
+    @pytest.fixture
+    def world(self):
+        """16 pages, and chains may have four times as much."""
+        world = World(pool=16 * PAGE, lone_limit=64 * PAGE)
+        yield world
+        world.check()
+
+    def test_it_has_the_size_of_the_chain(self, world, lane):
+        """Not a power of two: all buffers, one after the other, each at its offset."""
+        buffers = [(8 * MIB + 5, 9 * PAGE), (1 << 32, 20 * PAGE, True)]
+        world.ram.write(8 * MIB + 5, b"r" * 9 * PAGE)
+        lane.offer(*buffers, (0, 7, True))
+        lane.step()
+        assert lane.device.take() is None
+        assert world.pool.lone_due
+        assert world.pool.close_lone() == 30 * PAGE
+        at = world.open_lone(30 * PAGE)
+        assert not world.pool.lone_due
+        lane.step()
+        chain = lane.take()
+        first, second, small = chain.buffers
+        assert (first.addr, second.addr) == (at + 5, at + 10 * PAGE)
+        assert not at <= small.addr < at + 30 * PAGE, "it is in the slot's own area"
+        assert lane.bytes_of(chain) == b"r" * 9 * PAGE
+        lane.complete(chain, b"w" * 20 * PAGE + b"status!")
+        lane.step()
+        assert lane.used() == [(0, 20 * PAGE + 7)]
+        assert world.ram.read(1 << 32, 20 * PAGE) == b"w" * 20 * PAGE
+        assert world.ram.read(0, 7) == b"status!"
+        assert world.pool.used == 0
+
+    def test_small_buffers_that_are_many_have_it_too(self, world):
+        lane = Lane(world, size=128, back_indirect=False)
+        lane.offer(*[(i * 512, 512, True) for i in range(40)], (0, 500, True))
+        lane.offer((0, 16))
+        lane.step()
+        assert world.pool.close_lone() == 40 * PAGE
+        at = world.open_lone(40 * PAGE)
+        lane.step()
+        chain = lane.take()
+        places = [buffer.addr for buffer in chain.buffers[:40]]
+        assert places == [at + i * PAGE + i * 512 % PAGE for i in range(40)]
+        assert lane.take().buffers[0].length == 16
+
+    def test_table_and_small_buffers_lie_before_the_others(self, world):
+        lane = Lane(world, size=128, back_indirect=True)
+        sizes = [100] * 40 + [32 * PAGE]
+        lane.offer(*[(i * 512, size, True) for i, size in enumerate(sizes)])
+        lane.step()
+        small = 41 * 16 + 40 * 128  # each at a multiple of 64 bytes
+        pages = -(-small // PAGE)
+        wanted = world.pool.close_lone()
+        assert wanted in ((pages + 32) * PAGE, (pages + 33) * PAGE)
+        at = world.open_lone(wanted)
+        lane.step()
+        chain = lane.take()
+        desc = lane.shadow.read_desc(chain.head)
+        assert desc.addr == at
+        assert chain.buffers[-1].addr == at + pages * PAGE + 40 * 512 % PAGE
+        lane.complete(chain, b"w" * (4000 + 32 * PAGE))
+        lane.step()
+        assert world.ram.read(39 * 512, 100) == b"w" * 100
+
+    def test_each_chain_gets_it_anew(self, world, lane):
+        for number in range(3):
+            assert take(lane, 20) is None
+            assert world.pool.lone_due
+            assert world.pool.close_lone() == 20 * PAGE
+            world.open_lone(20 * PAGE)
+            lane.step()
+            chain = lane.take()
+            assert not world.pool.lone_due
+            with pytest.raises(ValueError, match="in use"):
+                world.pool.close_lone()
+            lane.complete(chain, bytes([number]) * 20 * PAGE)
+            lane.step()
+            assert world.pool.lone_due
+            assert lane.used()
+
+    def test_one_that_is_used_is_no_longer_given_out(self, world, lane):
+        assert take(lane, 20) is None
+        world.open_lone(20 * PAGE)
+        lane.step()
+        lane.complete(lane.take())
+        assert take(lane, 20) is None
+        assert world.pool.close_lone() == 20 * PAGE
+
+    def test_one_that_is_too_small_is_made_anew(self, world, lane):
+        assert take(lane, 20) is None
+        world.open_lone(19 * PAGE)
+        assert lane.step() == 0
+        assert world.pool.lone_due
+
+    def test_it_has_only_zeros_for_the_back(self, world, lane):
+        """Since it is new: it is not written before the back does."""
+        assert take(lane, 20) is None
+        world.ram.write(1 << 32, b"secret" * 1000)
+        world.open_lone(20 * PAGE)
+        lane.step()
+        for view in lane.writable(lane.take()):
+            assert bytes(view) == bytes(len(view))
+
+    def test_rings_get_it_in_the_order_of_asking(self, world):
+        lanes = [Lane(world) for _ in range(3)]
+        for pages, lane in zip((18, 40, 20), lanes, strict=True):
+            assert take(lane, pages) is None
+        for pages, lane in zip((18, 40, 20), lanes, strict=True):
+            assert world.pool.close_lone() == pages * PAGE
+            world.open_lone(60 * PAGE)
+            for other in reversed(lanes):
+                assert other.step() == (other is lane)
+            lane.complete(lane.take())
+            lane.step()
+        assert world.pool.close_lone() == 0
+
+    def test_the_other_chains_of_the_pool_go_on(self, world):
+        large, other = Lane(world), Lane(world)
+        assert take(large, 20) is None
+        give(other, must_take(other, 16))
+        world.open_lone(20 * PAGE)
+        large.step()
+        chain = large.take()
+        give(other, must_take(other, 16))
+        large.complete(chain)
+        large.step()
+
+    @pytest.mark.parametrize("end", ["disabled", "broken", "stopped", "gone"])
+    def test_a_ring_that_ends_waits_no_more(self, world, end):
+        """Others would wait for it for ever."""
+        first, second = Lane(world), Lane(world)
+        assert take(first, 20) is None
+        assert take(second, 30) is None
+        assert world.pool.close_lone() == 20 * PAGE
+        if end == "disabled":
+            first.pump.set_taking(False)
+            first.step()
+        elif end == "broken":
+            first.pump.set_fault(BACK_SIGNALLED)
+            first.step()
+        elif end == "stopped":
+            first.stop(0)
+        else:
+            world.lanes.remove(first)
+            del first.pump, first
+        assert world.pool.close_lone() == 30 * PAGE
+
+    def test_a_chain_that_fits_at_last_waits_no_more(self, world, lane):
+        """Its ring's share has become larger."""
+        world.pool.set_common(8 * PAGE)
+        assert take(lane, 16) is None
+        assert world.pool.lone_due
+        world.pool.set_common(16 * PAGE)
+        assert lane.step() == 1
+        assert world.pool.used == 16 * PAGE
+        assert not world.pool.lone_due
+        assert world.pool.close_lone() == 0
+
+    def test_a_chain_in_quarantine_keeps_it(self, world, lane):
+        assert take(lane, 20) is None
+        world.open_lone(20 * PAGE)
+        lane.step()
+        assert lane.take()
+        _, unfinished, _ = lane.stop(1)
+        assert unfinished == 1
+        assert not world.pool.lone_due
+        with pytest.raises(ValueError, match="in use"):
+            world.pool.close_lone()
+
+    def test_a_chain_that_is_handed_back_gives_it_back(self, world, lane):
+        assert take(lane, 20) is None
+        world.open_lone(20 * PAGE)
+        lane.step()
+        lane.stop(0)
+        assert world.pool.lone_due
+        assert world.pool.close_lone() == 0
 
 
 class TestGrowth:

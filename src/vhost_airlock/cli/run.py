@@ -92,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the most memory for bounce buffers, as 64M or 1G (default: 256M)",
     )
     parser.add_argument(
+        "--request-limit",
+        type=size("0", "4G"),
+        default=Config.request_limit,
+        metavar="SIZE",
+        help="the largest single request that the pool need not hold (default: 1G)",
+    )
+    parser.add_argument(
         "--poll-us",
         type=number(0, 1_000_000),
         default=Config.poll_us,

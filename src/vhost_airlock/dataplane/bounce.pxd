@@ -44,6 +44,8 @@ cdef struct Slot:
     uint64_t writable
     # Pages of the pool that this chain is charged with.
     uint64_t pages
+    # It is in the lone region.
+    bint alone
     uint8_t *area
     uint64_t area_back
     # Takes the place of the area when that is too small.

@@ -22,8 +22,9 @@ from vhost_airlock.dataplane.layout cimport (
     store_int,
 )
 from vhost_airlock.dataplane.pool cimport (
-    MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, join_free, lock_pool, order_of,
-    raise_to, reserve, take_block, unlock_pool, unreserve,
+    MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, give_lone, join_free,
+    leave_queue, lock_pool, order_of, raise_to, reserve, take_block, take_lone,
+    unlock_pool, unreserve,
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
 
@@ -32,9 +33,18 @@ cdef inline uint64_t step64(uint64_t size) noexcept nogil:
     return (size + 63) & ~<uint64_t> 63
 
 
+cdef inline uint64_t pages_of(uint64_t size) noexcept nogil:
+    return (size + PAGE - 1) // PAGE
+
+
+cdef inline uint64_t segment_pages(uint64_t guest, uint32_t size) noexcept nogil:
+    """The pages of a large segment, at its offset in the first one."""
+    return pages_of((guest & (PAGE - 1)) + size)
+
+
 cdef inline int segment_order(uint64_t guest, uint32_t size) noexcept nogil:
-    """The order of the block for a large segment, at its offset in the page."""
-    return order_of(((guest & (PAGE - 1)) + size + PAGE - 1) // PAGE)
+    """The order of the block for a large segment."""
+    return order_of(segment_pages(guest, size))
 
 
 cdef int place(
@@ -42,13 +52,15 @@ cdef int place(
 ) noexcept nogil:
     """Find room for the chain, with an indirect table if `table`.
 
-    1: placed. 0: no room now, nothing is taken. NEVER_FITS: no pool of this size can.
+    1: placed. 0: no room now, nothing is taken. NEVER_FITS: it is larger than any chain
+    that is placed.
     """
     cdef uint64_t small = step64(chain.count * sizeof(Desc)) if table else 0
     cdef uint64_t largest = 0
     cdef uint64_t pages = 0
+    cdef uint64_t size = 0
     cdef uint64_t block
-    cdef bint placed
+    cdef bint alone, placed
     cdef int i
 
     for i in range(chain.count):
@@ -59,12 +71,15 @@ cdef int place(
                 chain.segment[i].addr, chain.segment[i].len
             )
             pages += block
+            size += chain.segment[i].len
             largest = max(largest, block)
     if small > AREA:
-        block = <uint64_t> 1 << order_of((small + PAGE - 1) // PAGE)
+        block = <uint64_t> 1 << order_of(pages_of(small))
         pages += block
         largest = max(largest, block)
-    if largest > pool.largest or pages > share.guaranteed + pool.common:
+    alone = largest > pool.largest or pages > share.guaranteed + pool.common
+    if alone and size > pool.largest_chain:
+        share.refused = size
         return NEVER_FITS
 
     slot.buffer = slot.few
@@ -77,12 +92,37 @@ cdef int place(
     slot.readable = chain.readable
     slot.writable = chain.bytes_writable
     slot.pages = 0
+    slot.alone = False
     slot.scratch.order = NO_BLOCK
     for i in range(chain.count):
         slot.buffer[i].guest = chain.segment[i].addr
         slot.buffer[i].len = chain.segment[i].len
         slot.buffer[i].block.order = NO_BLOCK
 
+    if alone:
+        placed = place_alone(slot, small, pool, share)
+    else:
+        placed = place_in_blocks(slot, small, pages, largest, pool, share)
+    if not placed:
+        forget_buffers(slot)
+        return 0
+    lay_out(slot, table, small)
+    return 1
+
+
+cdef bint place_in_blocks(
+    Slot *slot, uint64_t small, uint64_t pages, uint64_t largest, PoolState *pool,
+    Share *share,
+) noexcept nogil:
+    """Take blocks of the pool. False: no room now, nothing is taken.
+
+    small: bytes of the table and of small segments. pages: of all blocks. largest: of
+    the largest block.
+    """
+    cdef bint placed
+
+    if share.alone:
+        leave_queue(pool, share)
     lock_pool(pool)
     placed = reserve(pool, share, pages)
     if placed:
@@ -97,11 +137,39 @@ cdef int place(
         unreserve(pool, share, slot.pages)
         pool.waited_for = pool.shared
     unlock_pool(pool)
-    if not placed:
-        forget_buffers(slot)
-        return 0
-    lay_out(slot, table, small)
-    return 1
+    return placed
+
+
+cdef bint place_alone(
+    Slot *slot, uint64_t small, PoolState *pool, Share *share
+) noexcept nogil:
+    """Take the lone region, and lay buffers out one behind the other.
+
+    False: the ring has to wait for it.
+    """
+    cdef uint64_t needed = pages_of(small) if small > AREA else 0
+    cdef uint64_t page = needed
+    cdef Buffer *buffer
+    cdef int i
+
+    for i in range(slot.count):
+        buffer = &slot.buffer[i]
+        if buffer.len >= SMALL:
+            needed += segment_pages(buffer.guest, buffer.len)
+    lock_pool(pool)
+    slot.alone = take_lone(pool, share, needed)
+    unlock_pool(pool)
+    if not slot.alone:
+        return False
+    slot.scratch.host = pool.lone.host
+    slot.scratch.back = pool.lone.back
+    for i in range(slot.count):
+        buffer = &slot.buffer[i]
+        if buffer.len >= SMALL:
+            buffer.block.host = pool.lone.host + page * PAGE
+            buffer.block.back = pool.lone.back + page * PAGE
+            page += segment_pages(buffer.guest, buffer.len)
+    return True
 
 
 cdef bint take_blocks(
@@ -135,7 +203,7 @@ cdef bint take_blocks_of(
     cdef int i
 
     if small > AREA:
-        order = order_of((small + PAGE - 1) // PAGE)
+        order = order_of(pages_of(small))
         if least <= order <= most and not take_block(pool, order, &slot.scratch):
             return False
     for i in range(slot.count):
@@ -181,7 +249,7 @@ cdef void lay_out(Slot *slot, bint table, uint64_t small) noexcept nogil:
 
 cdef inline bint past_caches(const Slot *slot, const Share *share) noexcept nogil:
     """Is a large chain's ring at work with more than caches hold?"""
-    return slot.pages >= LARGE and share.used >= CACHED
+    return slot.alone or (slot.pages >= LARGE and share.used >= CACHED)
 
 
 cdef bint copy_to_back(
@@ -189,7 +257,8 @@ cdef bint copy_to_back(
 ) noexcept nogil:
     """Fill the doubles: what the device reads is copied, what it writes is zeroed.
 
-    False: a part of the guest's memory is not there any more.
+    The lone region is new for each chain, so there are zeros in it already. False: a
+    part of the guest's memory is not there any more.
     """
     cdef bint past = past_caches(slot, share)
     cdef Buffer *buffer
@@ -198,8 +267,9 @@ cdef bint copy_to_back(
     for i in range(slot.count):
         buffer = &slot.buffer[i]
         if i >= slot.readable:
-            # The back is about to write there: that belongs into the caches.
-            memset(buffer.host, 0, buffer.len)
+            if not slot.alone or buffer.len < SMALL:
+                # The back is about to write there: that belongs into the caches.
+                memset(buffer.host, 0, buffer.len)
         elif not copy_in(memory, hint, buffer.host, buffer.guest, buffer.len, past):
             return False
     return True
@@ -273,6 +343,9 @@ cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
     lock_pool(pool)
     give_blocks(slot, pool)
     unreserve(pool, share, slot.pages)
+    if slot.alone:
+        slot.alone = False
+        give_lone(pool)
     if pool.waited_for:
         pool.waited_for = False
         store_int(&pool.room_due, 1)

@@ -82,6 +82,23 @@ cdef struct Share:
     uint64_t high_water
     # A worker runs the ring: it is not paused. Kept in debug builds only.
     int running
+    # Pages that its chain at hand needs in the lone region; 0: it does not wait for it.
+    uint64_t alone
+    # The next ring that waits for the lone region.
+    Share *after
+    # Bytes of a chain that was too large to be placed at all.
+    uint64_t refused
+
+cdef struct LoneRegion:
+    # Memory for one chain that does not fit into its ring's share of the pool.
+    uint8_t *host
+    uint64_t back
+    # 0: there is none.
+    uint64_t pages
+    # A chain has been placed in it: it has to be made anew for the next one.
+    bint used
+    # That chain is still in it.
+    bint busy
 
 cdef struct PoolState:
     pthread_mutex_t mutex
@@ -101,11 +118,18 @@ cdef struct PoolState:
     uint64_t high_water
     # Pages of the largest block there can ever be.
     uint64_t largest
+    # Bytes of the largest chain that is placed at all; small segments do not count.
+    uint64_t largest_chain
+    LoneRegion lone
+    # The first of the rings that wait for the lone region, in the order of asking.
+    Share *first
     # Pages of a block that was not to be had: the pool should grow. Changed by workers
     # and the control plane at once, hence by raise_to() and exchange() only.
     uint64_t wanted
     # Cleared when the control plane has been told that it should.
     int may_grow
+    # The lone region has changed, or who waits for it: the control plane should look.
+    int news
     # How many rings with this pool workers run. Kept in debug builds only.
     int running
     int count
@@ -149,6 +173,11 @@ cdef void unreserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogi
 cdef bint take_block(PoolState *pool, int order, Block *block) noexcept nogil
 cdef bint join_free(PoolState *pool, uint64_t pages, int order) noexcept nogil
 cdef void give_block(PoolState *pool, Block *block) noexcept nogil
+cdef bint take_lone(PoolState *pool, Share *share, uint64_t pages) noexcept nogil
+cdef void give_lone(PoolState *pool) noexcept nogil
+# To be called without the lock: the ring does not wait for the lone region any more.
+cdef void leave_queue(PoolState *pool, Share *share) noexcept nogil
+cdef bint lone_is_due(PoolState *pool) noexcept nogil
 
 
 cdef class Pool:

@@ -11,6 +11,10 @@ bounce.pyx.
 All bookkeeping is in memory of our own. The back can write what it likes into the
 regions: nothing here ever looks there.
 
+A chain that does not fit into its ring's share gets the lone region: memory beside the
+pool that the control plane makes for this one chain, of the chain's size. There is one
+at a time, and other such chains wait for theirs.
+
 Rings share a pool. Half of it is split evenly as what each ring can always have; the
 other half is for whoever comes first. So a ring full of posted receive buffers
 can't starve another.
@@ -99,6 +103,60 @@ cdef void give_block(PoolState *pool, Block *block) noexcept nogil:
     region.used -= 1 << order
     pool.used -= <uint64_t> 1 << order
     block.order = NO_BLOCK
+
+
+cdef bint take_lone(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
+    """Take the lone region for a chain of this ring. False: the ring has to wait.
+
+    Rings get it in the order in which they ask, each for one chain.
+    """
+    cdef LoneRegion *lone = &pool.lone
+    cdef Share **last = &pool.first
+
+    if share.alone == 0:
+        while last[0] != NULL:
+            last = &last[0].after
+        last[0] = share
+        share.after = NULL
+    share.alone = pages
+    if pool.first == share and lone.pages >= pages and not lone.used:
+        unlink_share(pool, share)
+        lone.used = lone.busy = True
+        return True
+    store_int(&pool.news, 1)
+    return False
+
+
+cdef void give_lone(PoolState *pool) noexcept nogil:
+    """The chain in the lone region is done."""
+    pool.lone.busy = False
+    store_int(&pool.news, 1)
+
+
+cdef void leave_queue(PoolState *pool, Share *share) noexcept nogil:
+    if share.alone:
+        lock_pool(pool)
+        unlink_share(pool, share)
+        store_int(&pool.news, 1)
+        unlock_pool(pool)
+
+
+cdef void unlink_share(PoolState *pool, Share *share) noexcept nogil:
+    cdef Share **link = &pool.first
+
+    while link[0] != share:
+        link = &link[0].after
+    link[0] = share.after
+    share.alone = 0
+
+
+cdef bint lone_is_due(PoolState *pool) noexcept nogil:
+    """Is there something to do for the control plane: to make the lone region, to make
+    it anew after use, or to make a larger one?
+    """
+    if pool.lone.pages and pool.lone.used:
+        return not pool.lone.busy
+    return pool.first != NULL and pool.first.alone > pool.lone.pages
 
 
 cdef bint take_from(
@@ -213,10 +271,14 @@ cdef class Pool:
     be read at any time.
     """
 
-    def __cinit__(self, uint64_t limit, *, uint64_t largest, bint shared=False):
-        """Sizes in bytes; no buffer will be larger than `largest`, a power of two.
+    def __cinit__(
+        self, uint64_t limit, *, uint64_t largest, uint64_t lone_limit=0,
+        bint shared=False,
+    ):
+        """Sizes in bytes; no block will be larger than `largest`, a power of two.
 
-        `shared`: pumps of more than one worker will use it.
+        lone_limit: a chain with so many bytes may have the lone region, as may one that
+        is no larger than the pool. shared: pumps of more than one worker will use it.
         """
         pthread_mutex_init(&self.state.mutex, NULL)
         self.state.shared = shared
@@ -228,6 +290,7 @@ cdef class Pool:
         self.state.limit = limit // PAGE
         self.state.common = self.state.limit
         self.state.largest = largest // PAGE
+        self.state.largest_chain = max(self.state.limit * PAGE, lone_limit)
 
     def __dealloc__(self):
         cdef int i
@@ -296,6 +359,34 @@ cdef class Pool:
         Workers may run meanwhile: what one asks for is in this answer or in the next.
         """
         return exchange(&self.state.wanted, 0) * PAGE
+
+    def open_lone(self, uintptr_t host, uint64_t back, uint64_t size):
+        """There is a lone region, for one chain: our address, the back's, bytes."""
+        must_stand_still(&self.state.running)
+        if self.state.lone.busy:
+            raise ValueError("the lone region is in use")
+        self.state.lone = LoneRegion(<uint8_t *> host, back, size // PAGE, False, False)
+
+    def close_lone(self):
+        """Forget the lone region, unless a chain is in it.
+
+        Returns the bytes that the first ring waiting for one needs; 0: no ring waits.
+        """
+        must_stand_still(&self.state.running)
+        if self.state.lone.busy:
+            raise ValueError("the lone region is in use")
+        self.state.lone.pages = 0
+        return self.state.first.alone * PAGE if self.state.first != NULL else 0
+
+    @property
+    def lone_due(self):
+        """Is there something to do about the lone region? See close_lone()."""
+        return lone_is_due(&self.state)
+
+    @property
+    def largest_chain(self):
+        """Bytes of the largest chain that is placed at all."""
+        return self.state.largest_chain
 
     @property
     def used(self):

@@ -17,6 +17,7 @@ def shadow_parts(size: int) -> tuple[int, int, int]: ...
 class Pump:
     attached: bool
     fault: int
+    reason: str | None
     drained: bool
     tells: bool
     outstanding: int

@@ -43,7 +43,7 @@ from vhost_airlock.dataplane.layout cimport (
     HEAD_IN_USE, LOOP, MAX_SEGMENTS, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS,
     OUT_OF_MEMORY, PAGE, RING_UNMAPPED, UsedElem, Used, fence, load16, load32, load64,
 )
-from vhost_airlock.dataplane.pool cimport Pool, over, tell_room
+from vhost_airlock.dataplane.pool cimport Pool, leave_queue, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
 from vhost_airlock.dataplane.shadow cimport (
     FREE, IN_FLIGHT, QUARANTINED, free_chain, give_slot, take_slot,
@@ -111,6 +111,7 @@ cdef void lose_memory(PumpState *pump) noexcept nogil:
     fail(pump, MEMORY_LOST)
     pump.waiting = False
     pump.stalled = False
+    leave_queue(pump.pool, &pump.share)
     if pump.at_hand != NULL:
         release(pump.at_hand, pump.pool, &pump.share)
         # The list of free slots is made anew when the ring is.
@@ -136,6 +137,8 @@ cdef int move(void *what, int budget) noexcept nogil:
         moved = collect(pump, budget)
     if pump.taking and pump.fault == 0:
         moved += forward(pump, budget)
+    if pump.share.alone and (pump.fault or not pump.taking):
+        leave_queue(pump.pool, &pump.share)
     return moved
 
 
@@ -370,6 +373,7 @@ cdef class Pump:
             if self.state.slot[i].pages or self.state.slot[i].count:
                 release(&self.state.slot[i], self.state.pool, &self.state.share)
         if self.state.pool != NULL:
+            leave_queue(self.state.pool, &self.state.share)
             tell_room(self.state.pool)
         free(self.state.guest.table)
         free(self.state.guest.busy)
@@ -486,6 +490,7 @@ cdef class Pump:
                 pump.shadow.next[number] = number
         if pump.fault not in (RING_UNMAPPED, MEMORY_LOST):
             run(pump, arm_guest, 0)     # whoever comes next wants kicks
+        leave_queue(pump.pool, &pump.share)
         tell_room(pump.pool)
         pump.outstanding = 0
         pump.attached = False
@@ -570,6 +575,18 @@ cdef class Pump:
     def fault(self):
         """0, or why the ring stopped: a key of FAULTS."""
         return self.state.fault
+
+    @property
+    def reason(self):
+        """Why the ring stopped, in words; None if it did not."""
+        cdef uint64_t refused = self.state.share.refused
+
+        if self.state.fault == NEVER_FITS and refused:
+            return (
+                f"a request has {refused} bytes, and those with more than"
+                f" {self.state.pool.largest_chain} are not placed: see --request-limit"
+            )
+        return FAULTS.get(self.state.fault)
 
     @property
     def drained(self):

@@ -82,7 +82,7 @@ cdef class Worker:
 
     `poll_us` is the longest time in microseconds to poll before sleeping; 0: never.
     `events` is an eventfd that it signals when the control plane should look: a pump
-    has a new fault, is drained, or wants a larger pool.
+    has a new fault, is drained, or wants a larger pool or a lone region.
     """
 
     cdef pthread_mutex_t mutex
@@ -286,6 +286,9 @@ cdef int go_round(Worker worker) noexcept nogil:
         ):
             # Told once; the control plane sets it again.
             store_int(&pump.pool.may_grow, 0)
+            tell = True
+        if load_int(&pump.pool.news):
+            store_int(&pump.pool.news, 0)
             tell = True
     if tell:
         signal_fd(worker.events)

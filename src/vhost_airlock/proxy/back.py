@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..dataplane.pump import shadow_parts
 from ..errors import Disconnected, ProtocolError, SessionError
@@ -19,8 +19,9 @@ from ..vhost.backend import Responder
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
 from ..vhost.frontend import Frontend
+from ..vhost.message import Answer
 from ..vhost.rules import BACKEND_RULES
-from ..vhost.wire import BackendRequest, Feature, ProtocolFeature, VringAddr
+from ..vhost.wire import BackendRequest, Feature, ProtocolFeature, Request, VringAddr
 from .config import Config
 from .isolated import IsolatedMemory, Region
 from .state import back_features, back_protocol
@@ -51,6 +52,8 @@ class Back:
         """The back's own requests."""
         self._memory: IsolatedMemory | None = None
         self._announced = False
+        self._moving: Region | None = None
+        """The region of which the back was told, and has not answered yet."""
         self._changed = False
         self._served = 0.0
         self.offered = self.frontend.get_features()
@@ -96,7 +99,10 @@ class Back:
             if slots < 2:
                 raise ProtocolError(f"back: GET_MAX_MEM_SLOTS: {slots} are too few")
         self._memory = IsolatedMemory(
-            self.config.pool_limit, slots=slots, shared=self.config.workers > 1
+            self.config.pool_limit,
+            slots=slots,
+            lone_limit=self.config.request_limit,
+            shared=self.config.workers > 1,
         )
         if accepted & ProtocolFeature.BACKEND_REQ:
             self._open_requests(accepted)
@@ -133,29 +139,30 @@ class Back:
         if not self.frontend.protocol_features & ProtocolFeature.REPLY_ACK:
             self.frontend.barrier()
 
-    def grow(self, wanted: int) -> Region | None:
-        """Give the back one more region of the pool, to be opened then.
+    @property
+    def busy(self) -> bool:
+        """Has it still to answer announce() or forget()? One of them at a time."""
+        return self._moving is not None
 
-        None: the limit is reached.
-        """
-        region = self.memory.grow(wanted)
-        if region is None:
-            return None
-        try:
-            self.frontend.add_mem_region(region.announced, region.fd)
-        except BaseException:
-            region.close()
-            raise
-        log.info("pool: %d MiB more", region.size >> 20)
-        return region
+    def announce(self, region: Region, then: Callable[[], None]) -> None:
+        """Tell the back of a region that was made; `then` is called when it has it."""
+        log.info("isolated memory: %d KiB more", region.size >> 10)
+        self._move(Request.ADD_MEM_REG, region, [region.fd], then)
 
     def forget(self, region: Region) -> None:
-        """Take a region, which was withdrawn from the pool, away from the back."""
-        try:
-            self.frontend.remove_mem_region(region.announced)
-        finally:
-            region.close()
-        log.info("pool: %d MiB less", region.size >> 20)
+        """Take a region, which was withdrawn, away from the back, and close it then."""
+        log.info("isolated memory: %d KiB less", region.size >> 10)
+        self._move(Request.REM_MEM_REG, region, [], region.close)
+
+    def answer_wait(self) -> float | None:
+        """Return the seconds that it still has to answer; None: it owes no answer."""
+        until = self.frontend.owed_until
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    def collect_late(self) -> None:
+        """DeadlineExceeded if it owes an answer for too long."""
+        if self.answer_wait() == 0:
+            self.frontend.collect()
 
     def close(self) -> None:
         """Hang up. No pump may use the isolated memory any more."""
@@ -163,6 +170,8 @@ class Back:
         if self.requests is not None:
             self.requests.channel.close()
             self.requests = None
+        if self._moving is not None:
+            self._moving.close()
         if self._memory is not None:
             self._memory.close()
 
@@ -208,9 +217,24 @@ class Back:
             return
         rings = self.memory.rings
         self.frontend.add_mem_region(rings.announced, rings.fd)
-        if first := self.grow(0):
+        if first := self.memory.grow(0):
             self.memory.open(first)
+            self.frontend.add_mem_region(first.announced, first.fd)
         self.memory.pool.set_may_grow(True)
+
+    def _move(
+        self,
+        request: Request,
+        region: Region,
+        fds: Sequence[Fd],
+        then: Callable[[], None],
+    ) -> None:
+        def answered(_: Answer) -> None:
+            self._moving = None
+            then()
+
+        self._moving = region
+        self.frontend.post(request, region.announced, fds, answered)
 
     def _open_requests(self, accepted: ProtocolFeature) -> None:
         ours, theirs = socket.socketpair()

@@ -16,6 +16,8 @@ class Config:
     """One of dataplane.pump.POLICIES."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
+    request_limit: int = 1024 * MIB
+    """The bytes of the largest single request, which may be more than the pool has."""
     poll_us: int = 200
     """The longest time to poll before sleeping, in microseconds."""
     workers: int = 1

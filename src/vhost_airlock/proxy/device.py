@@ -263,18 +263,20 @@ class Device:
             if reason := ring.check():
                 log.error("ring %d is broken: %s", ring.index, reason)
         if self._back is not None and self._back.settled:
+            self._back.collect_late()
             self._pool.look(self._back)
 
     def next_look(self) -> float | None:
         """Milliseconds until look() has something to do by itself; None: it has not."""
-        waits = []
-        if self._back is not None and self._back.settled:
-            if wait := self._back.requests_wait():
-                waits.append(wait)
-            pool_wait = self._pool.next_look(self._back)
-            if pool_wait is not None:
-                waits.append(pool_wait)
-        return min(waits) * 1000 if waits else None
+        back = self._back
+        if back is None or not back.settled:
+            return None
+        waits = (
+            back.requests_wait() or None,
+            back.answer_wait(),
+            self._pool.next_look(back),
+        )
+        return min((wait * 1000 for wait in waits if wait is not None), default=None)
 
     def set_front_requests(self, fd: Fd) -> None:
         """The front's socket for requests of the back; it replaces an older one."""

@@ -30,9 +30,12 @@ REGION_SIZE = 32 << 20
 """The pool grows by at least this much."""
 STEPS = 32
 """In so many steps the pool reaches its limit, or in fewer."""
-MAX_SLOTS = 65
-"""What the pool can manage, and one for the rings."""
+MAX_SLOTS = 66
+"""The regions that the pool can manage, the rings' and the lone one."""
 PAGE = 4096
+ROUNDING = (2 * 1024 + 160) * PAGE
+"""More than a chain of 1024 buffers may take beyond its size: each begins and ends
+within a page, and small ones and the table of an indirect chain do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +82,50 @@ def sealed_memfd(name: str, size: int) -> Fd:
 class IsolatedMemory:
     """The regions of one connection to a back, and the pool in them.
 
-    With `slots` the pool begins empty and grows region by region: grow() and shrink()
-    say what to announce. Without, it is one region of `limit` bytes from the start,
+    With `slots` the pool begins empty and grows region by region: grow() returns the
+    region to announce. Without, it is one region of `limit` bytes from the start,
     of which again only what is used costs memory. `shared`: by several workers.
+
+    A chain that is too large for the pool, but no larger than `lone_limit` bytes, has a
+    lone region for itself. Where there is no slot for one, all of them are in the
+    region of the rings, behind these, one after the other.
     """
 
-    def __init__(self, limit: int, *, slots: int, shared: bool = False) -> None:
+    def __init__(
+        self, limit: int, *, slots: int, lone_limit: int = 0, shared: bool = False
+    ) -> None:
         self.limit = max(PAGE, limit // PAGE * PAGE)
         self.slots = min(slots, MAX_SLOTS)
-        steps = max(1, min(slots - 1, STEPS))
+        self.lone_has_slot = slots > 2
+        self._pool_slots = self.slots - 1 - self.lone_has_slot
+        steps = max(1, min(self._pool_slots, STEPS))
         self._step = max(REGION_SIZE, -(-self.limit // steps // PAGE) * PAGE)
-        self.pool = Pool(self.limit, largest=_power_below(self.limit), shared=shared)
-        self.rings = self._make("vhost-airlock-rings", RINGS_SIZE)
+        self.pool = Pool(
+            self.limit,
+            largest=_power_below(self.limit),
+            lone_limit=lone_limit,
+            shared=shared,
+        )
+        self._lone: Region | None = None
+        lone_size = self.pool.largest_chain + ROUNDING
+        rings_size = RINGS_SIZE + (0 if self.lone_has_slot else lone_size)
+        self.rings = self._make("vhost-airlock-rings", rings_size)
         self._rings_used = 0
         self._ring_areas: dict[int, tuple[int, int, int]] = {}
         self._pool_regions: dict[int, Region] = {}
         if not slots:
             self._add_to_pool(self.limit)
+        if not self.lone_has_slot:
+            self.open_lone(self.rings)
 
     @property
     def regions(self) -> list[Region]:
         """All regions, in the order of their addresses."""
-        return sorted(
-            [self.rings, *self._pool_regions.values()],
-            key=lambda region: region.announced.guest_addr,
-        )
+        lone = self._lone
+        regions = [self.rings, *self._pool_regions.values()]
+        if lone is not None and lone is not self.rings:
+            regions.append(lone)
+        return sorted(regions, key=lambda region: region.announced.guest_addr)
 
     @property
     def resident(self) -> int:
@@ -123,9 +145,9 @@ class IsolatedMemory:
         host, back, room = self._ring_areas.get(index, (0, 0, 0))
         if room < size or fresh:
             start = self._rings_used
-            if start + size > self.rings.size:
+            if start + size > RINGS_SIZE:
                 raise RequestRefused(
-                    f"ring {index}: rings need more than {self.rings.size} bytes"
+                    f"ring {index}: rings need more than {RINGS_SIZE} bytes"
                 )
             self._rings_used = (start + size + PAGE - 1) // PAGE * PAGE
             host = self.rings.mapping.address + start
@@ -143,7 +165,7 @@ class IsolatedMemory:
         size = min(max(self._step, wanted), room)
         if not self.slots or size < wanted or size < PAGE:
             return None
-        if len(self._pool_regions) + 2 > self.slots:
+        if len(self._pool_regions) >= self._pool_slots:
             return None
         return self._make("vhost-airlock-pool", size)
 
@@ -165,6 +187,34 @@ class IsolatedMemory:
         """
         self.pool.remove_region(number)
         return self._pool_regions.pop(number)
+
+    def make_lone(self, size: int) -> Region:
+        """Make a lone region, where it has a slot. Announce it; then open_lone() it."""
+        return self._make("vhost-airlock-lone", size)
+
+    def open_lone(self, region: Region) -> None:
+        """The back knows this region, for one chain, while no worker runs."""
+        start = RINGS_SIZE if region is self.rings else 0
+        self.pool.open_lone(
+            region.mapping.address + start,
+            region.announced.guest_addr + start,
+            region.size - start,
+        )
+        self._lone = region
+
+    def close_lone(self) -> tuple[int, Region | None]:
+        """Take the lone region, in which no chain is, from the pool; no worker runs.
+
+        Returns the bytes that the next chain needs, 0 if there is none, and the region
+        that was closed, if there was one.
+        """
+        wanted = self.pool.close_lone()
+        closed, self._lone = self._lone, None
+        return wanted, closed
+
+    def clear_lone(self) -> None:
+        """Empty the room for lone regions behind the rings."""
+        self.rings.mapping.empty(RINGS_SIZE)
 
     def close(self) -> None:
         """Unmap everything. No pump may use it any more, and the back is gone."""

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from ..dataplane.pump import BACK_SIGNALLED, FAULTS, Pump, area_bytes
+from ..dataplane.pump import BACK_SIGNALLED, Pump, area_bytes
 from ..dataplane.worker import Worker
 from ..errors import RequestRefused, SessionError
 from ..vhost.fds import Fd, HasFileno, drain, eventfd, notify
@@ -105,7 +105,7 @@ class Ring:
         pump = self.pump
         return {
             "phase": self.vring.phase.name.lower(),
-            "fault": None if pump is None else FAULTS.get(pump.fault),
+            "fault": None if pump is None else pump.reason,
         }
 
     def set_guaranteed(self, size: int) -> None:
@@ -295,7 +295,7 @@ class Ring:
         self._told_fault = pump.fault
         if self.front.err is not None:
             _tell(self.front.err)
-        return FAULTS[pump.fault]
+        return pump.reason
 
     def close(self) -> None:
         """Give back all descriptors; the ring is stopped or abandoned."""

@@ -89,7 +89,7 @@ class Session:
             if self.stop.fileno() in ready:
                 raise Stopped("stopped")
             if back is not None and back.frontend.fileno() in ready:
-                back.frontend.unsolicited()
+                back.frontend.collect()
             if back is not None and back.requests_fileno() in ready:
                 back.serve_requests()
             if self.front.fileno() in ready:

@@ -642,6 +642,29 @@ def test_kept_back_end_is_reset_between_fronts(front: Path, tmp_path: Path) -> N
         assert back.connections == 1
 
 
+def used(back: ScriptedBack) -> list[int]:
+    """The blocks that are in use of each region that the back has had."""
+    return [os.fstat(fd.fileno()).st_blocks for fd in back.memory_fds()]
+
+
+def test_i7_kept_back_end_finds_no_bytes_of_the_front_before(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """When the next front-end has an answer, isolated memory is empty."""
+    with running(front, where, "--keep-backend") as program:
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+            assert any(used(back))
+        with small_guest() as guest:
+            guest.connect(program.connect(front))
+            guest.front.get_features()
+            assert used(back) == [0, 0]
+            guest.start()
+            serve(back, guest)
+        assert back.connections == 1
+
+
 def test_kept_back_end_that_is_lost_is_connected_to_again(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:

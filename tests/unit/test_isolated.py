@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -17,8 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.limits import no_more_fds
 from vhost_airlock.dataplane.pump import area_bytes
 from vhost_airlock.errors import RequestRefused
+from vhost_airlock.proxy import isolated
 from vhost_airlock.proxy.isolated import (
     BASE,
     PAGE,
@@ -107,6 +110,41 @@ def test_nobody_can_change_the_memfd(change: Callable[[Fd], None]) -> None:
                     change(each)
         assert os.fstat(fd.fileno()).st_size == 8 * PAGE
         assert fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & SEALS == SEALS
+
+
+def test_the_memfd_can_not_be_executed() -> None:
+    """Where the kernel can have it so; nor is it then the back's to change."""
+    with sealed_memfd("test", PAGE) as fd:
+        mode = os.fstat(fd.fileno()).st_mode
+        if fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & SEAL_EXEC:
+            assert mode & 0o111 == 0
+            with pytest.raises(PermissionError):
+                os.fchmod(fd.fileno(), 0o777)
+
+
+def test_an_older_kernel_makes_a_memfd_without_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linux before 6.3 says EINVAL to a flag that it does not know."""
+    asked = []
+    make = os.memfd_create
+
+    def older(name: str, flags: int) -> int:
+        asked.append(flags)
+        if flags & isolated.MFD_NOEXEC_SEAL:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return make(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", older)
+    with sealed_memfd("test", PAGE) as fd:
+        assert fcntl.fcntl(fd.fileno(), fcntl.F_GET_SEALS) & SEALS == SEALS
+    assert [bool(flags & isolated.MFD_NOEXEC_SEAL) for flags in asked] == [True, False]
+
+
+def test_want_of_descriptors_is_not_taken_for_an_older_kernel() -> None:
+    with no_more_fds(), pytest.raises(OSError, match="Too many") as told:
+        sealed_memfd("test", PAGE)
+    assert told.value.errno == errno.EMFILE
 
 
 def test_a_hole_reads_as_zeros() -> None:
@@ -305,6 +343,20 @@ def test_a_lone_region_comes_and_goes(make: Callable[..., IsolatedMemory]) -> No
         assert memory.close_lone() == (0, lone)
         assert lone not in memory.regions
         lone.close()
+
+
+@pytest.mark.parametrize("slots", [0, 509])
+def test_all_of_it_can_be_emptied(
+    make: Callable[..., IsolatedMemory], slots: int
+) -> None:
+    memory = make(64 * MIB, slots)
+    if slots:
+        grown(memory)
+    for region in memory.regions:
+        ctypes.memset(region.mapping.address + 5 * PAGE, 1, 3 * PAGE)
+    assert memory.resident > 0
+    memory.clear()
+    assert memory.resident == 0
 
 
 def test_nothing_is_resident_before_it_is_used(

@@ -205,13 +205,19 @@ class Daemon:
             raise
 
     def _refresh(self, back: Back) -> None:
-        """Make a kept device as new for the next front, as far as it can be."""
+        """Make a kept device as new for the next front, as far as it can be.
+
+        No bytes of requests of this front are in isolated memory any more then.
+        """
         if back.frontend.protocol_features & ProtocolFeature.RESET_DEVICE:
             try:
                 back.frontend.reset_device()
             except SessionError as error:
                 log.error("%s", error)
                 self._drop_back()
+                return
+        if back.settled:
+            back.memory.clear()
 
     def _tidy(self) -> None:
         """After a session: its back is gone, or is made ready for the next."""

@@ -12,6 +12,7 @@ should a payload carry one, then is an error at once and not somebody else's byt
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ PAGE = 4096
 ROUNDING = (2 * 1024 + 160) * PAGE
 """More than a chain of 1024 buffers may take beyond its size: each begins and ends
 within a page, and small ones and the table of an indirect chain do not count."""
+MFD_NOEXEC_SEAL = 0x0008
+"""Of memfd_create; Python has no name for it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Region:
 
 
 def sealed_memfd(name: str, size: int) -> Fd:
-    """Make a memfd of this size in bytes, for good."""
-    fd = Fd(os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    """Make a memfd of this size in bytes, for good; it can't be executed."""
+    fd = Fd(_memfd(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd.fileno(), size)
         fcntl.fcntl(
@@ -77,6 +80,15 @@ def sealed_memfd(name: str, size: int) -> Fd:
         fd.close()
         raise
     return fd
+
+
+def _memfd(name: str, flags: int) -> int:
+    try:
+        return os.memfd_create(name, flags | MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 6.3 does not know the flag
+            raise
+    return os.memfd_create(name, flags)
 
 
 class IsolatedMemory:
@@ -215,6 +227,11 @@ class IsolatedMemory:
     def clear_lone(self) -> None:
         """Empty the room for lone regions behind the rings."""
         self.rings.mapping.empty(RINGS_SIZE)
+
+    def clear(self) -> None:
+        """Empty everything, when no ring is started and no chain is left."""
+        for region in self.regions:
+            region.mapping.empty()
 
     def close(self) -> None:
         """Unmap everything. No pump may use it any more, and the back is gone."""

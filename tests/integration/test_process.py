@@ -174,6 +174,26 @@ def test_signal_while_the_back_does_not_answer(
         assert not front.exists()
 
 
+def test_signals_are_for_the_main_thread(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """It waits in poll(), which a signal to another thread does not end."""
+    stats = front.with_suffix(".stats")
+    options = ("--workers=2", f"--stats-path={stats}")
+    with running(front, where, *options) as program, small_guest() as guest:
+        connect(guest, program, front)
+        serve(back, guest)
+        blocked = {
+            int(task.name): int(task.joinpath("status").read_text().split()[at + 1], 16)
+            for task in Path(f"/proc/{program.pid}/task").iterdir()
+            for at in [task.joinpath("status").read_text().split().index("SigBlk:")]
+        }
+        assert len(blocked) == 4
+        for task, mask in blocked.items():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                assert bool(mask & 1 << (number - 1)) == (task != program.pid)
+
+
 def test_signal_at_any_time_of_the_start_leaves_nothing(
     front: Path, where: Path
 ) -> None:

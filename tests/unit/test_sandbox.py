@@ -318,6 +318,31 @@ def test_it_may_be_in_a_sandbox_already(error: str, tmp_path: Path) -> None:
     assert done.stdout.endswith("\nserved\nover\n")
 
 
+TROUBLE = {
+    "PR_SET_DUMPABLE": "prctl",
+    "Landlock": "landlock_restrict_self",
+    "libseccomp: the kernel takes no filter": "seccomp",
+}
+"""What is said to be wrong, and the system call that an outer sandbox refuses."""
+
+
+@pytest.mark.parametrize(("said", "call"), TROUBLE.items())
+def test_trouble_names_its_cause(said: str, call: str, tmp_path: Path) -> None:
+    if call.startswith("landlock") and not files.version():
+        pytest.skip("this kernel has no Landlock")
+    refuses = REFUSES.replace('(b"landlock_create_ruleset", b"clone3")', f'[b"{call}"]')
+    done = python(
+        BEFORE
+        + refuses.format(error="errno.ENOMEM")
+        + f"try:\n    {ENTER}\nexcept Exception as error:\n    print(error)\n",
+        tmp_path,
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"can't enter the sandbox: {said}"), done.stderr
+    assert "Cannot allocate memory" in line
+    assert line.endswith("(--sandbox=off does without)")
+
+
 def test_trouble_names_the_way_without(tmp_path: Path) -> None:
     done = python(
         BEFORE
@@ -431,6 +456,7 @@ def defined(header: str, name: str) -> int:
         ("asm/ioctls.h", "TIOCGWINSZ", syscalls._TERMINAL[2]),
         ("seccomp.h", "SCMP_FLTATR_ACT_BADARCH", syscalls._BAD_ARCH),
         ("seccomp.h", "SCMP_FLTATR_CTL_TSYNC", syscalls._ALL_THREADS),
+        ("seccomp.h", "SCMP_FLTATR_API_SYSRAWRC", syscalls._RAW_ERRORS),
         ("seccomp.h", "SCMP_CMP_EQ", syscalls._EQUAL),
         ("seccomp.h", "SCMP_CMP_MASKED_EQ", syscalls._MASKED_EQUAL),
     ],

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 
+from tests.support.limits import no_more_fds
 from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.vhost.fds import eventfd
 
@@ -19,3 +23,31 @@ def test_processor_that_has_gone_keeps_nobody_from_work(
         workers.close()
     told = "processor 32767 can't be used: Invalid argument"
     assert [record.message for record in caplog.records] == [told, told]
+
+
+def test_want_of_descriptors_leaves_no_worker() -> None:
+    """Not even those that there was room for."""
+    with eventfd() as events:
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        with no_more_fds(3), pytest.raises(OSError, match=r"make a worker|open files"):
+            Workers(8, events, poll_us=0)
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_want_of_threads_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def want(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", want)
+    with eventfd() as events:
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        with pytest.raises(RuntimeError):
+            Workers(8, events, poll_us=0)
+        assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+        assert not any(thread.is_alive() for thread in started)

@@ -43,8 +43,8 @@ def enter() -> None:
         library = load()
         _load_what_is_loaded_late()
         _limit()
-        _prctl(_PR_SET_DUMPABLE, 0)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, 0)
+        _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
         if not restrict_files():
             log.info("sandbox: this kernel has no Landlock; seccomp has to do")
         restrict_calls(library)
@@ -66,15 +66,16 @@ def _load_what_is_loaded_late() -> None:
 
 
 def _limit() -> None:
+    """Bound what a process may have; no more than it may have anyway."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FDS if hard == resource.RLIM_INFINITY else min(hard, MAX_FDS)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _prctl(option: int, value: int) -> None:
+def _prctl(name: str, option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     zero = ctypes.c_ulong(0)
     if libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"prctl {option}: {os.strerror(error)}")
+        raise OSError(error, f"{name}: {os.strerror(error)}")

@@ -59,7 +59,7 @@ _FIONBIO, _FIOCLEX, _FIONCLEX = 0x5421, 0x5451, 0x5450
 
 # Of libseccomp.
 _KILL_PROCESS, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
-_BAD_ARCH, _ALL_THREADS = 2, 4
+_BAD_ARCH, _ALL_THREADS, _RAW_ERRORS = 2, 4, 9
 _EQUAL, _MASKED_EQUAL = 4, 7
 
 
@@ -160,6 +160,8 @@ def restrict_calls(library: ctypes.CDLL) -> None:
         for attribute, value in ((_BAD_ARCH, _KILL_PROCESS), (_ALL_THREADS, 1)):
             code = library.seccomp_attr_set(context, attribute, ctypes.c_uint32(value))
             _check(code, "can't set up a filter")
+        # Not before version 2.5; without, every error is ECANCELED.
+        library.seccomp_attr_set(context, _RAW_ERRORS, ctypes.c_uint32(1))
         for rule in rules():
             _add(library, context, rule)
         _check(library.seccomp_load(context), "the kernel takes no filter")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which process runs which tests, and when, where several processes share the work.
 
-Tests of one file stay together. Those with guests share a process, and begin: a guest
-wants a core of its own, and takes the longest. Those that measure time (the marker
-`timing`) come last, when no other test runs any more.
+Tests of one file stay together. Those with guests begin, in one process: a guest wants
+a core of its own, and takes the longest. The others have a hand in them when nothing
+else is left. Those that measure time (the marker `timing`) come last, when no other
+test runs any more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
-GUESTS, TIMING = "guests", "timing"
+TIMING = "timing"
 
 
 @cache
@@ -55,14 +56,33 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         if measures_time(self.config.rootpath, nodeid):
             return TIMING
-        file = str(super()._split_scope(nodeid))
-        return GUESTS if has_guests(self.config.rootpath / file) else file
+        return str(super()._split_scope(nodeid))
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        if TIMING in self.workqueue:
-            self.workqueue.move_to_end(TIMING)
         if not self._only_timing_is_left() or self._is_alone(node):
+            self.workqueue.move_to_end(self._best_for(node), last=False)
             super()._assign_work_unit(node)
+
+    def _best_for(self, node: WorkerController) -> str:
+        """A file without guests where another process has some, and one with them where
+        none has; what measures time if nothing else is left."""
+        another_has_guests = any(
+            self._has_guests(scope) and not all(unit.values())
+            for other, work in self.assigned_work.items()
+            if other is not node
+            for scope, unit in work.items()
+        )
+        queue: list[str] = [*self.workqueue]
+        return min(
+            queue,
+            key=lambda scope: (
+                scope == TIMING,
+                self._has_guests(scope) == another_has_guests,
+            ),
+        )
+
+    def _has_guests(self, scope: str) -> bool:
+        return scope != TIMING and has_guests(self.config.rootpath / scope)
 
     def _reschedule(self, node: WorkerController) -> None:
         super()._reschedule(node)

@@ -98,6 +98,20 @@ def test_what_measures_time_runs_alone_and_last(tmp_path: Path) -> None:
     assert len({process for *_, process in others}) > 1
 
 
+def test_guests_are_one_processes_until_nothing_else_is_left(tmp_path: Path) -> None:
+    guests = "# from tests.guest.machine\n" + PLAIN
+    names = [f"test_g{number}" for number in range(4)]
+    files = dict.fromkeys(names, guests) | dict.fromkeys(["test_a", "test_b"], PLAIN)
+    make(tmp_path, **files)
+    found = spans(tmp_path, "-n", "2")
+    last = max(began for name, (began, *_) in found.items() if "test_g" not in name)
+    at_first = {
+        at[2] for name, at in found.items() if "test_g" in name and at[1] < last
+    }
+    guests_at = {at[2] for name, at in found.items() if "test_g" in name}
+    assert (len(at_first), len(guests_at)) == (1, 2)
+
+
 def test_there_may_be_nothing_else(tmp_path: Path) -> None:
     make(tmp_path, test_a=WHOLE_FILE)
     assert len(spans(tmp_path, "-n", "2")) == 1

@@ -707,6 +707,20 @@ def test_kept_back_end_that_is_lost_is_connected_to_again(
         assert not front.exists()
 
 
+def test_loss_of_the_broker_ends_the_process_when_it_is_needed(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        with small_guest() as guest:
+            connect(guest, program, front)
+            (broker,) = children(str(program.pid))
+            os.kill(int(broker), signal.SIGKILL)
+            serve(back, guest)
+        with program.connect(front):
+            assert program.wait() == 1
+        assert program.errors() == "vhost-airlock: the broker is gone\n"
+
+
 # Bad peers.
 
 

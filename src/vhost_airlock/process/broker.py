@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from ..errors import StartError, Stopped
+from ..errors import AirlockError, StartError, Stopped
 from ..vhost.fds import Fd, HasFileno
 from .program import GRACE, PATIENCE, Program
 from .sockets import Listener, SocketFile, reason_of
@@ -42,6 +42,7 @@ ANSWER = 10.0
 _BACK, _FRONT, _END = b"back", b"front", b"end"
 _SIZE = 4096
 """More than any message has."""
+_CONNECTED = "connected"
 _GONE = "the broker is gone"
 
 
@@ -49,7 +50,8 @@ class Broker:
     """The airlock's handle on it. It runs from start() to close().
 
     `back` and `front` are paths to connect to, `command` starts the back-end instead.
-    `stop` ends every wait with Stopped; the broker is of no more use then.
+    `stop` ends every wait with Stopped; the broker is of no more use then. Without it
+    nothing can be served any more: AirlockError, which ends the process.
     """
 
     def __init__(
@@ -95,16 +97,25 @@ class Broker:
         """Connect to the back-end, or start it.
 
         Returns the socket and the program's number, or None and what was wrong.
+        OSError: this process has no room for a socket.
         """
-        return self._ask(_BACK)
+        with self._room():
+            self._ask(_BACK)
+        return self._answer()
 
     def connect_front(self) -> tuple[socket.socket | None, str]:
-        """Connect to the front; returns the socket, or None and what was wrong."""
-        return self._ask(_FRONT)
+        """Connect to the front; returns the socket, or None and what was wrong.
+
+        OSError: this process has no room for a socket.
+        """
+        with self._room():
+            self._ask(_FRONT)
+        return self._answer()
 
     def end_back(self) -> int | None:
         """Wait until the program is gone, or see to that; its status, if known."""
-        _, text = self._ask(_END)
+        self._ask(_END)
+        _, text = self._answer()
         return int(text) if text.lstrip("-").isdigit() else None
 
     def close(self) -> None:
@@ -115,24 +126,27 @@ class Broker:
             os.waitpid(self.pid, 0)
             self.pid = 0
 
-    def _ask(self, request: bytes) -> tuple[socket.socket | None, str]:
-        """Return the socket that was asked for, if any, and the text of the answer.
+    @property
+    def _connected(self) -> socket.socket:
+        """The socket to it."""
+        if self._sock is None:
+            raise AirlockError(_GONE)
+        return self._sock
 
-        OSError: this process has no descriptor left for it.
+    def _room(self) -> Fd:
+        """Return a descriptor whose place is for the one that an answer brings."""
+        return Fd(os.dup(self._connected.fileno()))
+
+    def _ask(self, request: bytes) -> None:
+        """Send a request, and wait for the answer.
+
+        It is received at once: a late answer would be taken for the next request's.
         """
-        sock = self._sock
-        if sock is None:
-            return None, _GONE
-        with Fd(os.dup(sock.fileno())):  # room for the answer's descriptor
-            try:
-                sock.send(request, socket.MSG_NOSIGNAL)
-            except OSError:
-                return None, _GONE
-            self._wait(sock)
-        return _receive(sock)
-
-    def _wait(self, sock: socket.socket) -> None:
-        """Wait for an answer. A late one would be taken for the next request's."""
+        sock = self._connected
+        try:
+            sock.send(request, socket.MSG_NOSIGNAL)
+        except OSError:
+            raise AirlockError(_GONE) from None
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(self.stop.fileno(), select.POLLIN)
@@ -143,19 +157,25 @@ class Broker:
         if stopped:
             raise Stopped("stopped while the broker was at work")
 
-
-def _receive(sock: socket.socket) -> tuple[socket.socket | None, str]:
-    """Receive an answer: its socket, if it has one, and its text."""
-    fds = array.array("i")
-    room = socket.CMSG_SPACE(fds.itemsize)
-    data, control, flags, _ = sock.recvmsg(_SIZE, room, socket.MSG_CMSG_CLOEXEC)
-    for _, _, packed in control:
-        fds.frombytes(packed)
-    if fds:
-        return socket.socket(fileno=fds[0]), data.decode()
-    if flags & socket.MSG_CTRUNC:
-        return None, "there is no descriptor left for the connection"
-    return None, data.decode() or _GONE
+    def _answer(self) -> tuple[socket.socket | None, str]:
+        """Receive an answer: its socket, if it has one, and its text."""
+        fds = array.array("i")
+        room = socket.CMSG_SPACE(fds.itemsize)
+        try:
+            data, control, flags, _ = self._connected.recvmsg(
+                _SIZE, room, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            raise AirlockError(_GONE) from None
+        if not data:
+            raise AirlockError(_GONE)
+        for _, _, packed in control:
+            fds.frombytes(packed)
+        if fds:
+            return socket.socket(fileno=fds[0]), data.decode()
+        if flags & socket.MSG_CTRUNC:
+            return None, "there is no descriptor left for the connection"
+        return None, data.decode()
 
 
 # What follows runs in the process itself.
@@ -218,9 +238,9 @@ class _Server:
     def _connect(self, asked: bytes) -> tuple[str, socket.socket]:
         """Return a text and a connected socket for one of the fixed requests."""
         if asked == _FRONT and self.plan.front is not None:
-            return "", _dial(self.plan.front)
+            return _CONNECTED, _dial(self.plan.front)
         if asked == _BACK and self.plan.back is not None:
-            return "", _dial(self.plan.back)
+            return _CONNECTED, _dial(self.plan.back)
         if asked == _BACK and self.plan.command:
             self._end(GRACE, None)
             self.program = Program(self.plan.command)

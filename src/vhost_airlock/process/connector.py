@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 
 from ..errors import (
+    AirlockError,
     BackLost,
     DeadlineExceeded,
     SessionError,
@@ -149,10 +150,10 @@ class Starter(Connector):
         return self._channel(sock)
 
     def disconnected(self) -> None:
-        """The program shall end. If we are told to end, the broker sees to that."""
+        """The program shall end. When we are to end, the broker sees to that."""
         if self.pid is not None:
             self.pid = self.status = None
-            with contextlib.suppress(Stopped):
+            with contextlib.suppress(AirlockError):
                 self.status = self.broker.end_back()
 
 

@@ -60,8 +60,8 @@ class Scene:
         self.complete(self.back.take(index), size, index)
         await_reaped(self.guest.queues[index])
         assert (io.status, io.written) == (BlkStatus.OK, size + 1)
-        assert self.guest.ram.view(buffer, 4) == b"head"
-        assert self.guest.ram.view(buffer + size - 4, 4) == b"tail"
+        assert bytes(self.guest.ram.view(buffer, 4)) == b"head"
+        assert bytes(self.guest.ram.view(buffer + size - 4, 4)) == b"tail"
 
     @property
     def sizes(self) -> list[int]:
@@ -100,7 +100,8 @@ BACKS = {
 
 @pytest.fixture(params=BACKS.values(), ids=list(BACKS))
 def make_back(request: pytest.FixtureRequest) -> Callable[..., ScriptedBack]:
-    return request.param
+    make: Callable[..., ScriptedBack] = request.param
+    return make
 
 
 def test_firmware_reads_an_image_in_one_request(

@@ -9,14 +9,16 @@ from vhost_airlock.dataplane.pool cimport Block, PoolState, Share
 from vhost_airlock.dataplane.regions cimport RegionTable
 
 cdef enum:
-    # Bytes of isolated memory that each slot has for small things.
+    # Bytes of isolated memory that each slot has for its table and small segments.
     AREA = 512
-    # Segments below this are packed together; from here on they have a block each.
+    # Segments with fewer bytes are packed together; each of the others has a block.
     SMALL = 512
+    # A slot has room for the buffers of a chain with no more segments than this.
     FEW = 4
+    # Bytes of the largest buffer that counts as a status, for COPY_USED_TAIL.
     TAIL = 64
-    # Pages of the pool: of a chain that counts as large, and of all that a ring has in
-    # flight when it is more than caches hold.
+    # A chain with so many pages is copied past the processor's caches (non-temporal
+    # stores), if its ring has CACHED pages or more in use.
     LARGE = 64
     CACHED = 1024
 

@@ -52,13 +52,12 @@ cdef int place(
 ) noexcept nogil:
     """Find room for the chain, with an indirect table if `table`.
 
-    1: placed. 0: no room now, nothing is taken. NEVER_FITS: it is larger than any chain
-    that is placed.
+    Returns 1 when it is placed; 0 when there is no room now, and nothing is taken;
+    NEVER_FITS when it is larger than any chain that is placed; OUT_OF_MEMORY.
     """
     cdef uint64_t small = step64(chain.count * sizeof(Desc)) if table else 0
     cdef uint64_t largest = 0
     cdef uint64_t pages = 0
-    cdef uint64_t size = 0
     cdef uint64_t block
     cdef bint alone, placed
     cdef int i
@@ -71,15 +70,13 @@ cdef int place(
                 chain.segment[i].addr, chain.segment[i].len
             )
             pages += block
-            size += chain.segment[i].len
             largest = max(largest, block)
     if small > AREA:
         block = <uint64_t> 1 << order_of(pages_of(small))
         pages += block
         largest = max(largest, block)
     alone = largest > pool.largest or pages > share.guaranteed + pool.common
-    if alone and size > pool.largest_chain:
-        share.refused = size
+    if alone and is_refused(chain, pool, share):
         return NEVER_FITS
 
     slot.buffer = slot.few
@@ -108,6 +105,22 @@ cdef int place(
         return 0
     lay_out(slot, table, small)
     return 1
+
+
+cdef bint is_refused(
+    const Chain *chain, PoolState *pool, Share *share
+) noexcept nogil:
+    """Have the chain's large segments more bytes than any chain that is placed?"""
+    cdef uint64_t size = 0
+    cdef int i
+
+    for i in range(chain.count):
+        if chain.segment[i].len >= SMALL:
+            size += chain.segment[i].len
+    if size <= pool.largest_chain:
+        return False
+    share.refused = size
+    return True
 
 
 cdef bint place_in_blocks(
@@ -281,9 +294,9 @@ cdef uint64_t copy_to_guest(
 ) noexcept nogil:
     """Copy back what the device wrote, by the policy. Returns the number of bytes.
 
-    `length` is the back's word for how much that is, and never more than a hint:
-    addresses and sizes come from our own record. A buffer that is not memory any
-    more is left out.
+    `length` is the number of bytes that the back says it has written, and never more
+    than a hint: addresses and sizes come from our own record. A buffer that is not
+    memory any more is left out.
     """
     cdef uint64_t left = min(<uint64_t> length, slot.writable)
     cdef uint64_t copied = 0

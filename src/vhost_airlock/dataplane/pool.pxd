@@ -30,6 +30,7 @@ cdef extern from * nogil:
     const bint CHECKS "AIRLOCK_CHECKS"
     uint64_t exchange "airlock_exchange"(uint64_t *, uint64_t)
     void add_int "airlock_add"(int *, int)
+    int leading_zeros "__builtin_clzll"(uint64_t)
     # Make it the larger one of what it is and a value; atomically.
     void raise_to "airlock_raise"(uint64_t *, uint64_t)
 
@@ -137,11 +138,8 @@ cdef struct PoolState:
 
 
 cdef inline int order_of(uint64_t pages) noexcept nogil:
-    """The smallest order whose blocks have so many pages (>= 1)."""
-    cdef int order = 0
-    while (<uint64_t> 1 << order) < pages:
-        order += 1
-    return order
+    """The smallest order whose blocks have so many pages or more."""
+    return 64 - leading_zeros(pages - 1) if pages > 1 else 0
 
 cdef inline int must_stand_still(const int *running) except -1:
     """In a debug build, raise RuntimeError if a worker runs what needs a pause."""

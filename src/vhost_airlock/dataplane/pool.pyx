@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Isolated memory for bounce buffers.
 
-The pool is a handful of regions, each a memfd that the back has mapped. A region is
-cut into blocks of 2^order pages by a buddy allocator which joins late: a block that was
+The pool has a few regions, each a memfd that the back has mapped. A region is cut
+into blocks of 2^order pages by a buddy allocator that joins late: a block that was
 given back is loose, and is the first of its order to be taken again, while it is still
 in the processor's caches. Loose blocks are joined when a chain can't be placed
-otherwise, or when there are many of them. Small pieces of a chain share one block, see
-bounce.pyx.
+otherwise, or when there are many of them. Small segments of a chain share one block,
+see bounce.pyx.
 
 All bookkeeping is in memory of our own. The back can write what it likes into the
 regions: nothing here ever looks there.
@@ -15,9 +15,9 @@ A chain that does not fit into its ring's share gets the lone region: memory bes
 pool that the control plane makes for this one chain, of the chain's size. There is one
 at a time, and other such chains wait for theirs.
 
-Rings share a pool. Half of it is split evenly as what each ring can always have; the
-other half is for whoever comes first. So a ring full of posted receive buffers
-can't starve another.
+Rings share a pool. Each ring has a guaranteed part, which it can always have. What is
+left is the common part, for the ring that asks first. So a ring full of posted receive
+buffers can't starve another.
 """
 
 from libc.errno cimport errno
@@ -36,7 +36,7 @@ DEBUG = bool(CHECKS)
 
 
 cdef bint reserve(PoolState *pool, Share *share, uint64_t pages) noexcept nogil:
-    """May this ring have so many more pages? They are then counted as its own."""
+    """Charge the ring with `pages` more. False: that is more than its share."""
     cdef uint64_t before = over(share.used, share.guaranteed)
     cdef uint64_t after = over(share.used + pages, share.guaranteed)
 

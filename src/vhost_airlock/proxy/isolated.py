@@ -2,12 +2,13 @@
 """Isolated memory: all that the back ever sees.
 
 It is made of memfds that are sealed against shrinking, growing and further seals
-before they leave us, so the back can neither make us fault by cutting one short nor
-lock us out of it. Shadow rings are in one, the pool's bounce buffers in others.
+before the back gets them: it can't cut one short, which would be a fault of ours, nor
+seal it against our own writes. Shadow rings are in one memfd, the pool's bounce buffers
+in others, and a request that is larger than the pool in one of its own.
 
 To the back, they are a guest of its own: guest address and user address of a region
-are the same and start at 2^46, where no guest has memory. An address of the real guest,
-should a payload carry one, then is an error at once and not somebody else's bytes.
+are the same and start at 2^46, where no guest has memory. So if a payload carries an
+address of the real guest, the back finds nothing there, and says so at once.
 """
 
 from __future__ import annotations

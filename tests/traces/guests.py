@@ -7,6 +7,7 @@ lets it work between the phases of a trace.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol, Self
 
 from tests.support.backs import PATIENCE
@@ -114,11 +115,16 @@ class Guest:
         for _ in range(4):
             self.begin()()
 
+    def rest(self) -> None:
+        """Leave nothing with the device."""
+
     def plug(self) -> MemoryRegion:
         """Get more memory, where all new buffers are from now on."""
         return self.ram.plug(PLUGGED_AT, LARGE)
 
     def unplug(self, region: MemoryRegion) -> None:
+        """Give it back, when the device has no buffer there any more."""
+        self.rest()
         self.ram.unplug(region)
 
     def __enter__(self) -> Self:
@@ -198,22 +204,43 @@ class FsGuest(Guest):
 
 
 class NetGuest(Guest):
-    """A network whose other end sends back each frame that it gets."""
+    """A network whose other end sends back each frame that it gets.
+
+    As with real drivers, the device has buffers all the time for frames to come.
+    """
 
     kind = "net"
     device_bits = 1 << 15  # VIRTIO_NET_F_MRG_RXBUF: DPDK's header has 12 bytes anyway
+    header = bytes(12)
+    stock = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.receive, self.transmit = self.rings
+        self.posted: deque[int] = deque()
+        """Buffers that the device has, in the order in which it will use them."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.posted.clear()
 
     def begin(self) -> Pending:
+        while len(self.posted) < self.stock:
+            self.posted.append(self.receive.offer([], [len(self.header), 2048]))
+        return self.send()
+
+    def rest(self) -> None:
+        while self.posted:
+            self.send()()
+
+    def send(self) -> Pending:
         self.made += 1
-        receive, transmit = self.rings
         frame = b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + bytes([self.made]) * 100
-        header = bytes(12)
-        into = receive.offer([], [len(header), 2048])
-        out = transmit.offer([header, frame], [])
+        out = self.transmit.offer([self.header, frame], [])
 
         def end() -> None:
-            assert transmit.wait(out) == (0, [])
-            used, (_, found) = receive.wait(into)
-            assert found[: used - len(header)] == frame
+            assert self.transmit.wait(out) == (0, [])
+            used, (_, found) = self.receive.wait(self.posted.popleft())
+            assert found[: used - len(self.header)] == frame
 
         return end

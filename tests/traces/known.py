@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-FORGETS = "RESET_DEVICE makes virtiofsd forget its features, which nobody sends again"
+FORGETS = "RESET_DEVICE makes a back-end forget its features; nobody sends them again"
 HELD = "a ring that was only disabled takes no new size and base"
 LEGACY = "SET_FEATURES without VERSION_1, though the rest follows, ends the session"
 NO_BASE = "a ring in use, whose base nobody says, starts at 0 and not at its used index"
@@ -13,10 +13,11 @@ IMPOSSIBLE_BASE = "a ring in use starts at the base 0 that is said, which it can
 EARLY_STATUS = "SET_STATUS before the protocol features ends the session"
 
 FAILS = {
-    ("fs", "QEMU"): FORGETS,
-    ("fs", "QEMU-fs"): FORGETS,
-    ("fs", "QEMU-net"): FORGETS,
-    ("fs", "OpenVMM"): FORGETS,
+    **{
+        (kind, name): FORGETS
+        for kind in ("fs", "forgetful")
+        for name in ("QEMU", "QEMU-fs", "QEMU-net", "OpenVMM")
+    },
     ("*", "Cloud-Hypervisor-2021"): HELD,
     ("*", "crosvm-2025"): LEGACY,
     ("*", "libkrun"): HELD,
@@ -25,7 +26,7 @@ FAILS = {
     ("*", "virtio-user"): IMPOSSIBLE_BASE,
     ("net", "virtio-user"): f"{EARLY_STATUS}; {IMPOSSIBLE_BASE}",
 }
-"""By the guest's kind, or any, and the name of the front-end."""
+"""By the kind of device, or any, and the name of the front-end."""
 
 
 def expect_failure(request: pytest.FixtureRequest, kind: str, name: str) -> None:

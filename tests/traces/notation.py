@@ -6,8 +6,7 @@
 A word is a request of the specification; for those of a ring, SET_VRING_ is left out.
 
 - `!`: the VMM sets need_reply on this message.
-- `=`: what the message says, where there is a choice (player.py: `parts`). BASE alone
-  says 0.
+- `=`: what the message says, where there is a choice (speaker.py). BASE alone says 0.
 - `|`: the first of these requests whose protocol feature is in use. A message of which
   none can be sent is left out, as the VMM leaves it out.
 - `( )`: these messages for one ring after the other, of the rings that the guest uses.

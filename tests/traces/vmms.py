@@ -41,7 +41,7 @@ MODERN = P.MQ | P.REPLY_ACK | P.CONFIG | P.CONFIGURE_MEM_SLOTS
 class Vmm:
     """The messages of one front-end; an empty text where it has no such phase.
 
-    notation.py says what the texts mean, and the player has the order of the phases.
+    notation.py says what the texts mean, and player.py in which order they are played.
     Wherever they leave the rings running, the guest works.
     """
 

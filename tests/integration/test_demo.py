@@ -123,7 +123,8 @@ def test_people_see_progress_on_a_terminal(folder: Path) -> None:
                 while piece := terminal.read(4096):
                     shown += piece
         assert process.returncode == 0
-    assert re.search(rb"\r  \[#+\.+\] \d+ of \d+ MiB", shown)
+    # How far it is when it tells depends on the machine.
+    assert re.search(rb"\r  \[#*\.*\] \d+ of \d+ MiB", shown)
     assert b"PASSED" in shown
 
 

@@ -70,6 +70,8 @@ def net(programs: Programs, folder: Path) -> Iterator[tuple[Process, Path]]:
 
 
 BACKENDS = {"blk": blk, "fs": fs, "net": net}
+SMALL = ("--pool-limit=16M", "--request-limit=1M")
+"""testpmd locks all memory that it is told of, and so touches it with each start."""
 TYPES = {"blk": "block", "fs": "fs", "net": "net"}
 GUESTS: dict[str, Callable[[], Guest]] = {
     "blk": BlkGuest,
@@ -105,8 +107,8 @@ class Server:
         backend = BACKENDS[self.kind](self.programs, self.folder)
         self._process, path = self._back.enter_context(backend)
         if self._front is None:
-            options = [f"--device-type={TYPES[self.kind]}"]
-            way = reach(self.via, path, *options)
+            type = f"--device-type={TYPES[self.kind]}"
+            way = reach(self.via, path, type, *SMALL)
             self._front = self._airlock.enter_context(way)
 
     def forget(self) -> None:

@@ -15,13 +15,14 @@ from tests.support.client import REQUIRED, Queue
 from tests.support.fuse import INIT, REPLY, REQUEST, REQUESTS, Op
 from vhost_airlock.peers.disk import HEADER, SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.driver import DriverRing
-from vhost_airlock.peers.ram import GuestRam
+from vhost_airlock.peers.ram import MIB, GuestRam
 from vhost_airlock.vhost.fds import eventfd
 from vhost_airlock.vhost.wire import Feature, MemoryRegion
 
 WANTED = REQUIRED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
-LARGE = 512 << 20
-"""More than the rest of the memory has: what is plugged is used from then on."""
+LOW, HIGH, PLUGGED = 8 * MIB, 24 * MIB, 64 * MIB
+"""Sizes of the memory: little, for testpmd touches all of it. What is plugged has the
+most room, so that it is used from then on."""
 PLUGGED_AT = 64 << 30
 
 
@@ -88,7 +89,7 @@ class Guest:
     """Rings that the device has."""
 
     def __init__(self) -> None:
-        self.ram = GuestRam()
+        self.ram = GuestRam(LOW, HIGH)
         self.rings = [Ring(self.ram, index) for index in range(self.all)]
         self.made = 0
         """Requests so far: no two of them say the same."""
@@ -120,7 +121,7 @@ class Guest:
 
     def plug(self) -> MemoryRegion:
         """Get more memory, where all new buffers are from now on."""
-        return self.ram.plug(PLUGGED_AT, LARGE)
+        return self.ram.plug(PLUGGED_AT, PLUGGED)
 
     def unplug(self, region: MemoryRegion) -> None:
         """Give it back, when the device has no buffer there any more."""

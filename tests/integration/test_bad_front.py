@@ -16,9 +16,11 @@ from tests.support.airlock import Airlock, hung_up
 from tests.support.backs import DiskBack
 from tests.support.sessions import await_reaped
 from tests.support.vmm import CloudHypervisor
+from vhost_airlock.errors import PeerRefused
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.proxy.handlers import REFUSED
 from vhost_airlock.vhost.fds import Fd, eventfd
+from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.rules import RULES
 from vhost_airlock.vhost.wire import (
     U64,
@@ -150,7 +152,7 @@ REFUSED_ONES: dict[str, Case] = {
             R.SET_VRING_KICK,
             VringFd(index).pack(),
             [kind],
-            "SET_VRING_KICK: descriptor .* cannot be waited for",
+            f"SET_VRING_KICK: ring {index}: descriptor .* cannot be waited for",
         )
         for kind in ("memfd", "source", "folder")
         for index, running in ((0, ", running"), (2, ""))
@@ -161,12 +163,11 @@ REFUSED_ONES: dict[str, Case] = {
         [],
         "SET_FEATURES: bits 0x400000000 were not offered",
     ),
-    "legacy features": (R.SET_FEATURES, U64(1 << 29).pack(), [], "0x20000000 lacks"),
     "features, running": (
         R.SET_FEATURES,
         U64(Feature.VERSION_1).pack(),
         [],
-        "SET_FEATURES: 0x100000000 while rings are started",
+        "SET_FEATURES: 0x100000000: ring 0 is started and enabled",
     ),
     "protocol features not offered": (
         R.SET_PROTOCOL_FEATURES,
@@ -572,18 +573,51 @@ def test_ring_can_not_move_to_where_it_is_misaligned(
     vmm.work()
 
 
-def test_ring_can_not_be_used_before_features_are_set(
-    airlock: Airlock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever comes first, nothing is passed to the back that it can't understand."""
+def acquainted(vmm: CloudHypervisor, airlock: Airlock) -> Frontend:
+    """A front-end that has chosen its protocol features, and no others yet."""
+    front = vmm.attach(airlock.channel())
+    vmm.use(front.get_features())
+    front.negotiate(ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG)
+    vmm.set_table()
+    return front
+
+
+def test_ring_starts_when_features_are_set(airlock: Airlock) -> None:
+    """Until then, nothing is passed to the back that it can't understand."""
     with CloudHypervisor() as vmm:
-        front = vmm.attach(airlock.channel())
-        vmm.acks = False
-        vmm.set_table()
+        front = acquainted(vmm, airlock)
         for step in (vmm.set_num, vmm.set_base, vmm.set_addr, vmm.set_kick):
             step(0)
-        front.channel.send(R.GET_FEATURES)
-        assert hung_up(front.channel)
-        airlock.join()
-    assert "SET_FEATURES" in errors(caplog)[-1]
+        assert R.SET_VRING_KICK not in airlock.back.requests()
+        front.set_features(vmm.features)
+        assert R.SET_VRING_KICK in airlock.back.requests()
+
+
+def test_f5_features_may_come_in_two_messages(airlock: Airlock) -> None:
+    """crosvm sent them so, the first ones without VERSION_1, and asked for no ack."""
+    with CloudHypervisor() as vmm:
+        front = acquainted(vmm, airlock)
+        first = U64(vmm.features & ~Feature.VERSION_1)
+        front.exchange(R.SET_FEATURES, first, need_reply=False)
+        front.get_config(0, 8)
+        assert R.SET_FEATURES not in airlock.back.requests(), "they are not final"
+        front.set_features(vmm.features)
+        for step in (vmm.set_num, vmm.set_base, vmm.set_addr, vmm.set_kick):
+            step(0)
+        assert airlock.back.requests().count(R.SET_FEATURES) == 1
+        assert R.SET_VRING_KICK in airlock.back.requests()
+
+
+def test_ring_of_a_legacy_driver_does_not_start(
+    airlock: Airlock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CloudHypervisor() as vmm:
+        front = acquainted(vmm, airlock)
+        front.set_features(Feature.PROTOCOL_FEATURES | Feature.EVENT_IDX)
+        for step in (vmm.set_num, vmm.set_base, vmm.set_addr):
+            step(0)
+        with pytest.raises(PeerRefused, match="SET_VRING_KICK"):
+            vmm.set_kick(0)
+        front.barrier()
+    assert "0x60000000 lacks VIRTIO_F_VERSION_1" in errors(caplog)[0]
     assert R.SET_VRING_KICK not in airlock.back.requests()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.airlock import hung_up
-from tests.support.backs import ScriptedBack, readable
+from tests.support.backs import ScriptedBack, readable, wait_until
 from tests.support.profiles import STRESS
 from tests.support.program import LOOKED_INTO, Holdings, Program, listening
 from tests.support.sessions import serve
@@ -66,6 +66,8 @@ class Setting:
         with BlkGuest() as guest:
             self.connect(guest)
             self.leave(guest)
+        # A thread that was joined may be there for a moment.
+        wait_until(lambda: self.program.holdings().threads == 1, "its worker is gone")
         return self.program.holdings()
 
 

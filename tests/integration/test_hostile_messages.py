@@ -13,7 +13,6 @@ import pytest
 
 from tests.support.airlock import Airlock, hung_up
 from tests.support.backs import ScriptedBack, readable
-from tests.support.profiles import SANITIZED
 from tests.support.sessions import (
     GONE,
     LATE,
@@ -246,9 +245,6 @@ def test_i5_any_message_may_be_answered_in_any_way(
 
 
 @pytest.mark.timing
-@pytest.mark.xfail(
-    not SANITIZED, strict=True, reason="each exchange with the back has a deadline"
-)
 def test_i10_back_that_answers_just_in_time_has_one_deadline_a_message(
     airlock: Airlock, back: ScriptedBack, guest: BlkGuest
 ) -> None:

@@ -12,8 +12,8 @@ from tests.support.backs import ScriptedBack
 from tests.support.sessions import errors, serve, small_guest
 from vhost_airlock.errors import PeerRefused, RequestRefused
 from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.proxy.features import PASSED_PROTOCOL
 from vhost_airlock.proxy.handlers import PASSED
-from vhost_airlock.proxy.state import PASSED_PROTOCOL
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import (

@@ -373,6 +373,8 @@ class ScriptedBack(RecordedBack):
             piece[: len(data)] = data[: len(piece)]
             data = data[len(piece) :]
         room[-1][-1] = status
+        for piece in room:
+            piece.release()
         self.ring(index).complete(chain.head, written + 1 if length is None else length)
         self.publish(index)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from vhost_airlock.dataplane.mapping import Mapping
 from vhost_airlock.dataplane.pool import Pool
-from vhost_airlock.dataplane.pump import FAULTS, Pump, area_bytes, shadow_parts
+from vhost_airlock.dataplane.pump import FAULTS, Pump, shadow_bytes, slot_bytes
 from vhost_airlock.dataplane.regions import GuestMemory
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import (
@@ -213,44 +213,53 @@ class Lane:
         policy: str = "full",
         whole_batches: bool = False,
         entries: int = 16,
+        most: int | None = None,
         start: bool = True,
     ) -> None:
-        """`entries`: how many each of the guest's indirect tables has room for."""
+        """`entries`: how many each of the guest's indirect tables has room for;
+        `most`: the largest size that reset() may give the ring.
+        """
         self.world = world
-        self.size = size
-        self.base = base
         self.guest_event_idx = guest_event_idx
         self.guest_indirect = guest_indirect
         self.back_event_idx = back_event_idx
         self.back_indirect = back_indirect
         self.whole_batches = whole_batches
 
-        self.layout = SplitLayout(size)
-        tables_at = -(-self.layout.end // PAGE) * PAGE
-        tables_size = TableArea.length(size, entries)
+        most = most or size
+        tables_at = -(-SplitLayout(most).end // PAGE) * PAGE
+        tables_size = TableArea.length(most, entries)
         self.ring_at = world.add_ram(tables_at + tables_size)
         self.tables_at = self.ring_at + tables_at
-        self.ring = SplitRing.at(
-            world.ram.view(self.ring_at, self.layout.end), self.layout
+        self.tables = TableArea(
+            world.ram.view(self.tables_at, tables_size), self.tables_at, entries
         )
-        self.driver = DriverRing(
-            self.ring,
-            base=base,
-            event_idx=guest_event_idx,
-            tables=TableArea(
-                world.ram.view(self.tables_at, tables_size), self.tables_at, entries
-            ),
-        )
+        self.reset(base, size)
         self.policy = policy
         self.index = len(world.lanes)
+        ring_size = -(-shadow_bytes(most) // PAGE) * PAGE
+        self.piece_at = world.add_isolated(2 * ring_size + slot_bytes(most))
+        self.rings_at = [self.piece_at, self.piece_at + ring_size]
+        self.slots_at = self.piece_at + 2 * ring_size
         self.renew()
-        self.area_at = world.add_isolated(area_bytes(size))
         world.lanes.append(self)
         if start:
             self.start(base)
 
+    def reset(self, base: int = 0, size: int | None = None) -> None:
+        """The guest's driver begins anew, with a ring of another size if told."""
+        if size is not None:
+            self.size = size
+            self.layout = SplitLayout(size)
+            self.ring = SplitRing.at(
+                self.world.ram.view(self.ring_at, self.layout.end), self.layout
+            )
+        self.driver = DriverRing(
+            self.ring, base=base, event_idx=self.guest_event_idx, tables=self.tables
+        )
+
     def renew(self) -> None:
-        """A new pump in the place of the old one, which is not attached any more."""
+        """A new pump, as for a new session, in the place of the old one."""
         self.pump = Pump(self.index, self.world.memory, self.world.pool, self.policy)
 
     @property
@@ -260,32 +269,65 @@ class Lane:
         layout = self.layout
         return host + layout.desc, host + layout.avail, host + layout.used
 
-    def start(self, base: int) -> None:
-        """Attach the pump and begin to take; a new device for the back."""
-        self.base = base
+    @property
+    def area_at(self) -> int:
+        """The back's address of the shadow ring that is in use."""
+        return self.rings_at[0]
+
+    @property
+    def shadow_parts(self) -> tuple[int, int, int]:
+        """The back's addresses of the shadow ring's parts."""
+        return self._shadow_parts
+
+    def start(self, base: int | None) -> None:
+        """Attach the pump and begin to take; a new device for the back.
+
+        The shadow ring is another one than the last time, as in a session.
+        """
+        self.rings_at.reverse()
+        if self.size > self.pump.slots:
+            new = self.slots_at + slot_bytes(self.pump.slots)
+            self.pump.add_slots(self.size, self.world.isolated.host(new), new)
+        host = self.world.isolated.host(self.area_at)
+        _, _, desc, avail, used = self.pump.prepare(self.size, host, self.area_at)
+        self._shadow_parts = desc, avail, used
         self.pump.attach(
             size=self.size,
             base=base,
-            guest=self.guest_parts,
+            guest=self.guest_places,
             guest_event_idx=self.guest_event_idx,
             guest_indirect=self.guest_indirect,
-            shadow=(self.world.isolated.host(self.area_at), self.area_at),
+            shadow=host,
             shadow_event_idx=self.back_event_idx,
             shadow_indirect=self.back_indirect,
             whole_batches=self.whole_batches,
         )
         self.pump.set_taking(True)
-        view = self.world.isolated.view(self.area_at, area_bytes(self.size))
-        desc, avail, used = shadow_parts(self.size)
-        self.shadow = SplitRing(self.size, view[desc:], view[avail:], view[used:])
+        size = shadow_bytes(self.size)
+        self.shadow = SplitRing(
+            self.size,
+            *(
+                self.world.isolated.view(at, self.area_at + size - at)
+                for at in self._shadow_parts
+            ),
+        )
         self.device = DeviceRing(
             self.shadow, self.world.isolated.view, event_idx=self.back_event_idx
         )
 
+    @property
+    def guest_places(self) -> list[tuple[int, int]]:
+        """Our addresses of the guest ring's parts, and the guest's."""
+        layout = self.layout
+        offsets = (layout.desc, layout.avail, layout.used)
+        return [
+            (self.world.ram.host(self.ring_at) + offset, self.ring_at + offset)
+            for offset in offsets
+        ]
+
     def stop(self, fetched: int | None) -> tuple[int, int, bool]:
         """Detach; (the guest's new base, unfinished chains, whether these are last)."""
-        end, unfinished, last = self.pump.detach(fetched)
-        return (self.base + end) & 0xFFFF, unfinished, last
+        return self.pump.detach(fetched)
 
     # The guest.
 
@@ -381,12 +423,7 @@ class Wired(Lane):
 
     def renew(self) -> None:
         super().renew()
-        self.pump.set_fds(
-            kick_in=self.kick_in,
-            call_out=self.call_out,
-            kick_out=self.kick_out,
-            call_in=self.call_in,
-        )
+        self.pump.set_fds(call_out=self.call_out, kick_out=self.kick_out)
 
     def close(self) -> None:
         """Take the ring from its worker."""

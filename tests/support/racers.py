@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.support.plane import Wired
-from vhost_airlock.dataplane.pump import shadow_parts
 
 SOURCE = Path(__file__).with_name("racers.c")
 
@@ -130,7 +129,7 @@ def back_of(
 ) -> CBack:
     """A device for this lane, which rewrites `places`."""
     host = lane.world.isolated.host(lane.area_at)
-    parts = [host + part for part in shadow_parts(lane.size)]
+    parts = [host + at - lane.area_at for at in lane.shadow_parts]
     pieces = lane.world.isolated.pieces.items()
     regions = [CRegion(start, piece.size, piece.address) for start, piece in pieces]
     return CBack(

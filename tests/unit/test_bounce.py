@@ -9,7 +9,6 @@ import random
 import pytest
 
 from tests.support.plane import MIB, PAGE, Lane, World
-from vhost_airlock.dataplane.pump import shadow_parts
 from vhost_airlock.peers import Chain
 from vhost_airlock.peers.ring import DESC_F_INDIRECT
 
@@ -159,7 +158,7 @@ class TestFraming:
                 lane.complete(flight.pop(chance.randrange(len(flight))))
                 lane.step()
                 lane.used()
-            taken = [(lane.area_at, lane.area_at + shadow_parts(32)[2] + 6 + 8 * 32)]
+            taken = [(lane.area_at, lane.shadow_parts[2] + 6 + 8 * 32)]
             for chain in flight:
                 taken += spans(chain)
                 desc = lane.shadow.read_desc(chain.head)

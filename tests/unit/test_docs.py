@@ -21,14 +21,14 @@ from vhost_airlock.dataplane.pump import FAULTS, POLICIES, Pump
 from vhost_airlock.dataplane.regions import GuestMemory
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.proxy.device_types import TYPES
-from vhost_airlock.proxy.handlers import HANDLED, PASSED
-from vhost_airlock.proxy.state import (
-    TRANSITIONS,
+from vhost_airlock.proxy.features import (
     back_features,
     back_protocol,
     front_offer,
     front_protocol_offer,
 )
+from vhost_airlock.proxy.handlers import HANDLED, PASSED
+from vhost_airlock.proxy.state import TABLE, Action, Event, State
 from vhost_airlock.vhost.fds import eventfd
 from vhost_airlock.vhost.wire import (
     BackendRequest,
@@ -285,18 +285,26 @@ def test_every_feature_is_in_the_protocols_table():
         assert name == [named[bit]] if bit in named else not name
 
 
-def test_every_change_of_a_rings_phase_is_in_the_architectures_table():
-    table = rows(section(ARCHITECTURE, "The phases of a ring"))
-    told = {}
-    for phase, *after in table:
-        for event, cell in zip(
-            ("START", "STOP", "ENABLE", "DISABLE"), after, strict=True
-        ):
-            told[phase, event] = cell or phase
-    assert told == {
-        (phase.name.lower(), event.name): after.name.lower()
-        for (phase, event), after in TRANSITIONS.items()
+def test_every_change_of_a_rings_state_is_in_the_architectures_table():
+    found = section(ARCHITECTURE, "The life of a ring")
+    header = next(line for line in found.splitlines() if line.startswith("| state |"))
+    events = [cell.strip() for cell in header.strip("|").split("|")[1:]]
+    assert events == [event.name for event in Event]
+    told = {
+        (State[state.upper()], Event[event]): cell
+        for state, *cells in rows(found)
+        for event, cell in zip(events, cells, strict=True)
+        if cell
     }
+    assert told == {key: in_a_cell(key[0], change) for key, change in TABLE.items()}
+
+
+def in_a_cell(state, change):
+    """How the architecture's table says it."""
+    words = [] if change.state is state else [change.state.name.lower()]
+    if change.action is not Action.NONE:
+        words.append(change.action.name.lower())
+    return ": ".join(words)
 
 
 def test_every_fault_is_in_the_architectures_table():

@@ -76,7 +76,7 @@ def test_user_addresses_are_found_where_the_file_is(
     ):
         address = memory.find(user, size)
         assert address is not None
-        assert ctypes.string_at(address, size) == file.read(offset, size)
+        assert ctypes.string_at(address[0], size) == file.read(offset, size)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_offset_need_not_be_page_aligned(
     memory.add(MemoryRegion(PAGE, 3 * PAGE + 100, 2 * PAGE, offset), file.fd)
     address = memory.find(2 * PAGE, 3 * PAGE + 100)
     assert address is not None
-    assert ctypes.string_at(address, 3 * PAGE + 100) == file.read(
+    assert ctypes.string_at(address[0], 3 * PAGE + 100) == file.read(
         offset, 3 * PAGE + 100
     )
 
@@ -269,7 +269,7 @@ def test_the_same_place_in_another_file_is_another_region(
     after = memory.find(110 * PAGE, 4 * PAGE)
     assert after is not None
     assert after != before
-    assert ctypes.string_at(after, 4 * PAGE) == bytes(4 * PAGE)
+    assert ctypes.string_at(after[0], 4 * PAGE) == bytes(4 * PAGE)
 
 
 def test_the_same_place_at_another_offset_is_another_region(
@@ -279,7 +279,7 @@ def test_the_same_place_at_another_offset_is_another_region(
     memory.replace([region(10, 4, 110, 5)], [file.fd])
     address = memory.find(110 * PAGE, 8)
     assert address is not None
-    assert ctypes.string_at(address, 8) == file.read(5 * PAGE, 8)
+    assert ctypes.string_at(address[0], 8) == file.read(5 * PAGE, 8)
 
 
 def test_a_table_that_fails_at_its_end_leaves_nothing_mapped(
@@ -396,7 +396,7 @@ class Tables(RuleBasedStateMachine):
             address = self.memory.find(each.user_addr, each.size)
             assert address is not None
             for at in (0, each.size - 8):
-                assert ctypes.string_at(address + at, 8) == self.file.read(
+                assert ctypes.string_at(address[0] + at, 8) == self.file.read(
                     each.mmap_offset + at, 8
                 )
         for page in set(range(16)) - users:

@@ -126,32 +126,48 @@ def test_pool_has_no_page(world: World, lane: Lane) -> None:
     assert_lost(lane)
 
 
-@pytest.mark.parametrize("keep", [0, PAGE])
+@pytest.mark.parametrize("keep", [0, 2 * PAGE])
 def test_shadow_ring_has_no_page(world: World, lane: Lane, keep: int) -> None:
     """Its descriptors and rings, or the places for small buffers."""
     lane.offer((GOOD, 100), indirect=True)
-    world.isolated.pieces[lane.area_at].cut(keep)
+    world.isolated.pieces[lane.piece_at].cut(keep)
     assert lane.step() == 0
     assert world.pool.used == 0
     assert_lost(lane)
 
 
-def test_shadow_ring_has_no_page_when_it_starts(world: World) -> None:
+def test_shadow_ring_has_no_page_when_it_is_made(world: World) -> None:
+    """It is an error of the start, which has not begun then."""
     lane = Lane(world, start=False)
-    world.isolated.pieces[lane.area_at].cut()
+    world.isolated.pieces[lane.piece_at].cut()
     before = world.ram.read(lane.ring_at, lane.layout.end)
-    lane.pump.attach(
-        size=lane.size,
-        base=7,
-        guest=lane.guest_parts,
-        guest_event_idx=True,
-        guest_indirect=True,
-        shadow=(world.isolated.host(lane.area_at), lane.area_at),
-        shadow_event_idx=True,
-        shadow_indirect=True,
-    )
-    assert_lost(lane)
+    with pytest.raises(MemoryError, match="ring 0: a page of memory can't be had"):
+        lane.start(7)
+    assert not lane.pump.attached
     assert world.ram.read(lane.ring_at, lane.layout.end) == before
+
+
+def test_shadow_ring_has_no_page_when_late_completions_are_looked_for(
+    world: World, lane: Lane
+) -> None:
+    """They come no more; all else is as at any start."""
+    head = lane.offer((GOOD, SIZE, True))
+    lane.step()
+    chain = lane.take()
+    assert lane.stop(1) == (0, 1, True)
+    before = world.ram.read(lane.ring_at, lane.layout.end)
+    world.isolated.pieces[lane.piece_at].cut()
+    lane.pump.look_back()
+    assert lane.pump.quarantined == 1
+    assert world.ram.read(lane.ring_at, lane.layout.end) == before
+    world.isolated.pieces[lane.piece_at].mend()
+    lane.start(0)
+    assert lane.pump.fault == 0
+    assert lane.step() == 1
+    assert lane.counter("adopted") == 1
+    lane.complete(chain, b"late")
+    assert lane.step() == 1
+    assert lane.used() == [(head, 4)]
 
 
 def test_shadow_ring_has_no_page_when_the_back_is_asked_for(
@@ -160,7 +176,7 @@ def test_shadow_ring_has_no_page_when_the_back_is_asked_for(
     """It can't say how far it has come then."""
     lane.device.arm()
     assert lane.pump.tells
-    world.isolated.pieces[lane.area_at].cut()
+    world.isolated.pieces[lane.piece_at].cut()
     assert not lane.pump.tells
     lane.step()
     assert_lost(lane)
@@ -192,6 +208,32 @@ def test_guest_gets_to_know_what_was_done_before(world: World, lane: Lane) -> No
     assert lane.pump.outstanding == 2
     assert lane.pump.detach(3) == (3, 2, False)
     assert lane.pump.quarantined == 1
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_buffer_is_gone_when_a_late_completion_is_taken_back(
+    world: World, lane: Lane, last: bool
+) -> None:
+    """In the step that adopts the chain, or at the start if later ones were done."""
+    heads = [lane.offer((at, SIZE, True)) for at in (GOOD, BAD, GOOD)[: 3 - last]]
+    lane.step()
+    good, bad, *others = [lane.take() for _ in heads]
+    lane.complete(good)
+    for chain in others:
+        lane.complete(chain)
+    lane.step()
+    assert len(lane.used()) == len(heads) - 1
+    base, unfinished, is_last = lane.stop(len(heads))
+    assert (base, unfinished, is_last) == (1 if last else 3, 1, last)
+    lane.complete(bad, b"x")
+    cut(world, BAD)
+    lane.start(base)
+    assert lane.step() == 0
+    assert lane.fault == LOST
+    assert lane.used() == []
+    assert world.pool.used == 0
+    # It is not done, and the base does not say that.
+    assert lane.stop(None) == (len(heads), 1, False)
 
 
 @pytest.mark.parametrize("writable", [False, True])

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.limits import no_more_fds
-from vhost_airlock.dataplane.pump import area_bytes
+from vhost_airlock.dataplane.pump import shadow_bytes, slot_bytes
 from vhost_airlock.errors import RequestRefused
 from vhost_airlock.proxy import isolated
 from vhost_airlock.proxy.isolated import (
@@ -387,39 +387,40 @@ def test_withdrawn_regions_are_gone(make: Callable[..., IsolatedMemory]) -> None
     assert third.announced.guest_addr == second.announced.guest_addr + REGION_SIZE
 
 
-def test_rings_have_areas_of_their_own(make: Callable[..., IsolatedMemory]) -> None:
+def test_rings_have_rooms_of_their_own(make: Callable[..., IsolatedMemory]) -> None:
+    """Each has two, and room for its slots; none of them overlap."""
     memory = make()
-    size = area_bytes(256)
-    areas = [memory.ring_area(i, size, fresh=False) for i in range(100)]
-    for (host, back), (next_host, next_back) in pairwise(areas):
-        assert next_host - host == next_back - back >= size
-        assert host % PAGE == back % PAGE == 0
-    assert areas[0][1] == memory.rings.announced.guest_addr == BASE
-    end = areas[-1][1] + size
-    assert end <= BASE + RINGS_SIZE
+    size = shadow_bytes(256)
+    rooms = []
+    for i in range(50):
+        rooms.append((*memory.slot_memory(i, slot_bytes(256)), slot_bytes(256)))
+        rooms += [(*memory.ring_memory(i, size), size) for _ in range(2)]
+    rooms.sort()
+    assert rooms[0][1] == memory.rings.announced.guest_addr == BASE
+    for (host, back, length), (next_host, next_back, _) in pairwise(rooms):
+        assert next_host - host == next_back - back >= length
+    assert rooms[-1][1] + size <= BASE + RINGS_SIZE
+    assert all(host % PAGE == back % PAGE == 0 for host, back, _ in rooms)
 
 
-def test_a_ring_has_its_old_area_again(make: Callable[..., IsolatedMemory]) -> None:
+def test_a_ring_never_has_its_last_room_again(
+    make: Callable[..., IsolatedMemory],
+) -> None:
     memory = make()
-    first = memory.ring_area(7, area_bytes(256), fresh=False)
-    other = memory.ring_area(8, area_bytes(256), fresh=False)
-    assert memory.ring_area(7, area_bytes(256), fresh=False) == first
-    assert memory.ring_area(7, area_bytes(128), fresh=False) == first
-    larger = memory.ring_area(7, area_bytes(512), fresh=False)
-    assert larger not in (first, other)
-    assert memory.ring_area(7, area_bytes(256), fresh=False) == larger
-    # The back may still write to the old one.
-    assert memory.ring_area(7, area_bytes(256), fresh=True) not in (first, larger)
+    first, second, third = (memory.ring_memory(7, shadow_bytes(256)) for _ in range(3))
+    assert first == third != second
+    assert memory.ring_memory(7, shadow_bytes(128)) == second
+    larger = [memory.ring_memory(7, shadow_bytes(512)) for _ in range(2)]
+    assert len({first, second, *larger}) == 4
+    assert memory.ring_memory(7, shadow_bytes(256)) == larger[0]
 
 
 def test_rings_without_room_are_refused(make: Callable[..., IsolatedMemory]) -> None:
     memory = make()
-    size = area_bytes(1024)
-    room = RINGS_SIZE // size
-    assert room > 200
-    for i in range(room):
-        memory.ring_area(i, size, fresh=False)
-    with pytest.raises(RequestRefused, match=f"ring {room}: rings need more than"):
-        memory.ring_area(room, size, fresh=False)
-    # What is there can be used still.
-    memory.ring_area(0, size, fresh=False)
+    for i in range(230):
+        memory.slot_memory(i, slot_bytes(1024))
+        memory.ring_memory(i, shadow_bytes(1024))
+    with pytest.raises(RequestRefused, match="ring 230: rings need more than"):
+        memory.slot_memory(230, slot_bytes(1024))
+    # Rings that are there can be started again.
+    memory.ring_memory(0, shadow_bytes(1024))

@@ -49,16 +49,19 @@ LAYERS = """
     proxy.device
     proxy.pool_policy
     proxy.ring
+    proxy.drain
     proxy.back
     proxy.isolated
-    proxy.front_memory  proxy.state  proxy.workers  proxy.transfer  proxy.device_types
+    proxy.front_memory  proxy.state  proxy.features  proxy.workers  proxy.transfer
+    proxy.front_requests  proxy.ration  proxy.device_types
     proxy.config  proxy.__init__
 
     vhost.__init__
     vhost.backend  vhost.frontend       dataplane.worker
     vhost.channel                       dataplane.pump
-    vhost.message  vhost.rules          dataplane.guest_split  dataplane.shadow_split
-    vhost.wire  vhost.fds               dataplane.bounce
+    vhost.message  vhost.rules          dataplane.step
+    vhost.wire  vhost.fds               dataplane.guest_split  dataplane.shadow_split
+                                        dataplane.bounce
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard

@@ -28,7 +28,7 @@ from tests.support.racers import (
     guest_of,
     place,
 )
-from vhost_airlock.dataplane.pump import FAULTS, shadow_parts
+from vhost_airlock.dataplane.pump import FAULTS
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers.ring import (
     DESC,
@@ -162,8 +162,8 @@ class Arena:
         """Everything in isolated memory but what the other ring has there."""
         isolated = self.world.isolated
         area = isolated.host(self.lane.area_at)
-        desc, avail, used = shadow_parts(SIZE)
-        slots = isolated.pieces[self.lane.area_at].size - PAGE
+        desc, avail, used = (at - self.lane.area_at for at in self.lane.shadow_parts)
+        slots = isolated.host(self.lane.slots_at)
         places = [
             place(area + desc, noise=16 * SIZE, odds=4),
             # Not its index: by that the back knows itself what to do.
@@ -171,7 +171,7 @@ class Arena:
             place(area + used + 4 + 8 * SIZE, b"\0\0", b"\xff\xff", b"\0\x80"),
             place(area + used + 8, noise=8, odds=5000),
         ]
-        places += [place(area + PAGE + at, noise=512) for at in range(0, slots, 512)]
+        places += [place(slots + 512 * i, noise=512) for i in range(SIZE)]
         for piece in list(isolated.pieces.values())[:1]:
             places += [
                 place(piece.address + at, noise=512)

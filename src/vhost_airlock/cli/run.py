@@ -154,6 +154,7 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
         raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
     if options.copy is None:
         options.copy = kind.copy if kind is not None else Config.copy
+    options.whole_batches = kind.whole_batches if kind else Config.whole_batches
     _exactly_one(options, ("socket_path", "fd", "front_connect"))
     _exactly_one(options, ("backend", "backend_listen", "command"))
     return ProcessConfig(

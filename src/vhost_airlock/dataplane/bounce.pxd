@@ -36,9 +36,12 @@ cdef struct Buffer:
     Block block
 
 cdef struct Slot:
-    # What we keep of a chain in flight; index: the slot's number in its ring.
-    # Its place in the order in which chains were offered, modulo 2^16.
-    uint16_t position
+    # Our record of a chain; index: the slot's number in its ring. It is all that is
+    # needed to offer the chain to a back once more, and nothing else knows it.
+    # The chain's place in the order in which the guest offered its chains.
+    uint64_t position
+    # The used length that the back has said, of a chain that waits for the guest.
+    uint32_t length
     uint16_t head
     uint16_t count
     uint16_t readable
@@ -67,6 +70,9 @@ cdef bint copy_to_back(
 cdef uint64_t copy_to_guest(
     Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
     RegionTable *memory, int *hint,
+) noexcept nogil
+cdef bint is_same(
+    const Slot *slot, const Chain *chain, RegionTable *memory, int *hint
 ) noexcept nogil
 cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil
 cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil

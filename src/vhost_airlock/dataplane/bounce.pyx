@@ -26,7 +26,7 @@ from vhost_airlock.dataplane.pool cimport (
     leave_queue, lock_pool, order_of, raise_to, reserve, take_block, take_lone,
     unlock_pool, unreserve,
 )
-from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out
+from vhost_airlock.dataplane.regions cimport RegionTable, copy_in, copy_out, same_bytes
 
 
 cdef inline uint64_t step64(uint64_t size) noexcept nogil:
@@ -316,6 +316,28 @@ cdef uint64_t copy_to_guest(
         if size and copy_out(memory, hint, buffer.guest, buffer.host, size, past):
             copied += size
     return copied
+
+
+cdef bint is_same(
+    const Slot *slot, const Chain *chain, RegionTable *memory, int *hint
+) noexcept nogil:
+    """Is this chain the one that the slot has: the same buffers of the guest, and the
+    same bytes in those which the device reads?
+    """
+    cdef const Buffer *buffer
+    cdef int i
+
+    if slot.count != chain.count or slot.readable != chain.readable:
+        return False
+    for i in range(chain.count):
+        buffer = &slot.buffer[i]
+        if buffer.guest != chain.segment[i].addr or buffer.len != chain.segment[i].len:
+            return False
+    for i in range(chain.readable):
+        buffer = &slot.buffer[i]
+        if not same_bytes(memory, hint, buffer.guest, buffer.host, buffer.len):
+            return False
+    return True
 
 
 cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device side of a guest ring: what a ring format must offer to the pump.
 
-guest_split.pyx is the one format there is. Another one (packed) is a module with a
-GuestOps of its own and its state beside SplitGuest below; nothing else changes.
+guest_split.pyx is the one format there is. Another one is a module with a GuestOps of
+its own and its state beside SplitGuest below.
+
+The pump counts chains. How a position in the ring is told to the VMM (its *base*), and
+what the ring's parts are, is the format's own business.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.layout cimport (
     Avail, BAD_ADDRESS, BAD_ORDER, CHAIN_TOO_LONG, DESC_WRITE, Desc, LOOP, MAX_SEGMENTS,
@@ -13,6 +16,14 @@ from vhost_airlock.dataplane.layout cimport (
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, mapped
 
+cdef enum:
+    # In place of a base: the VMM has told none.
+    NO_BASE = -1
+
+cdef struct Part:
+    # A part of a ring: where we see it, and its guest-physical address.
+    const uint8_t *host
+    uint64_t guest
 
 cdef struct Segment:
     uint64_t addr
@@ -24,6 +35,8 @@ cdef struct Chain:
     uint16_t count
     # The first so many segments are for the device to read, the rest to write.
     uint16_t readable
+    # Descriptors that were fetched for it, those of a table and empty ones too.
+    uint32_t descs
     uint64_t bytes_readable
     uint64_t bytes_writable
     Segment segment[MAX_SEGMENTS]
@@ -31,11 +44,24 @@ cdef struct Chain:
 cdef struct GuestRing
 
 cdef struct GuestOps:
+    # The ring starts at a base, or at its used index if that is NO_BASE, or impossible.
+    # begin() must follow, which looks at the ring.
+    void (*start)(GuestRing *, const Part *parts, int64_t base) noexcept nogil
+    void (*begin)(GuestRing *) noexcept nogil
+    # The same ring is at other addresses now, where it has yet to be armed.
+    void (*move)(GuestRing *, const Part *parts) noexcept nogil
+    # The base that lies so many chains behind the one where the ring began.
+    uint64_t (*base_after)(const GuestRing *, int64_t chains) noexcept nogil
+    # Where the ring stands when chains are taken from this base on. A ring that is
+    # started where another one has stopped is the same ring, not one that was reset.
+    uint64_t (*standing)(const GuestRing *, uint64_t base) noexcept nogil
     # Fetch the next chain: 1 taken, 0 none left, or a Fault.
     int (*take)(GuestRing *, Chain *) noexcept nogil
+    # A chain that was taken before the ring began is in flight.
+    void (*retake)(GuestRing *, uint16_t head) noexcept nogil
     # Write the used element of a chain; the guest does not see it yet.
     void (*complete)(GuestRing *, uint16_t head, uint32_t len) noexcept nogil
-    # Show the guest what was completed. True: it wants a call.
+    # Show the guest the used elements. True: it wants to be called.
     bint (*publish)(GuestRing *) noexcept nogil
     # Ask for a kick with the next chain. A fence, then pending(), must follow.
     void (*arm)(GuestRing *) noexcept nogil
@@ -45,9 +71,15 @@ cdef struct GuestOps:
     bint (*pending)(GuestRing *) noexcept nogil
 
 cdef struct SplitGuest:
-    Desc *desc
-    Avail *avail
-    Used *used
+    const Desc *desc
+    const Avail *avail
+    const Used *used
+    # Guest-physical address of the used ring.
+    uint64_t used_guest
+    # The VMM has told none: it is where the used ring says.
+    bint baseless
+    # Where the ring began.
+    uint16_t base
     # The next position of the avail ring to take.
     uint16_t seen
     # Our copy of the guest's avail index: up to there is ours to take.

@@ -82,7 +82,9 @@ cdef enum:
     MAX_SEGMENTS = 1024
 
 cdef enum Fault:
-    # Why a ring stopped for good. Below GUEST_FAULTS_END the guest is to blame.
+    # Why a ring stopped for good: from BAD_AVAIL_INDEX down to NEVER_FITS the guest is
+    # to blame, from BAD_USED_INDEX down to BACK_ERROR the back, and nobody is for the
+    # others, after which neither ring can be used.
     BAD_AVAIL_INDEX = -1
     BAD_HEAD = -2
     HEAD_IN_USE = -3
@@ -101,6 +103,13 @@ cdef enum Fault:
     RING_UNMAPPED = -64
     OUT_OF_MEMORY = -65
     MEMORY_LOST = -66
+
+
+cdef inline bint back_usable(int fault) noexcept nogil:
+    """May the shadow ring still be used? The guest's faults end the taking of chains
+    only: those in flight are completed.
+    """
+    return fault > BAD_USED_INDEX
 
 
 cdef inline bint need_event(uint16_t event, uint16_t new, uint16_t old) noexcept nogil:

@@ -1,54 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves the chains of one guest ring through one shadow ring and back.
+"""The pump of one ring, as the control plane sees it: start, stop, look, change.
 
-Trust. There is a hostile party at either end. The guest owns its ring and its
-buffers, the back owns every byte of isolated memory, and both may change anything at
-any moment. So this module and those below it hold to three rules:
+A ring has one pump for the whole session. Each start gets a shadow ring in other memory
+than the last one, so nothing that a back writes late to the old one does harm. The
+slots stay: a chain that a stop left with the back keeps its slot, its buffers and its
+number until the back completes it, by that number, in whatever ring there is then.
 
-- what decides something is fetched once, into memory of our own, and judged there;
-- heads, lengths, guest addresses and free lists live in memory of our own only;
-- a guest's address is looked up in the table of its memory for every single copy.
-
-One step is one pass without I/O: completions first, since they make room, then new
-chains. It only notes that a kick or a call is due; the worker sends them. A chain that
-finds no room waits here, and the ones behind it in the guest's ring: nothing fails, and
-order is kept.
-
-Order is what a stop rests on. The shadow ring starts at position 0 and each chain of
-the guest takes exactly one position in it, in the guest's order. So when the back says
-how far it has fetched, that many chains past the guest's start are done, and all others
-are the guest's again, untouched.
-
-Faults of the guest end the taking of chains; what is in flight is still completed.
-Faults of the back end all use of the shadow ring.
-
-Shared memory is only touched in jobs that guard.pyx calls, since a page of it may be
-gone: a fault too, which ends all use of both rings. The pool's mutex is not held then.
+A stop says at which base the guest's ring can go on. When it does go on there, the
+chains that were left behind are the guest's again: those before the base are in flight
+as before, and those behind it the guest offers anew, see adopt() in step.pyx. A ring
+that begins elsewhere was reset, and nobody waits for these chains.
 """
 
 cimport cython
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 from vhost_airlock.dataplane.bounce cimport (
-    AREA, COPY_FULL, COPY_USED, COPY_USED_TAIL, FEW, Slot, copy_to_back, copy_to_guest,
-    describe, place, release,
+    AREA, COPY_FULL, COPY_USED, COPY_USED_TAIL, FEW, Slot, release,
 )
-from vhost_airlock.dataplane.guard cimport Job, guarded
-from vhost_airlock.dataplane.guest_split cimport move_split, resume_split, start_split
+from vhost_airlock.dataplane.guard cimport guarded
+from vhost_airlock.dataplane.guest cimport GuestRing, NO_BASE, Part
+from vhost_airlock.dataplane.guest_split cimport split_guest
 from vhost_airlock.dataplane.layout cimport (
-    Avail, BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
+    BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
     BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
     HEAD_IN_USE, LOOP, MAX_SEGMENTS, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS,
-    OUT_OF_MEMORY, PAGE, RING_UNMAPPED, UsedElem, Used, fence, load16, load32, load64,
+    OUT_OF_MEMORY, PAGE, RING_UNMAPPED, back_usable, fence, load16, load32, load64,
+    load_int,
 )
 from vhost_airlock.dataplane.pool cimport Pool, leave_queue, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
 from vhost_airlock.dataplane.shadow cimport (
-    FREE, IN_FLIGHT, QUARANTINED, free_chain, give_slot, take_slot,
+    FOLLOWER, FREE, IN_FLIGHT, PARKED, RETURNED, RingForBack, give_slot,
+    is_with_back,
 )
-from vhost_airlock.dataplane.shadow_split cimport start_split as start_shadow
+from vhost_airlock.dataplane.shadow_split cimport split_shadow
+from vhost_airlock.dataplane.step cimport (
+    Counters, PumpState, disown, end_chain, fail, go_on_with, is_drained, let_go,
+    look_unfetched, owed, pending, rest, run, step, tell,
+)
+
+from vhost_airlock.dataplane import guest_split
+
+layout = guest_split.layout
+check_base = guest_split.check_base
 
 POLICIES = {"full": COPY_FULL, "used": COPY_USED, "used+tail": COPY_USED_TAIL}
 """The copy policies by name: how much of what the device may write is copied back."""
@@ -78,278 +75,25 @@ FAULTS = {
 BACK_SIGNALLED = BACK_ERROR
 """The fault to set when the back says by its descriptor that a ring is broken."""
 
-cdef enum:
-    # A step ends after moving so much, if it may: other rings want their turn.
-    BYTES_A_STEP = 1 << 20
-    # And after completing one of so many parts of what is in flight, but a few chains.
-    PARTS = 4
-    FEW_CHAINS = 4
+
+def shadow_bytes(uint16_t size):
+    """How many bytes of isolated memory a shadow ring of so many entries takes."""
+    return split_shadow().bytes(size)
 
 
-cdef int step(PumpState *pump, int budget) noexcept nogil:
-    """Move what there is, up to `budget` chains each way; how many were moved.
-
-    More are completed in whole batches, if the back has shown more at once.
-    """
-    return run(pump, move, budget) if pump.attached else 0
-
-
-cdef int run(PumpState *pump, Job job, int number) noexcept nogil:
-    """Do a job that touches shared memory. 0 if that is not there, which is a fault."""
-    cdef int result
-
-    if guarded(job, pump, number, &result):
-        return result
-    lose_memory(pump)
-    return 0
-
-
-cdef void lose_memory(PumpState *pump) noexcept nogil:
-    """A job was cut off: end all use of both rings, and put right what it left."""
-    cdef int call
-
-    fail(pump, MEMORY_LOST)
-    pump.waiting = False
-    pump.stalled = False
-    leave_queue(pump.pool, &pump.share)
-    if pump.at_hand != NULL:
-        release(pump.at_hand, pump.pool, &pump.share)
-        # The list of free slots is made anew when the ring is.
-        pump.shadow.state[pump.at_hand - pump.slot] = FREE
-        pump.at_hand = NULL
-    # What was completed before, the guest may still get to know.
-    if pump.untold and guarded(tell_guest, pump, 0, &call):
-        pump.call_due = pump.call_due or call
-    pump.untold = False
-
-
-cdef int tell_guest(void *what, int _) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
-
-    return pump.guest.ops.publish(&pump.guest)
-
-
-cdef int move(void *what, int budget) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
-    cdef int moved = 0
-
-    if pump.fault > BAD_USED_INDEX or pump.fault == 0:
-        moved = collect(pump, budget)
-    if pump.taking and pump.fault == 0:
-        moved += forward(pump, budget)
-    if pump.share.alone and (pump.fault or not pump.taking):
-        leave_queue(pump.pool, &pump.share)
-    return moved
-
-
-cdef int collect(PumpState *pump, int budget) noexcept nogil:
-    """Give the guest what the back has completed, and call it once if it wants.
-
-    In whole batches it sees at once what the back has shown at once. Else it gets a
-    part, and can go on, and so can the back, while the rest is copied.
-    """
-    cdef uint16_t slot
-    cdef uint32_t length
-    cdef uint64_t bytes = 0
-    cdef uint32_t violations = pump.shadow.violations
-    cdef int done = 0
-    cdef int reaped = 0
-    cdef int rc
-
-    if not pump.whole_batches:
-        budget = min(budget, max(<int> FEW_CHAINS, pump.outstanding // PARTS))
-    while (
-        (reaped < budget and bytes < BYTES_A_STEP)
-        or (pump.whole_batches and pump.shadow.ops.amid(&pump.shadow))
-    ):
-        rc = pump.shadow.ops.reap(&pump.shadow, &slot, &length)
-        if rc < 0:
-            fail(pump, rc)
-        if rc <= 0:
-            break
-        reaped += 1
-        if pump.shadow.state[slot] == IN_FLIGHT:
-            pump.at_hand = &pump.slot[slot]
-            bytes += finish(pump, slot, length)
-            pump.at_hand = NULL
-            pump.untold = True
-            pump.done += 1
-            pump.outstanding -= 1
-            pump.counters.completions += 1
-            done += 1
-        release(&pump.slot[slot], pump.pool, &pump.share)
-        free_chain(&pump.shadow, slot)
-
-    # What was skipped counts too: we are past the position that was armed.
-    if pump.shadow.armed and (reaped or pump.shadow.violations != violations):
-        pump.shadow.ops.disarm(&pump.shadow)
-    if done:
-        pump.counters.bytes_out += bytes
-        if pump.guest.ops.publish(&pump.guest):
-            pump.call_due = True
-            pump.counters.calls += 1
-        pump.untold = False
-    return reaped
-
-
-cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept nogil:
-    """Copy back and complete one chain in the guest's ring."""
-    cdef Slot *slot = &pump.slot[number]
-    cdef uint64_t copied = copy_to_guest(
-        slot, length, pump.policy, &pump.share, pump.memory, &pump.hint
-    )
-
-    if length > slot.writable:
-        pump.counters.clamped += 1
-        length = slot.writable
-    pump.guest.ops.complete(&pump.guest, slot.head, length)
-    return copied
-
-
-cdef int forward(PumpState *pump, int budget) noexcept nogil:
-    """Pass on the chains which the guest has offered, and kick the back once."""
-    cdef bint stalled = pump.stalled
-    cdef uint64_t bytes = 0
-    cdef int moved = 0
-    cdef int rc
-
-    pump.stalled = False
-    while moved < budget and bytes < BYTES_A_STEP:
-        if not pump.waiting:
-            rc = pump.guest.ops.take(&pump.guest, &pump.chain)
-            if rc < 0:
-                fail(pump, rc)
-            if rc <= 0:
-                break
-            pump.waiting = True
-        rc = bounce(pump)
-        if rc < 0:
-            fail(pump, rc)
-        if rc <= 0:
-            break
-        pump.waiting = False
-        bytes += pump.chain.bytes_readable + pump.chain.bytes_writable
-        moved += 1
-
-    if pump.stalled and (moved or not stalled):
-        pump.counters.stalls += 1
-    if pump.guest.armed and (moved or pump.stalled):
-        pump.guest.ops.disarm(&pump.guest)
-    if moved:
-        pump.counters.chains += moved
-        if pump.shadow.ops.publish(&pump.shadow):
-            pump.kick_due = True
-            pump.counters.kicks += 1
-    return moved
-
-
-cdef int bounce(PumpState *pump) noexcept nogil:
-    """Offer the chain at hand to the back: 1 done, 0 no room, or a Fault."""
-    cdef bint table = pump.shadow.indirect and pump.chain.count > 1
-    cdef uint16_t needed = 1 if table else pump.chain.count
-    cdef uint16_t number
-    cdef Slot *slot
-    cdef int rc
-
-    if needed > pump.shadow.size:
-        return NEVER_FITS
-    if needed > pump.shadow.free_count:
-        pump.stalled = True
-        return 0
-    number = take_slot(&pump.shadow)
-    slot = &pump.slot[number]
-    rc = place(slot, &pump.chain, table, pump.pool, &pump.share)
-    if rc <= 0:
-        give_slot(&pump.shadow, number)
-        pump.stalled = rc == 0
-        return rc
-    pump.at_hand = slot
-    if not copy_to_back(slot, &pump.share, pump.memory, &pump.hint):
-        pump.at_hand = NULL
-        release(slot, pump.pool, &pump.share)
-        give_slot(&pump.shadow, number)
-        return BAD_ADDRESS
-    pump.shadow.ops.offer(
-        &pump.shadow, number, pump.desc, describe(slot, pump.desc)
-    )
-    pump.at_hand = NULL
-    slot.position = pump.offered
-    pump.order[pump.offered & (pump.shadow.size - 1)] = number
-    pump.offered += 1
-    pump.outstanding += 1
-    pump.counters.bytes_in += pump.chain.bytes_readable
-    return 1
-
-
-cdef void fail(PumpState *pump, int fault) noexcept nogil:
-    """The ring stops, for this reason."""
-    if pump.fault != fault:
-        pump.fault = fault
-        pump.counters.faults += 1
-
-
-cdef bint rest(PumpState *pump) noexcept nogil:
-    """Ask both sides to be woken. A fence, then pending(), must follow."""
-    return pump.attached and run(pump, arm, 0)
-
-
-cdef int arm(void *what, int _) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
-
-    if pump.fault == 0 and pump.taking and not pump.stalled and not pump.guest.armed:
-        pump.guest.ops.arm(&pump.guest)
-    if not pump.shadow.armed and pump.fault != MEMORY_LOST:
-        pump.shadow.ops.arm(&pump.shadow)
-    return True
-
-
-cdef bint pending(PumpState *pump) noexcept nogil:
-    """Is there anything that a step would move?"""
-    return pump.attached and run(pump, look, 0)
-
-
-cdef int look(void *what, int _) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
-
-    if pump.fault > BAD_USED_INDEX or pump.fault == 0:
-        if pump.shadow.ops.pending(&pump.shadow):
-            return True
-    return (
-        pump.fault == 0 and pump.taking and not pump.stalled
-        and pump.guest.ops.pending(&pump.guest)
-    )
-
-
-cdef bint is_drained(PumpState *pump) noexcept nogil:
-    """Is all done that the back has fetched, as far as it lets us know?
-
-    How far it has fetched is its own word. A lie can only cost it its own requests.
-    """
-    cdef int drained
-
-    if not pump.attached or pump.outstanding == 0:
-        return True
-    # The worker may be in a step: only it may find that memory is lost.
-    return guarded(look_drained, pump, 0, &drained) and drained
-
-
-cdef int look_drained(void *what, int _) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
-
-    return (
-        pump.shadow.ops.fetched(&pump.shadow) == pump.done
-        and not pump.shadow.ops.pending(&pump.shadow)
-    )
+def slot_bytes(uint16_t count):
+    """How many bytes of isolated memory so many slots take."""
+    return <int> count * AREA
 
 
 # __dealloc__ needs the pool, which the garbage collector could clear away before.
 @cython.no_gc_clear
 cdef class Pump:
-    """One guest ring, its shadow ring, and the chains between.
+    """One guest ring, its shadow ring, and the chains between, for a whole session.
 
-    All methods but step() and counters() are for the control plane, while no worker
-    runs the pump.
-    Addresses are our own, in bytes, unless they say otherwise.
+    Methods are for the control plane, while no worker runs the pump. While one does,
+    any thread may ask counters(), and the control plane the properties. Addresses are
+    our own, in bytes, unless they say otherwise.
     """
 
     def __cinit__(self, int index, GuestMemory memory, Pool pool, str policy="full"):
@@ -360,16 +104,18 @@ cdef class Pump:
         self.state.memory = &memory.table
         self.state.pool = &pool.state
         self.state.policy = POLICIES[policy]
+        self.state.guest.ops = split_guest()
         self.state.guest.memory = &memory.table
         self.state.guest.table = <Desc *> calloc(MAX_SEGMENTS, sizeof(Desc))
         if self.state.guest.table == NULL:
             raise MemoryError  # not reached: no memory
-        self.kick_in = self.call_out = self.kick_out = self.call_in = -1
+        self.state.shadow.ops = split_shadow()
+        self.call_out = self.err_out = self.kick_out = -1
 
     def __dealloc__(self):
         cdef int i
 
-        for i in range(self.state.slots):
+        for i in range(self.state.shadow.slots):
             if self.state.slot[i].pages or self.state.slot[i].count:
                 release(&self.state.slot[i], self.state.pool, &self.state.share)
         if self.state.pool != NULL:
@@ -380,137 +126,200 @@ cdef class Pump:
         free(self.state.shadow.free)
         free(self.state.shadow.next)
         free(self.state.shadow.state)
-        free(self.state.order)
+        free(self.state.awaited)
         free(self.state.slot)
 
+    @property
+    def slots(self):
+        """How many slots there are: a ring has as many entries at the most."""
+        return self.state.shadow.slots
+
+    def add_slots(self, uint16_t size, uintptr_t host, uint64_t back):
+        """Have slots for `size` entries, if there are fewer.
+
+        Those that are wanting have their small buffers in slot_bytes() of isolated
+        memory at `host`, where the back sees `back`.
+        """
+        cdef uint16_t old = self.state.shadow.slots
+        cdef uint16_t i
+
+        if size <= old:
+            return
+        self._grow(size)
+        for i in range(old, size):
+            self.state.slot[i].area = <uint8_t *> host + (i - old) * AREA
+            self.state.slot[i].area_back = back + (i - old) * AREA
+
+    def prepare(self, uint16_t size, uintptr_t host, uint64_t back):
+        """Make a shadow ring for attach() in shadow_bytes(size) bytes at `host`.
+
+        `back` is the back's address of that memory. No ring that is in use may be
+        there. Returns what the back is to be told: entries, base, and its addresses of
+        descriptors, avail ring and used ring.
+        """
+        cdef RingForBack ring = self.state.shadow.ops.describe(size, back)
+        cdef int done
+
+        if not guarded(zero, <void *> host, self.state.shadow.ops.bytes(size), &done):
+            raise MemoryError(f"ring {self.index}: a page of memory can't be had")
+        return ring.size, ring.base, ring.desc, ring.avail, ring.used
+
     def attach(
-        self, *, uint16_t size, uint16_t base, guest, bint guest_event_idx,
-        bint guest_indirect, shadow, bint shadow_event_idx, bint shadow_indirect,
+        self, *, uint16_t size, base, guest, bint guest_event_idx, bint guest_indirect,
+        uintptr_t shadow, bint shadow_event_idx, bint shadow_indirect,
         bint whole_batches=False,
     ):
-        """Set up both rings, `size` entries each; the guest's starts at `base`.
+        """Set up both rings, `size` entries each.
 
-        guest: the addresses of its descriptor table, avail ring and used ring.
-        shadow: (our address, the back's address) of area_bytes(size) bytes of isolated
-        memory. It is zeroed here, and no chain of before may lie in it, unless it is
-        the same area as the last time.
-
-        whole_batches: what the back shows at once the guest is to see at once.
+        base: where the guest's ring starts; None: where the ring itself says.
+        guest: for its descriptor table, avail ring and used ring our address and the
+        guest-physical one.
+        shadow: where prepare() has made the shadow ring. The back uses it by now, and
+        not the last one any more, where its late completions are looked for.
+        whole_batches: the guest is to see at once what the back shows at once.
         """
         cdef PumpState *pump = &self.state
-        cdef uintptr_t desc, avail, used, host
-        cdef uint64_t back, offset
+        cdef Part part[3]
+        cdef uintptr_t at
         cdef int i
 
         if pump.attached:
             raise ValueError(f"ring {self.index} is attached already")
-        if size == 0 or size & (size - 1) or size > 32768:
-            raise ValueError(f"ring {self.index}: size {size}")
-        desc, avail, used = guest
-        host, back = shadow
-        self._reserve_slots(size)
-
-        pump.guest.size = size
+        if size > pump.shadow.slots:
+            raise ValueError(f"ring {self.index}: {size} entries, not so many slots")
+        layout(size)
+        self.look_back()
+        for i, (at, address) in enumerate(guest):
+            part[i] = Part(<const uint8_t *> at, address)
+        self.parked = self.parked and size == pump.guest.size
+        pump.guest.size = pump.shadow.size = size
         pump.guest.event_idx = guest_event_idx
         pump.guest.indirect = guest_indirect
-        memset(pump.guest.busy, 0, size)
-        start_split(
-            &pump.guest, <Desc *> desc, <Avail *> avail, <Used *> used, base
-        )
-
-        pump.shadow.size = size
+        pump.guest.ops.start(&pump.guest, part, NO_BASE if base is None else base)
         pump.shadow.event_idx = shadow_event_idx
         pump.shadow.indirect = shadow_indirect
-        pump.counters.violations += pump.shadow.violations
-        pump.shadow.violations = 0
-        pump.shadow.free_count = 0
-        for i in range(size - 1, -1, -1):
-            if pump.shadow.state[i] != QUARANTINED:
-                pump.shadow.state[i] = FREE
-                give_slot(&pump.shadow, i)
-        offset = slots_offset(size)
-        for i in range(size):
-            pump.slot[i].area = <uint8_t *> host + offset + i * AREA
-            pump.slot[i].area_back = back + offset + i * AREA
-        start_shadow(
-            &pump.shadow, <Desc *> host, <Avail *> (host + avail_offset(size)),
-            <Used *> (host + used_offset(size)),
-        )
-
+        pump.shadow.ops.start(&pump.shadow, <uint8_t *> shadow)
         pump.whole_batches = whole_batches
-        pump.offered = pump.done = pump.outstanding = 0
-        pump.waiting = False
-        pump.stalled = False
-        pump.draining = False
-        pump.taking = False
         pump.fault = 0
-        pump.kick_due = False
-        pump.call_due = False
         pump.attached = True
         run(pump, begin, 0)
+        self._resume()
 
-    def detach(self, fetched=None):
+    cdef _resume(self):
+        """Decide on the chains that the last stop left behind; then count anew."""
+        cdef PumpState *pump = &self.state
+        cdef bint goes_on = self._goes_on()
+        cdef int i
+
+        if goes_on:
+            pump.next = self.resumes_at
+        pump.began = pump.reached = pump.next
+        pump.outstanding = pump.adopted = pump.awaited_count = 0
+        memset(pump.guest.busy, 0, pump.guest.size)
+        for i in range(pump.shadow.slots):
+            if pump.shadow.state[i] not in (PARKED, RETURNED):
+                continue
+            if not goes_on:
+                disown(pump, i)
+            elif pump.slot[i].position >= pump.next:
+                pump.awaited[pump.slot[i].position - pump.next] = i
+                pump.awaited_count += 1
+            else:
+                pump.guest.ops.retake(&pump.guest, pump.slot[i].head)
+                run(pump, take_back, i)
+        self.parked = False
+        run(pump, show, 0)
+        pump.shadow.free_count = 0
+        for i in range(pump.shadow.size - 1, -1, -1):
+            if pump.shadow.state[i] in (FREE, FOLLOWER):
+                pump.shadow.state[i] = FREE
+                give_slot(&pump.shadow, i)
+
+    cdef bint _goes_on(self):
+        """Does the ring go on where the last stop has left it?"""
+        cdef const GuestRing *guest = &self.state.guest
+
+        return (
+            self.parked and self.state.fault == 0
+            and self.standing == guest.ops.standing(guest, self.base)
+        )
+
+    def detach(self, base=None):
         """Leave both rings; guest memory is not touched from here on.
 
-        `fetched` is how many chains the back says it has taken since the start, as the
-        16 bits of GET_VRING_BASE. None: not known. It is not believed beyond what can
-        be: what was completed, and all before that, has been taken.
+        `base` is the one at which the back says that it has stopped. None: not known.
+        It is not believed beyond the possible: a chain that was completed, and all
+        before it, has been fetched.
 
-        Returns (chains that are done or the back's, counted from the start and modulo
-        2^16; how many of them are unfinished; whether these are the last ones).
-        What the back did not fetch is the guest's again. The buffers of what it did not
-        finish stay out of use until it does, or the pump is gone.
+        Returns (the base at which the guest's ring can go on; how many chains the back
+        has fetched and not completed; whether these are the last ones fetched). If they
+        are, the base lies before them, and the guest offers them again. If they are
+        not, no base says that: it lies behind them, and they end only if the ring goes
+        on with this pump. Chains that the back did not fetch are the guest's again.
+        Buffers that the back may still write to stay out of use until it completes
+        them.
         """
         cdef PumpState *pump = &self.state
-        cdef uint16_t least, end, position, number
-        cdef bint last = True
+        cdef int64_t most = pump.next - pump.reached
+        cdef int64_t unfetched = most
+        cdef uint64_t end, before
+        cdef int last = 0
+        cdef int i
 
         if not pump.attached:
             raise ValueError(f"ring {self.index} is not attached")
-        least = least_fetched(pump)
-        end = least if fetched is None else fetched & 0xffff
-        if <uint16_t> (end - least) > <uint16_t> (pump.offered - least):
-            end = least
-        position = end
-        while position != pump.offered:
-            number = pump.order[position & (pump.shadow.size - 1)]
-            release(&pump.slot[number], pump.pool, &pump.share)
-            free_chain(&pump.shadow, number)
-            pump.outstanding -= 1
-            position += 1
-
-        position = end - pump.outstanding
-        while position != end:
-            last = last and in_flight(pump, position)
-            position += 1
-        unfinished = pump.outstanding
-        for number in range(pump.shadow.size):
-            if pump.shadow.state[number] == IN_FLIGHT:
-                pump.shadow.state[number] = QUARANTINED
-                pump.shadow.next[number] = number
+        if base is not None:
+            unfetched = min(most, pump.shadow.ops.unfetched_at(&pump.shadow, base))
+        end = pump.next - unfetched
+        for i in range(pump.shadow.size):
+            if pump.shadow.state[i] == IN_FLIGHT and pump.slot[i].position >= end:
+                let_go(pump, i)
+                pump.outstanding -= 1
+        before = end - pump.outstanding
+        for i in range(pump.shadow.size):
+            if pump.shadow.state[i] == IN_FLIGHT:
+                last += pump.slot[i].position >= before
+                pump.shadow.state[i] = PARKED
+                pump.shadow.next[i] = i
+        self.parked = pump.outstanding != 0 or pump.adopted < pump.awaited_count
+        self.resumes_at = before if last == pump.outstanding else end
         if pump.fault not in (RING_UNMAPPED, MEMORY_LOST):
-            run(pump, arm_guest, 0)     # whoever comes next wants kicks
+            run(pump, arm_guest, 0)     # the next device of this ring wants kicks
         leave_queue(pump.pool, &pump.share)
         tell_room(pump.pool)
+        unfinished = pump.outstanding
         pump.outstanding = 0
         pump.attached = False
         pump.taking = False
+        pump.draining = False
         pump.waiting = False
         pump.stalled = False
-        return end, unfinished, last
+        found = pump.guest.ops.base_after(
+            &pump.guest, <int64_t> (self.resumes_at - pump.began)
+        )
+        self.standing = pump.guest.ops.standing(&pump.guest, found)
+        return found, unfinished, last == unfinished
+
+    def look_back(self):
+        """See which chains the back has completed since the ring has stopped."""
+        if not self.state.attached and self.quarantined:
+            run(&self.state, reap_late, 0)
 
     def move(self, guest):
-        """The guest ring is at other addresses now: (descriptors, avail, used).
+        """The guest ring is at other addresses now, given as for attach().
 
         None: it is gone, which is a fault.
         """
-        cdef uintptr_t desc, avail, used
+        cdef Part part[3]
+        cdef uintptr_t at
+        cdef int i
 
         if guest is None:
             fail(&self.state, RING_UNMAPPED)
             return
-        desc, avail, used = guest
-        move_split(&self.state.guest, <Desc *> desc, <Avail *> avail, <Used *> used)
+        for i, (at, address) in enumerate(guest):
+            part[i] = Part(<const uint8_t *> at, address)
+        self.state.guest.ops.move(&self.state.guest, part)
 
     def step(self, int budget=256):
         """One pass: up to `budget` chains each way, or all of a whole batch.
@@ -538,6 +347,10 @@ cdef class Pump:
         """Let the worker kick the back, with its next round."""
         self.state.kick_due = True
 
+    def call(self):
+        """Let the worker call the guest, with its next round."""
+        self.state.call_due = True
+
     def set_draining(self, bint draining):
         """While set, the worker signals its events when this pump is drained."""
         self.state.draining = draining
@@ -558,14 +371,13 @@ cdef class Pump:
         self.state.pool.common_used += over(used, size // 4096)
         self.state.pool.common_used -= before
 
-    def set_fds(
-        self, *, int kick_in=-1, int call_out=-1, int kick_out=-1, int call_in=-1
-    ):
-        """The eventfds of guest (kick_in, call_out) and back (kick_out, call_in)."""
-        self.kick_in = kick_in
+    def set_fds(self, *, int call_out=-1, int err_out=-1, int kick_out=-1):
+        """The eventfds by which the worker calls the guest, tells the front of a fault,
+        and kicks the back; -1: none.
+        """
         self.call_out = call_out
+        self.err_out = err_out
         self.kick_out = kick_out
-        self.call_in = call_in
 
     @property
     def attached(self):
@@ -574,7 +386,17 @@ cdef class Pump:
     @property
     def fault(self):
         """0, or why the ring stopped: a key of FAULTS."""
-        return self.state.fault
+        return load_int(&self.state.fault)
+
+    @property
+    def base(self):
+        """The base at which the guest's ring was started last."""
+        return self.state.guest.ops.base_after(&self.state.guest, 0)
+
+    @property
+    def drains(self):
+        """Can chains in flight still end? A fault of the guest does not keep them."""
+        return self.state.attached and back_usable(load_int(&self.state.fault))
 
     @property
     def reason(self):
@@ -596,22 +418,26 @@ cdef class Pump:
     @property
     def tells(self):
         """Does the back say how far it has fetched, and can that be true?"""
-        cdef int fetched
+        cdef int unfetched
 
-        if not self.state.attached:
-            return False
-        if not guarded(look_fetched, &self.state, 0, &fetched):
-            return False
-        return fetched >= 0 and self.owes(fetched) <= self.state.outstanding
+        return (
+            self.state.attached
+            and guarded(look_unfetched, &self.state, 0, &unfetched)
+            and unfetched >= 0 and owed(&self.state, unfetched) >= 0
+        )
 
-    def owes(self, uint16_t fetched):
-        """How many chains are not done of so many that the back has fetched."""
-        return <uint16_t> (fetched - self.state.done)
+    def owes(self, uint64_t base):
+        """How many chains are not done of those that the back has fetched, if it has
+        stopped at this base. Negative if that can't be.
+        """
+        return owed(
+            &self.state, self.state.shadow.ops.unfetched_at(&self.state.shadow, base)
+        )
 
     @property
     def outstanding(self):
-        """Chains offered to the back and not done."""
-        return self.state.outstanding
+        """Chains that the back has, or is offered, and that are not done."""
+        return load16(&self.state.outstanding)
 
     @property
     def quarantined(self):
@@ -619,12 +445,13 @@ cdef class Pump:
         cdef int i
         cdef int count = 0
 
-        for i in range(self.state.slots):
-            count += self.state.shadow.state[i] == QUARANTINED
+        for i in range(self.state.shadow.slots):
+            if self.state.shadow.state[i] != IN_FLIGHT:
+                count += is_with_back(self.state.shadow.state[i])
         return count
 
     def counters(self):
-        """What was done since the pump was made, and what is held now, by name.
+        """The numbers of the session so far, and of what is held now, by name.
 
         Any thread may ask at any time, while a worker runs the pump too: each number
         is whole, but they may be of different moments.
@@ -637,58 +464,40 @@ cdef class Pump:
         for i in range(sizeof(Counters) // sizeof(uint64_t)):
             to[i] = load64(&source[i])
         counters = dict(seen)
-        counters["violations"] += load32(&self.state.shadow.violations)
-        counters["outstanding"] = load16(&self.state.outstanding)
+        counters["violations"] = load32(&self.state.shadow.violations)
+        counters["outstanding"] = self.outstanding
         counters["quarantined"] = self.quarantined
         counters["used"] = load64(&self.state.share.used) * PAGE
         counters["high_water"] = load64(&self.state.share.high_water) * PAGE
         return counters
 
-    cdef _reserve_slots(self, uint16_t size):
-        """Memory for `size` slots; what there is stays where it is by index."""
+    cdef _grow(self, uint16_t size):
+        """Memory for `size` slots; those that there are keep their numbers."""
         cdef PumpState *pump = &self.state
-        cdef uint16_t old = pump.slots
+        cdef uint16_t old = pump.shadow.slots
         cdef uint16_t i
 
-        if size <= old:
-            return
         pump.guest.busy = <uint8_t *> grown(pump.guest.busy, old, size, 1)
         pump.shadow.free = <uint16_t *> grown(pump.shadow.free, old, size, 2)
         pump.shadow.next = <uint16_t *> grown(pump.shadow.next, old, size, 2)
-        pump.order = <uint16_t *> grown(pump.order, old, size, 2)
+        pump.awaited = <uint16_t *> grown(pump.awaited, old, size, 2)
         pump.shadow.state = <uint8_t *> grown(pump.shadow.state, old, size, 1)
         pump.slot = <Slot *> grown(pump.slot, old, size, sizeof(Slot))
         for i in range(old):
             if pump.slot[i].count <= FEW:
                 pump.slot[i].buffer = pump.slot[i].few
-        pump.slots = size
+        pump.shadow.slots = size
 
 
-cdef bint in_flight(PumpState *pump, uint16_t position) noexcept nogil:
-    """Is the chain at this position, one of the last `size`, not done?"""
-    cdef uint16_t number = pump.order[position & (pump.shadow.size - 1)]
-
-    return (
-        pump.shadow.state[number] == IN_FLIGHT
-        and pump.slot[number].position == position
-    )
-
-
-cdef uint16_t least_fetched(PumpState *pump) noexcept nogil:
-    """How many chains the back must have taken: all up to the last that it did."""
-    cdef uint16_t least = pump.offered
-
-    while least != pump.done and in_flight(pump, least - 1):
-        least -= 1
-    return least
+cdef int zero(void *what, int size) noexcept nogil:
+    memset(what, 0, size)
+    return 0
 
 
 cdef int begin(void *what, int _) noexcept nogil:
-    """The shadow ring begins at zero, the guest's where its used ring says."""
     cdef PumpState *pump = <PumpState *> what
 
-    memset(pump.shadow.split.desc, 0, slots_offset(pump.shadow.size))
-    resume_split(&pump.guest)
+    pump.guest.ops.begin(&pump.guest)
     return 0
 
 
@@ -699,39 +508,32 @@ cdef int arm_guest(void *what, int _) noexcept nogil:
     return 0
 
 
-cdef int look_fetched(void *what, int _) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> what
+cdef int take_back(void *what, int number) noexcept nogil:
+    go_on_with(<PumpState *> what, number)
+    return 0
 
-    return pump.shadow.ops.fetched(&pump.shadow)
+
+cdef int show(void *what, int _) noexcept nogil:
+    tell(<PumpState *> what)
+    return 0
+
+
+cdef int reap_late(void *what, int _) noexcept nogil:
+    """Take the completions that came after the stop from the last shadow ring."""
+    cdef PumpState *pump = <PumpState *> what
+    cdef uint16_t slot
+    cdef uint32_t length
+
+    while pump.shadow.ops.reap(&pump.shadow, &slot, &length) > 0:
+        end_chain(pump, slot, length)
+    return 0
 
 
 cdef void *grown(void *memory, size_t old, size_t new, size_t each) except NULL:
-    """Reallocate an array; what is new is zero."""
+    """Reallocate an array; its new part is zero."""
     cdef char *bigger = <char *> realloc(memory, new * each)
 
     if bigger == NULL:
         raise MemoryError  # not reached: no memory
     memset(bigger + old * each, 0, (new - old) * each)
     return bigger
-
-
-cdef uint64_t avail_offset(uint64_t size) noexcept nogil:
-    return size * sizeof(Desc)
-
-
-cdef uint64_t used_offset(uint64_t size) noexcept nogil:
-    return (avail_offset(size) + 2 * (3 + size) + 63) & ~<uint64_t> 63
-
-
-cdef uint64_t slots_offset(uint64_t size) noexcept nogil:
-    return (used_offset(size) + 6 + size * sizeof(UsedElem) + 4095) & ~<uint64_t> 4095
-
-
-def shadow_parts(size):
-    """Offsets in bytes of the shadow ring's descriptors, avail ring and used ring."""
-    return 0, avail_offset(size), used_offset(size)
-
-
-def area_bytes(size):
-    """How much isolated memory a shadow ring of so many entries needs, in bytes."""
-    return slots_offset(size) + size * AREA

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's memory as the data plane sees it: a sorted table of regions."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+
+from vhost_airlock.dataplane.copying cimport copy
+from vhost_airlock.dataplane.layout cimport store16_release
 
 cdef enum:
     MAX_REGIONS = 512
@@ -10,12 +13,35 @@ cdef struct Region:
     # Guest-physical address of the first byte.
     uint64_t guest
     uint64_t size
-    # Where we see it.
-    uint8_t *host
+    # Where we see it: const, since only write_guest() may write there.
+    const uint8_t *host
 
 cdef struct RegionTable:
     int count
     Region region[MAX_REGIONS]
+
+
+cdef enum Way:
+    # How bytes are written: by ordinary stores, by non-temporal ones, or as one aligned
+    # word of 16 bits, which is seen after everything that was written before it.
+    THROUGH_CACHES = 0
+    PAST_CACHES = 1
+    AS_WORD = 2
+
+
+cdef inline void write_guest(
+    RegionTable *table, uint64_t guest, const void *host, const void *source,
+    uint64_t size, Way way
+) noexcept nogil:
+    """Write `size` bytes to the guest-physical address `guest`, which we see at `host`.
+
+    Every store into guest memory goes through here. All other pointers there are const,
+    and the compiler refuses to drop that, so it is the compiler that proves it.
+    """
+    if way == AS_WORD:
+        store16_release(<uint16_t *> host, (<const uint16_t *> source)[0])
+    else:
+        copy(<uint8_t *> host, <const uint8_t *> source, size, way == PAST_CACHES)
 
 
 cdef inline Region *find(RegionTable *table, int *hint, uint64_t guest) noexcept nogil:
@@ -72,6 +98,9 @@ cdef bint copy_in(
 cdef bint copy_out(
     RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size,
     bint past_caches,
+) noexcept nogil
+cdef bint same_bytes(
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *other, uint64_t size
 ) noexcept nogil
 
 

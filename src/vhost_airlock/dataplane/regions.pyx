@@ -6,6 +6,7 @@ table outlives it: a buffer in a region that went away is simply not there any m
 """
 
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcmp
 
 from vhost_airlock.dataplane.copying cimport copy
 
@@ -43,8 +44,31 @@ cdef bint copy_out(
         if region == NULL:
             return False
         run = min(size, region.size - (guest - region.guest))
-        copy(region.host + (guest - region.guest), source, run, past_caches)
+        write_guest(
+            table, guest, region.host + (guest - region.guest), source, run,
+            PAST_CACHES if past_caches else THROUGH_CACHES,
+        )
         source += run
+        guest += run
+        size -= run
+    return True
+
+
+cdef bint same_bytes(
+    RegionTable *table, int *hint, uint64_t guest, const uint8_t *other, uint64_t size
+) noexcept nogil:
+    """Are these bytes of guest memory the same as ours? False if one is not there."""
+    cdef Region *region
+    cdef uint64_t run
+
+    while size:
+        region = find(table, hint, guest)
+        if region == NULL:
+            return False
+        run = min(size, region.size - (guest - region.guest))
+        if memcmp(region.host + (guest - region.guest), other, run) != 0:
+            return False
+        other += run
         guest += run
         size -= run
     return True
@@ -67,5 +91,5 @@ cdef class GuestMemory:
         self.table.count = 0
         for i, (guest, size, address) in enumerate(sorted(regions)):
             host = address
-            self.table.region[i] = Region(guest, size, <uint8_t *> host)
+            self.table.region[i] = Region(guest, size, <const uint8_t *> host)
         self.table.count = len(regions)

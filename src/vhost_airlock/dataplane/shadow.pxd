@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver side of a shadow ring: what a ring format must offer to the pump.
 
-shadow_split.pyx is the one format there is. Another one (packed) is a module with a
-ShadowOps of its own and its state beside SplitShadow below; nothing else changes.
+shadow_split.pyx is the one format there is. Another one is a module with a ShadowOps of
+its own and its state beside SplitShadow below.
 
-A chain in the shadow ring is named by its slot, a number below the ring's size. The
-back names it too when it is done, so a slot is only believed after a look at `state`,
-which is in memory of our own, like everything in this struct.
+A chain in the shadow ring is named by its slot, a number. The back names it too when it
+is done, so a slot is only believed after a look at `state`, which is in memory of our
+own, like everything in this struct. A slot that the back may still complete is never
+used for another chain, whatever has been stopped and started: back-ends keep requests
+when a ring stops, and complete them by the old number in the ring that there is then.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.layout cimport Avail, Desc, Used
 
 cdef enum SlotState:
     FREE = 0
     IN_FLIGHT = 1
-    # Left behind by a stop: the back may still write to its buffers.
-    QUARANTINED = 2
     # A descriptor in the middle of a chain.
-    FOLLOWER = 3
+    FOLLOWER = 2
+    # Left behind by a stop. The back may still complete it, and the guest waits for it
+    # if the ring goes on where it has stopped.
+    PARKED = 3
+    # The same, and the back has completed it since.
+    RETURNED = 4
+    # Left behind by a stop, and the guest waits for it no more. The back may still
+    # write to its buffers, so they are not used until it completes it.
+    QUARANTINED = 5
 
 cdef struct ShadowRing
 
+cdef struct RingForBack:
+    # What the back is told of a ring: entries, base, the addresses that it has.
+    uint16_t size
+    uint64_t base
+    uint64_t desc
+    uint64_t avail
+    uint64_t used
+
 cdef struct ShadowOps:
+    # How many bytes of isolated memory a ring of this size takes.
+    uint64_t (*bytes)(uint16_t size) noexcept nogil
+    # What the back is to be told of a ring that lies at this address of the back's.
+    RingForBack (*describe)(uint16_t size, uint64_t back) noexcept nogil
+    # Begin with an empty ring in memory that the caller has zeroed.
+    void (*start)(ShadowRing *, uint8_t *host) noexcept nogil
     # Add a chain of so many descriptors; the back does not see it yet.
     void (*offer)(
         ShadowRing *, uint16_t slot, const Desc *, uint16_t count
@@ -39,9 +61,11 @@ cdef struct ShadowOps:
     void (*disarm)(ShadowRing *) noexcept nogil
     # Is there a completion to take?
     bint (*pending)(ShadowRing *) noexcept nogil
-    # How many chains the back says it has taken since the start, modulo 2^16; -1: it
-    # doesn't say.
-    int (*fetched)(ShadowRing *) noexcept nogil
+    # How many chains that were offered the back has not fetched: by its event index, -1
+    # if there is none; by the base at which it has stopped. Any number up to 65535, for
+    # the back may lie.
+    int64_t (*unfetched)(const ShadowRing *) noexcept nogil
+    int64_t (*unfetched_at)(const ShadowRing *, uint64_t base) noexcept nogil
 
 cdef struct SplitShadow:
     Desc *desc
@@ -64,6 +88,8 @@ cdef struct ShadowRing:
     # A stack of slots that are free, the one used last on top.
     uint16_t *free
     uint16_t free_count
+    # How many slots there are: at least `size`, more if it was larger before.
+    uint16_t slots
     # Links the slots which a chain of several descriptors occupies.
     uint16_t *next
     # For each slot a SlotState.
@@ -85,6 +111,10 @@ cdef inline void give_slot(ShadowRing *ring, uint16_t slot) noexcept nogil:
     ring.free[ring.free_count] = slot
     ring.free_count += 1
 
+cdef inline bint is_with_back(uint8_t state) noexcept nogil:
+    """May the back still complete what is in a slot of this state?"""
+    return state == IN_FLIGHT or state == PARKED or state == QUARANTINED
+
 cdef inline void free_chain(ShadowRing *ring, uint16_t slot) noexcept nogil:
     """Free all that the chain of this slot occupies, its own slot on top."""
     cdef uint16_t follower = ring.next[slot]
@@ -96,4 +126,5 @@ cdef inline void free_chain(ShadowRing *ring, uint16_t slot) noexcept nogil:
         give_slot(ring, follower)
         follower = after
     ring.state[slot] = FREE
-    give_slot(ring, slot)
+    if slot < ring.size:        # else it is of a time when the ring was larger
+        give_slot(ring, slot)

@@ -4,33 +4,52 @@
 The back is hostile: it can rewrite all of the ring at any time. We write descriptors
 and the avail ring and never read them back. Of what the back writes, the used index
 is fetched once and bounded, a used element is fetched once, and its id is looked up in
-our own record. A completion of something that is not in flight is counted and
+our own record. A completion of something that is not with the back is counted and
 skipped, since real devices repeat some; more of them in a row than the ring has
 entries is a fault.
 """
 
-from libc.stdint cimport uint16_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.layout cimport (
     AVAIL_NO_INTERRUPT, Avail, BAD_USED_ID, BAD_USED_INDEX, DESC_NEXT, Desc,
-    USED_NO_NOTIFY, Used, fence, load16, load16_acquire, load32, need_event, store16,
-    store16_release,
+    USED_NO_NOTIFY, Used, UsedElem, fence, load16, load16_acquire, load32, need_event,
+    store16, store16_release,
 )
 from vhost_airlock.dataplane.shadow cimport (
-    FOLLOWER, FREE, IN_FLIGHT, ShadowOps, ShadowRing, take_slot,
+    FOLLOWER, IN_FLIGHT, RingForBack, ShadowOps, ShadowRing, is_with_back, take_slot,
 )
 
 cdef ShadowOps OPS
 
 
-cdef void start_split(
-    ShadowRing *ring, Desc *desc, Avail *avail, Used *used
-) noexcept nogil:
-    """Begin with an empty ring, whose memory the caller has zeroed."""
-    ring.ops = &OPS
-    ring.split.desc = desc
-    ring.split.avail = avail
-    ring.split.used = used
+cdef const ShadowOps *split_shadow() noexcept nogil:
+    """The operations of this format."""
+    return &OPS
+
+
+cdef uint64_t bytes(uint16_t size) noexcept nogil:
+    return used_offset(size) + 6 + size * sizeof(UsedElem)
+
+
+cdef uint64_t avail_offset(uint64_t size) noexcept nogil:
+    return size * sizeof(Desc)
+
+
+cdef uint64_t used_offset(uint64_t size) noexcept nogil:
+    return (avail_offset(size) + 6 + 2 * size + 63) & ~<uint64_t> 63
+
+
+cdef RingForBack describe(uint16_t size, uint64_t back) noexcept nogil:
+    return RingForBack(
+        size, 0, back, back + avail_offset(size), back + used_offset(size)
+    )
+
+
+cdef void start(ShadowRing *ring, uint8_t *host) noexcept nogil:
+    ring.split.desc = <Desc *> host
+    ring.split.avail = <Avail *> (host + avail_offset(ring.size))
+    ring.split.used = <Used *> (host + used_offset(ring.size))
     ring.split.avail_idx = 0
     ring.split.published = 0
     ring.split.used_seen = 0
@@ -117,7 +136,7 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
             &ring.split.used.ring[ring.split.used_seen & (ring.size - 1)].len
         )
         ring.split.used_seen += 1
-        if id < ring.size and ring.state[id] not in (FREE, FOLLOWER):
+        if id < ring.slots and is_with_back(ring.state[id]):
             ring.strikes = 0
             slot[0] = id
             return 1
@@ -143,13 +162,20 @@ cdef void disarm(ShadowRing *ring) noexcept nogil:
     ring.armed = False
 
 
-cdef int fetched(ShadowRing *ring) noexcept nogil:
+cdef int64_t unfetched(const ShadowRing *ring) noexcept nogil:
     """avail_event says it: exactly for libvhost-user, late for others."""
     if not ring.event_idx:
         return -1
-    return load16(<uint16_t *> &ring.split.used.ring[ring.size])
+    return unfetched_at(ring, load16(<uint16_t *> &ring.split.used.ring[ring.size]))
 
 
+cdef int64_t unfetched_at(const ShadowRing *ring, uint64_t base) noexcept nogil:
+    return <uint16_t> (ring.split.avail_idx - base)
+
+
+OPS.bytes = bytes
+OPS.describe = describe
+OPS.start = start
 OPS.offer = offer
 OPS.publish = publish
 OPS.reap = reap
@@ -157,4 +183,5 @@ OPS.amid = amid
 OPS.arm = arm
 OPS.disarm = disarm
 OPS.pending = pending
-OPS.fetched = fetched
+OPS.unfetched = unfetched
+OPS.unfetched_at = unfetched_at

@@ -33,9 +33,8 @@ from posix.time cimport timespec
 from vhost_airlock.dataplane.layout cimport fence, load64, load_int, store_int
 from vhost_airlock.dataplane.polling cimport Polling
 from vhost_airlock.dataplane.pool cimport CHECKS, add_int, tell_room
-from vhost_airlock.dataplane.pump cimport (
-    Pump, PumpState, is_drained, pending, rest, step,
-)
+from vhost_airlock.dataplane.pump cimport Pump
+from vhost_airlock.dataplane.step cimport PumpState, is_drained, pending, rest, step
 from vhost_airlock.dataplane.sys cimport (
     CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLLET, EPOLLIN, POLLIN, SIGURG, close, epoll_create1, epoll_ctl,
@@ -71,7 +70,8 @@ cdef struct Route:
     PumpState *pump
     int kick_out
     int call_out
-    # The fault that the control plane has been told of.
+    int err_out
+    # The fault that front and control plane have been told of.
     int fault
     # The control plane has been told.
     bint drained
@@ -189,14 +189,20 @@ cdef class Worker:
 
         Only under pause().
         """
-        cdef int at = 0
+        cdef Route *route
+        cdef int fault = 0
 
         if pump not in self.pumps:
             self.route = <Route *> resized(self.route, self.routes + 1)
+            memset(&self.route[self.routes], 0, sizeof(Route))
             self.pumps.append(pump)
             self.routes += 1
-        at = self.pumps.index(pump)
-        self.route[at] = Route(&pump.state, pump.kick_out, pump.call_out, 0, False)
+        route = &self.route[self.pumps.index(pump)]
+        if route.err_out == pump.err_out:
+            fault = route.fault     # else it is told at the new descriptor
+        route[0] = Route(
+            &pump.state, pump.kick_out, pump.call_out, pump.err_out, fault, False
+        )
         if pump.state.pool.shared:
             self.watch(pump.state.pool.room)
 
@@ -274,6 +280,8 @@ cdef int go_round(Worker worker) noexcept nogil:
         tell_room(pump.pool)
         if pump.fault != route.fault:
             route.fault = pump.fault
+            if route.err_out >= 0 and pump.fault and pump.attached:
+                signal_fd(route.err_out)
             tell = True
         if not pump.draining:
             route.drained = False
@@ -385,10 +393,13 @@ cdef bint give_way(Worker worker, uint64_t start) noexcept nogil:
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:
+    """Is there anything for a round to do? A look at a ring may have found a fault."""
+    cdef PumpState *pump
     cdef int i
 
     for i in range(worker.routes):
-        if pending(worker.route[i].pump):
+        pump = worker.route[i].pump
+        if pending(pump) or pump.fault != worker.route[i].fault:
             return True
     return False
 

@@ -24,7 +24,6 @@ from ..proxy.session import Session
 from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
 from ..vhost.fds import eventfd, notify
-from ..vhost.wire import ProtocolFeature
 from .broker import Broker
 from .config import ProcessConfig
 from .connector import make_connector
@@ -209,13 +208,12 @@ class Daemon:
 
         No bytes of requests of this front are in isolated memory any more then.
         """
-        if back.frontend.protocol_features & ProtocolFeature.RESET_DEVICE:
-            try:
-                back.frontend.reset_device()
-            except SessionError as error:
-                log.error("%s", error)
-                self._drop_back()
-                return
+        try:
+            back.reset_device()
+        except SessionError as error:
+            log.error("%s", error)
+            self._drop_back()
+            return
         if back.settled:
             back.memory.clear()
 

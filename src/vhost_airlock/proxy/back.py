@@ -12,8 +12,10 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
 
-from ..dataplane.pump import shadow_parts
 from ..errors import Disconnected, ProtocolError, SessionError
 from ..vhost.backend import Responder
 from ..vhost.channel import Channel
@@ -23,8 +25,8 @@ from ..vhost.message import Answer
 from ..vhost.rules import BACKEND_RULES
 from ..vhost.wire import BackendRequest, Feature, ProtocolFeature, Request, VringAddr
 from .config import Config
+from .features import back_features, back_protocol
 from .isolated import IsolatedMemory, Region
-from .state import back_features, back_protocol
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,38 @@ REQUESTS_INTERVAL = 0.02
 """Seconds between looks at the back's own requests."""
 REQUESTS_AT_ONCE = 64
 """How many of them are served in one look."""
+
+
+class Link(Enum):
+    """How far a connection has come."""
+
+    OPEN = auto()
+    """The back has told what it offers."""
+    SETTLED = auto()
+    """It has its protocol features and its owner, and there is isolated memory."""
+    UP = auto()
+    """It knows the isolated memory: rings can start."""
+    DOWN = auto()
+    """It is closed."""
+
+
+class ShadowRing(NamedTuple):
+    """A ring as the back is told of it; addresses are the back's."""
+
+    number: int
+    size: int
+    base: int
+    desc: int
+    avail: int
+    used: int
+
+
+@dataclass(slots=True)
+class Has:
+    """What the back has been told and has not forgotten since."""
+
+    features: int = 0
+    """0: none, or forgotten."""
 
 
 class Back:
@@ -43,28 +77,27 @@ class Back:
     def __init__(
         self, channel: Channel, config: Config, config_changed: Callable[[], None]
     ) -> None:
-        self.frontend = Frontend(channel, timeout=config.timeout)
+        self.peer = Frontend(channel, timeout=config.timeout)
         self.config = config
         self.config_changed = config_changed
-        self.features = 0
-        """In use, once set_features() was called."""
+        self.link = Link.OPEN
+        self.has = Has()
         self.requests: Responder | None = None
         """The back's own requests."""
         self._memory: IsolatedMemory | None = None
-        self._announced = False
         self._moving: Region | None = None
         """The region of which the back was told, and has not answered yet."""
         self._changed = False
         self._served = 0.0
-        self.offered = self.frontend.get_features()
+        self.offered = self.peer.get_features()
         self.offered_protocol = ProtocolFeature(0)
         if self.offered & Feature.PROTOCOL_FEATURES:
-            self.offered_protocol = self.frontend.get_protocol_features()
+            self.offered_protocol = self.peer.get_protocol_features()
 
     @property
     def settled(self) -> bool:
         """Are the protocol features chosen?"""
-        return self._memory is not None
+        return self.link in (Link.SETTLED, Link.UP)
 
     @property
     def memory(self) -> IsolatedMemory:
@@ -77,7 +110,7 @@ class Back:
     def usable(self) -> bool:
         """Is it still there, and in step with us?"""
         try:
-            self.frontend.barrier()
+            self.peer.barrier()
         except SessionError:
             return False
         return True
@@ -91,11 +124,11 @@ class Back:
             return
         accepted = back_protocol(front, self.offered_protocol)
         if self.offered & Feature.PROTOCOL_FEATURES:
-            self.frontend.set_protocol_features(accepted)
-        self.frontend.set_owner()
+            self.peer.set_protocol_features(accepted)
+        self.peer.set_owner()
         slots = 0
         if accepted & ProtocolFeature.CONFIGURE_MEM_SLOTS:
-            slots = self.frontend.get_max_mem_slots()
+            slots = self.peer.get_max_mem_slots()
             if slots < 2:
                 raise ProtocolError(f"back: GET_MAX_MEM_SLOTS: {slots} are too few")
         self._memory = IsolatedMemory(
@@ -104,40 +137,50 @@ class Back:
             lone_limit=self.config.request_limit,
             shared=self.config.workers > 1,
         )
+        self.link = Link.SETTLED
         if accepted & ProtocolFeature.BACKEND_REQ:
             self._open_requests(accepted)
 
-    def has(self, front: ProtocolFeature) -> bool:
+    def has_features(self, front: ProtocolFeature) -> bool:
         """Does what was settled suffice for a front that has accepted these?"""
         wanted = back_protocol(front, self.offered_protocol)
-        return not wanted & ~self.frontend.protocol_features
+        return not wanted & ~self.peer.protocol_features
 
     def set_features(self, front: int) -> None:
         """Accept features, by those that the front has accepted."""
         features = back_features(front, self.offered)
-        if features != self.features:
-            self.frontend.set_features(features)
-            self.features = features
+        if features != self.has.features:
+            self.peer.set_features(features)
+            self.has.features = features
 
-    def start_ring(
-        self, index: int, size: int, area: int, *, kick: Fd, call: Fd, err: Fd
-    ) -> None:
-        """Start a ring whose shadow is at `area` for the back; not enabled yet."""
+    def reset_device(self) -> None:
+        """Reset the device, if the back knows how to; it forgets its features then."""
+        if self.peer.protocol_features & ProtocolFeature.RESET_DEVICE:
+            self.peer.reset_device()
+            self.has.features = 0
+
+    def start_ring(self, ring: ShadowRing, *, kick: Fd, call: Fd, err: Fd) -> None:
+        """Start a ring; it is not enabled yet."""
         self._announce()
-        desc, avail, used = (area + offset for offset in shadow_parts(size))
-        self.frontend.set_vring_num(index, size)
-        self.frontend.set_vring_base(index, 0)
-        self.frontend.set_vring_addr(VringAddr(index, 0, desc, used, avail))
-        self.frontend.set_vring_call(index, call)
-        self.frontend.set_vring_err(index, err)
-        self.frontend.set_vring_kick(index, kick)
+        self.peer.set_vring_num(ring.number, ring.size)
+        self.peer.set_vring_base(ring.number, ring.base)
+        self.peer.set_vring_addr(
+            VringAddr(ring.number, 0, ring.desc, ring.used, ring.avail)
+        )
+        self.peer.set_vring_call(ring.number, call)
+        self.peer.set_vring_err(ring.number, err)
+        self.peer.set_vring_kick(ring.number, kick)
+
+    def stop_ring(self, index: int) -> int:
+        """Stop a ring; return the base at which the back says it has stopped."""
+        return self.peer.get_vring_base(index)
 
     def enable_ring(self, index: int, enable: bool) -> None:
         """Enable a ring or not, and return when the back has done it."""
-        if self.features & Feature.PROTOCOL_FEATURES:
-            self.frontend.set_vring_enable(index, enable)
-        if not self.frontend.protocol_features & ProtocolFeature.REPLY_ACK:
-            self.frontend.barrier()
+        if self.has.features & Feature.PROTOCOL_FEATURES:
+            self.peer.set_vring_enable(index, enable)
+        if not self.peer.protocol_features & ProtocolFeature.REPLY_ACK:
+            self.peer.barrier()
 
     @property
     def busy(self) -> bool:
@@ -154,19 +197,10 @@ class Back:
         log.info("isolated memory: %d KiB less", region.size >> 10)
         self._move(Request.REM_MEM_REG, region, [], region.close)
 
-    def answer_wait(self) -> float | None:
-        """Return the seconds that it still has to answer; None: it owes no answer."""
-        until = self.frontend.owed_until
-        return None if until is None else max(0.0, until - time.monotonic())
-
-    def collect_late(self) -> None:
-        """DeadlineExceeded if it owes an answer for too long."""
-        if self.answer_wait() == 0:
-            self.frontend.collect()
-
     def close(self) -> None:
         """Hang up. No pump may use the isolated memory any more."""
-        self.frontend.close()
+        self.link = Link.DOWN
+        self.peer.close()
         if self.requests is not None:
             self.requests.channel.close()
             self.requests = None
@@ -175,31 +209,56 @@ class Back:
         if self._memory is not None:
             self._memory.close()
 
-    def requests_fileno(self) -> int:
-        """The socket on which the back's own requests come; -1: don't look there now.
+    def fileno(self) -> int:
+        return self.peer.fileno()
 
-        They are looked at now and then only, so a flood of them is not our problem.
+    def waited_for(self) -> list[int]:
+        """The descriptors that can have something for look().
+
+        The back's own requests are looked at now and then only, so a flood of them
+        takes little time.
         """
-        if self.requests is None or self.requests_wait() > 0:
-            return -1
-        return self.requests.channel.fileno()
+        found = [self.peer.fileno()]
+        if self.requests is not None and not self.requests_wait():
+            found.append(self.requests.channel.fileno())
+        return found
+
+    def next_look(self) -> float | None:
+        """Seconds until look() has something to do by itself; None: it has not."""
+        waits = [self.requests_wait()] if self.requests is not None else []
+        if self.peer.owed_until is not None:
+            waits.append(self.peer.owed_until - time.monotonic())
+        waits = [wait for wait in waits if wait > 0]
+        return min(waits, default=None)
 
     def requests_wait(self) -> float:
         """Seconds until the back's own requests are looked at again."""
         return max(0.0, self._served + REQUESTS_INTERVAL - time.monotonic())
 
-    def serve_requests(self) -> None:
+    def look(self, ready: set[int]) -> None:
+        """See to messages that have come on these descriptors; waits for none of them.
+
+        BackLost if the back has hung up, DeadlineExceeded if it owes an answer for too
+        long.
+        """
+        late = self.peer.owed_until is not None and (
+            self.peer.owed_until <= time.monotonic()
+        )
+        if late or self.peer.fileno() in ready:
+            self.peer.collect()
+        if self.requests is not None and self.requests.channel.fileno() in ready:
+            self._serve_requests(self.requests)
+
+    def _serve_requests(self, requests: Responder) -> None:
         """Serve the requests that have come, and pass on once what they mean."""
-        if self.requests is None:
-            return
         self._served = time.monotonic()
         try:
             for _ in range(REQUESTS_AT_ONCE):
-                if not self.requests.handle_now():
+                if not requests.handle_now():
                     break
         except Disconnected:
-            log.info("back: it will have no requests any more")
-            self.requests.channel.close()
+            log.info("back: it hung up its socket for requests")
+            requests.channel.close()
             self.requests = None
         if self._changed:
             self._changed = False
@@ -207,19 +266,19 @@ class Back:
 
     def _announce(self) -> None:
         """Tell the back its memory, once: then no such message is sent for long."""
-        if self._announced:
+        if self.link is Link.UP:
             return
-        self._announced = True
+        self.link = Link.UP
         if not self.memory.slots:
-            self.frontend.set_mem_table(
+            self.peer.set_mem_table(
                 (region.announced, region.fd) for region in self.memory.regions
             )
             return
         rings = self.memory.rings
-        self.frontend.add_mem_region(rings.announced, rings.fd)
+        self.peer.add_mem_region(rings.announced, rings.fd)
         if first := self.memory.grow(0):
             self.memory.open(first)
-            self.frontend.add_mem_region(first.announced, first.fd)
+            self.peer.add_mem_region(first.announced, first.fd)
         self.memory.pool.set_may_grow(True)
 
     def _move(
@@ -234,7 +293,7 @@ class Back:
             then()
 
         self._moving = region
-        self.frontend.post(request, region.announced, fds, answered)
+        self.peer.post(request, region.announced, fds, answered)
 
     def _open_requests(self, accepted: ProtocolFeature) -> None:
         ours, theirs = socket.socketpair()
@@ -246,7 +305,7 @@ class Back:
                 BACKEND_RULES,
                 accepted,
             )
-            self.frontend.set_backend_req_fd(theirs)
+            self.peer.set_backend_req_fd(theirs)
 
     def _on_config_change(self, payload: object, fds: list[Fd]) -> None:
         self._changed = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UsageError
+from .config import MRG_RXBUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class DeviceType:
     name: str
     copy: str = "full"
     """The copy policy that fits; one of dataplane.pump.POLICIES."""
+    whole_batches: int = 0
+    """Feature bits with which a request may be in several chains."""
     refused: str = ""
     """Why it can't be isolated; empty: it can."""
 
@@ -28,7 +31,7 @@ class DeviceType:
 TYPES = (
     # A posted receive buffer is far larger than most packets, and back-ends say exactly
     # how much they have written.
-    DeviceType(1, "net", copy="used"),
+    DeviceType(1, "net", copy="used", whole_batches=MRG_RXBUF),
     DeviceType(2, "block"),
     DeviceType(3, "console"),
     DeviceType(4, "rng"),

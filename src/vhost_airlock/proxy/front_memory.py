@@ -93,12 +93,18 @@ class FrontMemory:
             mapped.mapping.close()
         self._gone.clear()
 
-    def find(self, user_addr: int, size: int) -> int | None:
-        """Return our address of a range of user addresses that one region holds."""
+    def find(self, user_addr: int, size: int) -> tuple[int, int] | None:
+        """Return our address and the guest's of a range of user addresses.
+
+        None if no region holds all of it.
+        """
         for mapped in self._regions:
             offset = user_addr - mapped.region.user_addr
             if offset >= 0 and offset + size <= mapped.region.size:
-                return mapped.mapping.address + offset
+                return (
+                    mapped.mapping.address + offset,
+                    mapped.region.guest_addr + offset,
+                )
         return None
 
     def close(self) -> None:

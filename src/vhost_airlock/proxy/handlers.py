@@ -56,8 +56,8 @@ def set_owner(device: Device, _: Empty, fds: Fds) -> None:
 
 def reset_owner(device: Device, _: Empty, fds: Fds) -> None:
     """Deprecated, and ambiguous: take it for 'disable all rings'."""
-    for index in device.rings:
-        device.enable_ring(index, False)
+    for ring in device.rings.values():
+        ring.enable(False)
 
 
 def set_mem_table(device: Device, table: MemoryTable, fds: Fds) -> None:
@@ -77,12 +77,11 @@ def get_max_mem_slots(device: Device, _: Empty, fds: Fds) -> Result:
 
 
 def set_vring_num(device: Device, state: VringState, fds: Fds) -> None:
-    device.ring(state.index).vring.set_num(state.num)
-    device.start_rings()
+    device.ring(state.index).set_num(state.num)
 
 
 def set_vring_base(device: Device, state: VringState, fds: Fds) -> None:
-    device.ring(state.index).vring.set_base(state.num)
+    device.ring(state.index).set_base(state.num)
 
 
 def set_vring_addr(device: Device, addr: VringAddr, fds: Fds) -> None:
@@ -90,29 +89,29 @@ def set_vring_addr(device: Device, addr: VringAddr, fds: Fds) -> None:
 
 
 def get_vring_base(device: Device, state: VringState, fds: Fds) -> Result:
-    return VringState(state.index, device.stop_ring(state.index))
+    return VringState(state.index, device.ring(state.index).stop())
 
 
 def set_vring_kick(device: Device, vring: VringFd, fds: Fds) -> None:
     if vring.nofd:
         raise RequestRefused(f"SET_VRING_KICK: ring {vring.index}: polling mode")
-    device.kick_ring(vring.index, fds.pop())
+    device.ring(vring.index).set_kick(fds.pop())
 
 
 def set_vring_call(device: Device, vring: VringFd, fds: Fds) -> None:
-    device.ring(vring.index).replace_call(fds.pop() if fds else None)
+    device.ring(vring.index).set_call(fds.pop() if fds else None)
 
 
 def set_vring_err(device: Device, vring: VringFd, fds: Fds) -> None:
-    device.ring(vring.index).replace_err(fds.pop() if fds else None)
+    device.ring(vring.index).set_err(fds.pop() if fds else None)
 
 
 def set_vring_enable(device: Device, state: VringState, fds: Fds) -> None:
-    device.enable_ring(state.index, bool(state.num))
+    device.ring(state.index).enable(bool(state.num))
 
 
 def set_backend_req_fd(device: Device, _: Empty, fds: Fds) -> None:
-    device.set_front_requests(fds.pop())
+    device.front_requests.connect(fds.pop())
 
 
 def reset_device(device: Device, _: Empty, fds: Fds) -> None:
@@ -120,40 +119,40 @@ def reset_device(device: Device, _: Empty, fds: Fds) -> None:
 
 
 def get_queue_num(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.frontend.get_queue_num())
+    return U64(device.peer.get_queue_num())
 
 
 def get_config(device: Device, asked: Config, fds: Fds) -> Result:
-    data = device.frontend.get_config(asked.offset, asked.size, asked.flags)
+    data = device.peer.get_config(asked.offset, asked.size, asked.flags)
     return Config(asked.offset, asked.size, asked.flags, data)
 
 
 def set_config(device: Device, config: Config, fds: Fds) -> None:
-    device.frontend.set_config(config.offset, config.data, config.flags)
+    device.peer.set_config(config.offset, config.data, config.flags)
 
 
 def send_rarp(device: Device, mac: U64, fds: Fds) -> None:
-    device.frontend.exchange(Request.SEND_RARP, mac)
+    device.peer.exchange(Request.SEND_RARP, mac)
 
 
 def net_set_mtu(device: Device, mtu: U64, fds: Fds) -> None:
-    device.frontend.net_set_mtu(mtu.value)
+    device.peer.net_set_mtu(mtu.value)
 
 
 def create_crypto_session(device: Device, session: CryptoSession, fds: Fds) -> Result:
-    return device.frontend.create_crypto_session(session)
+    return device.peer.create_crypto_session(session)
 
 
 def close_crypto_session(device: Device, session: U64, fds: Fds) -> None:
-    device.frontend.close_crypto_session(session.value)
+    device.peer.close_crypto_session(session.value)
 
 
 def set_status(device: Device, status: U64, fds: Fds) -> None:
-    device.frontend.set_status(status.value)
+    device.peer.set_status(status.value)
 
 
 def get_status(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.frontend.get_status())
+    return U64(device.peer.get_status())
 
 
 def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:
@@ -224,7 +223,11 @@ def bind(device: Device) -> dict[Request, Handler]:
     """Return the handlers of one device's front."""
 
     def of(handler: DeviceHandler) -> Handler:
-        return lambda payload, fds: handler(device, payload, fds)
+        def bound(payload: Any, fds: Fds) -> Result:
+            with device.message():
+                return handler(device, payload, fds)
+
+        return bound
 
     def refuse(request: Request, reason: str) -> Handler:
         def handler(payload: Any, fds: Fds) -> Result:

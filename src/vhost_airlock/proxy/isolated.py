@@ -92,6 +92,23 @@ def _memfd(name: str, flags: int) -> int:
     return os.memfd_create(name, flags)
 
 
+@dataclass(slots=True)
+class RingMemory:
+    """Two rooms of the same size for one ring's shadow, used in turns."""
+
+    start: int
+    """In the memory for rings, in bytes."""
+    size: int
+    """Of each."""
+    second: bool = False
+    """Whether the second one was used last."""
+
+    def turn(self) -> int:
+        """Use the other room; return where it starts."""
+        self.second = not self.second
+        return self.start + self.size * self.second
+
+
 class IsolatedMemory:
     """The regions of one connection to a back, and the pool in them.
 
@@ -124,7 +141,7 @@ class IsolatedMemory:
         rings_size = RINGS_SIZE + (0 if self.lone_has_slot else lone_size)
         self.rings = self._make("vhost-airlock-rings", rings_size)
         self._rings_used = 0
-        self._ring_areas: dict[int, tuple[int, int, int]] = {}
+        self._ring_memory: dict[int, RingMemory] = {}
         self._pool_regions: dict[int, Region] = {}
         if not slots:
             self._add_to_pool(self.limit)
@@ -150,23 +167,27 @@ class IsolatedMemory:
         """Is the pool as small as it gets?"""
         return not self.slots or len(self._pool_regions) < 2
 
-    def ring_area(self, index: int, size: int, *, fresh: bool) -> tuple[int, int]:
-        """Room of `size` bytes for the shadow of a ring: (our address, the back's).
+    def ring_memory(self, index: int, size: int) -> tuple[int, int]:
+        """Room of `size` bytes for a shadow ring: (our address, the back's).
 
-        It is the ring's last one, if that is large enough and need not be `fresh`.
+        It is never the last one of this ring: a back that writes late to the ring that
+        it was told to leave does not write to the next one.
         """
-        host, back, room = self._ring_areas.get(index, (0, 0, 0))
-        if room < size or fresh:
-            start = self._rings_used
-            if start + size > RINGS_SIZE:
-                raise RequestRefused(
-                    f"ring {index}: rings need more than {RINGS_SIZE} bytes"
-                )
-            self._rings_used = (start + size + PAGE - 1) // PAGE * PAGE
-            host = self.rings.mapping.address + start
-            back = self.rings.announced.guest_addr + start
-            self._ring_areas[index] = host, back, size
-        return host, back
+        rooms = self._ring_memory.get(index)
+        if rooms is None or rooms.size < size:
+            size = _pages(size)
+            rooms = RingMemory(self._allot(index, 2 * size), size)
+            self._ring_memory[index] = rooms
+        return self._addresses(rooms.turn())
+
+    def slot_memory(self, index: int, size: int) -> tuple[int, int]:
+        """Room of `size` bytes for slots of a ring: (our address, the back's)."""
+        return self._addresses(self._allot(index, size))
+
+    def forget_rings(self) -> None:
+        """No ring is there any more, nor any chain of one."""
+        self._rings_used = 0
+        self._ring_memory.clear()
 
     def grow(self, wanted: int) -> Region | None:
         """Make one more region, with room for a block of `wanted` bytes.
@@ -239,6 +260,22 @@ class IsolatedMemory:
         for region in self.regions:
             region.close()
 
+    def _allot(self, index: int, size: int) -> int:
+        """Take memory for rings, which is not given back; return where it starts."""
+        start = self._rings_used
+        if start + size > RINGS_SIZE:
+            raise RequestRefused(
+                f"ring {index}: rings need more than {RINGS_SIZE} bytes"
+            )
+        self._rings_used = start + _pages(size)
+        return start
+
+    def _addresses(self, start: int) -> tuple[int, int]:
+        return (
+            self.rings.mapping.address + start,
+            self.rings.announced.guest_addr + start,
+        )
+
     def _add_to_pool(self, size: int) -> None:
         self.open(self._make("vhost-airlock-pool", size))
 
@@ -257,6 +294,11 @@ class IsolatedMemory:
             fd.close()
             raise
         return Region(fd, mapping, MemoryRegion(address, size, address))
+
+
+def _pages(size: int) -> int:
+    """The size of as many whole pages as so many bytes take."""
+    return -(-size // PAGE) * PAGE
 
 
 def _power_below(size: int) -> int:

@@ -1,40 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """A ring with all that belongs to it: the front's side, the pump, the back's side.
 
-It is made when the front first speaks of it. When it starts, the pump takes both
-sides; when it stops, what is in flight is waited for, and what the back has not taken
-is the guest's again. Between, the worker runs it and this module is not involved.
+It is made when the front first speaks of it, and lives as long as the session, with one
+pump. What happens to it, and what it does then, is the table of state.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import select
-import time
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from ..dataplane.pump import BACK_SIGNALLED, Pump, area_bytes
+from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
 from ..dataplane.worker import Worker
-from ..errors import RequestRefused, SessionError
-from ..vhost.fds import Fd, HasFileno, drain, eventfd, notify
+from ..errors import RequestRefused
+from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature, VringAddr
-from .back import Back
+from .back import Back, ShadowRing
+from .config import Config
+from .drain import await_done, await_fetched
+from .features import require_modern
 from .front_memory import FrontMemory
-from .state import Vring
+from .ration import Ration
+from .state import TABLE, Action, Change, Event, State, Vring
 
 log = logging.getLogger(__name__)
 
-QUIET = 0.1
-"""Seconds without a completion after which a back that does not tell how far it has
-fetched is asked to stop."""
-MRG_RXBUF = 1 << 15
-"""VIRTIO_NET_F_MRG_RXBUF: a packet may be in several chains, which the guest must see
-all at once (virtio 1.3, 5.1.6.4). Another device's feature of this number costs speed
-at most."""
-TICK = 0.002
-"""Seconds between looks at a ring whose back signals no completions any more."""
+
+class Owner(Protocol):
+    """What a ring needs of its device."""
+
+    config: Config
+    memory: FrontMemory
+    events: HasFileno
+    """Signalled by the workers."""
+    features: int | None
+    """Accepted by the front; None: not yet."""
+
+    @property
+    def informed(self) -> Back:
+        """The back, ready for a ring to start."""
+
+    @property
+    def back(self) -> Back: ...
+
+    def drain_deadline(self) -> float:
+        """When the wait for chains in flight ends, in time.monotonic()."""
+
+    def share_pool(self) -> None:
+        """Set the shares of all rings that have a pump."""
 
 
 @dataclass(slots=True)
@@ -53,179 +68,86 @@ class FrontFds:
 
 
 class Ring:
-    """One ring of a session. `events` is what the worker signals."""
+    """One ring of a session, run by `worker`."""
 
-    def __init__(self, index: int, worker: Worker, events: HasFileno) -> None:
+    def __init__(self, index: int, worker: Worker, owner: Owner) -> None:
         self.vring = Vring(index)
+        self.state = State.STOPPED
         self.front = FrontFds()
         self.worker = worker
-        self.events = events
-        self.pumps: list[Pump] = []
-        """The one in use is the last; the back may still write to buffers of others."""
+        self.owner = owner
+        self.pump: Pump | None = None
+        """Made with the first start."""
         self.kick = eventfd()
         self.call = eventfd()
         self.err = eventfd()
         """Ours for the back; signalled by it when it finds the ring broken."""
-        self._told_fault = 0
+        self._faults = Ration()
+        self._guesses_base = False
+        """It was started without a base that the front had told."""
 
     @property
     def index(self) -> int:
         return self.vring.index
 
     @property
-    def pump(self) -> Pump | None:
-        return self.pumps[-1] if self.pumps else None
-
-    @property
     def attached(self) -> bool:
-        return self.pump is not None and self.pump.attached
+        return self.state is not State.STOPPED
 
     @property
     def intact(self) -> bool:
         """Is it in use, and not broken?"""
-        return self.pump is not None and self.pump.attached and not self.pump.fault
+        return self.state in (State.HELD, State.RUNNING)
 
     @property
     def quarantined(self) -> int:
-        """How many requests a stop left behind: the back may still write to them."""
-        return sum(pump.quarantined for pump in self.pumps)
-
-    def counters(self) -> dict[str, int]:
-        """What was done since the ring was made, and what it holds now, by name.
-
-        Any thread may ask.
-        """
-        total: Counter[str] = Counter()
-        for pump in list(self.pumps):
-            total.update(pump.counters())
-        return dict(total)
-
-    def condition(self) -> dict[str, object]:
-        """What the front has made of it, and why it is broken. Any thread may ask."""
-        pump = self.pump
-        return {
-            "phase": self.vring.phase.name.lower(),
-            "fault": None if pump is None else pump.reason,
-        }
-
-    def set_guaranteed(self, size: int) -> None:
-        """So much of the pool, in bytes, is this ring's; while no worker runs."""
-        for pump in self.pumps:
-            pump.set_guaranteed(size if pump is self.pump else 0)
-
-    def locate(self, memory: FrontMemory) -> tuple[int, int, int] | None:
-        """Return our addresses of descriptors, avail ring and used ring, if mapped."""
-        found = [memory.find(address, size) for address, size in self.vring.parts()]
-        desc, avail, used = found
-        if desc is None or avail is None or used is None:
-            return None
-        if desc % 8 or avail % 2 or used % 4:
-            raise RequestRefused(f"ring {self.index} is misaligned in its file")
-        return desc, avail, used
-
-    def start(
-        self, back: Back, memory: FrontMemory, features: int, policy: str
-    ) -> None:
-        """Set up both sides and begin."""
-        parts = self.locate(memory)
-        if parts is None:
-            raise RequestRefused(f"ring {self.index} is not in the guest's memory")
-        size = self.vring.num
-        fresh = self.pump is not None and self.pump.quarantined > 0
-        area = back.memory.ring_area(self.index, area_bytes(size), fresh=fresh)
-        if self.pump is None or fresh:
-            pool = back.memory.pool
-            self.pumps.append(Pump(self.index, memory.guest, pool, policy))
-        pump = self.pumps[-1]
-        with self.worker.pause():
-            pump.attach(
-                size=size,
-                base=self.vring.base,
-                guest=parts,
-                guest_event_idx=bool(features & Feature.EVENT_IDX),
-                guest_indirect=bool(features & Feature.INDIRECT_DESC),
-                shadow=area,
-                shadow_event_idx=bool(back.features & Feature.EVENT_IDX),
-                shadow_indirect=bool(back.features & Feature.INDIRECT_DESC),
-                whole_batches=bool(features & MRG_RXBUF),
-            )
-        for fd in (self.kick, self.call, self.err):
-            drain(fd)
-        self._told_fault = 0
-        back.start_ring(
-            self.index, size, area[1], kick=self.kick, call=self.call, err=self.err
-        )
-        self.worker.watch(self.call.fileno())
-        self.connect_fds()
-        self.enable(back, self.vring.phase.enabled)
-        # The specification wants a kick with the start, and rust-vmm needs it. It can
-        # wait, if the back has seen to that; let it be the worker who does.
-        with self.worker.pause():
-            pump.kick()
-
-    def enable(self, back: Back, enable: bool) -> None:
-        """Take new chains from the guest, or only end what is in flight."""
+        """Chains that a stop has left with the back, which may still write to them."""
         if self.pump is None:
-            return
-        if not enable:
-            with self.worker.pause():
-                self.pump.set_taking(False)
-        back.enable_ring(self.index, enable)
-        if enable:
-            with self.worker.pause():
-                self.pump.set_taking(True)
+            return 0
+        self.pump.look_back()
+        return self.pump.quarantined
 
-    def connect_fds(self) -> None:
-        """Let the worker use the descriptors as they are now."""
-        if self.pump is None or not self.pump.attached:
-            return
-        with self.worker.pause():
-            self.pump.set_fds(
-                kick_in=_number(self.front.kick),
-                call_out=_number(self.front.call),
-                kick_out=self.kick.fileno(),
-                call_in=self.call.fileno(),
-            )
-            self.worker.add(self.pump)
+    # What the front tells. Each may come at any time.
 
-    def replace_kick(self, fd: Fd) -> None:
-        """The guest kicks here from now on. RequestRefused if one can't wait for it."""
-        try:
-            self.worker.watch(fd.fileno())
-        except ValueError as error:
-            fd.close()
-            raise RequestRefused(f"SET_VRING_KICK: {error}") from None
-        self._drop_kick()
-        self.front.kick = fd
-        self.connect_fds()
+    def set_num(self, num: int) -> None:
+        Vring(self.index).set_num(num)  # no reason to stop, if it is to be refused
+        self.retell("SET_VRING_NUM")
+        self.vring.set_num(num)
 
-    def replace_call(self, fd: Fd | None) -> None:
-        """The guest is called here from now on; None: never.
+    def set_base(self, base: int) -> None:
+        """If it comes late, to a ring that began without, the ring begins there."""
+        Vring(self.index).set_base(base)
+        if self._guesses_base and self.pump is not None and self.attached:
+            self._guesses_base = False
+            if base == self.pump.base:
+                self.vring.base = base
+                return
+            self._stop(Event.STOP)
+        else:
+            self.retell("SET_VRING_BASE")
+        self.vring.set_base(base)
 
-        Returns when the old one is not used any more. What was signalled there may have
-        been missed, so the new one is signalled once.
+    def retell(self, request: str) -> None:
+        """Stop: the front is about to tell new values. RequestRefused if it is enabled.
+
+        The ring starts again when it is kicked or enabled.
         """
-        old, self.front.call = self.front.call, fd
-        self.connect_fds()
-        if old is not None:
-            old.close()
-        if fd is not None and self.attached:
-            _tell(fd)
+        if self.state is State.STOPPED:
+            return
+        try:
+            self._stop(Event.RETELL)
+        except RequestRefused as refused:
+            raise RequestRefused(f"{request}: {refused}") from None
+        self.vring.started = False
 
-    def replace_err(self, fd: Fd | None) -> None:
-        """The front is told here when the ring breaks."""
-        if self.front.err is not None:
-            self.front.err.close()
-        self.front.err = fd
-
-    def set_address(self, addr: VringAddr, memory: FrontMemory) -> None:
+    def set_address(self, addr: VringAddr) -> None:
         """The ring is there. If it is started it goes on there, or is left as it is."""
         old = self.vring.addr
         self.vring.set_addr(addr)
-        if self.pump is None or not self.pump.attached:
+        if self.pump is None or not self.attached:
             return
         try:
-            parts = self.locate(memory)
+            parts = self.locate()
             if parts is None:
                 raise RequestRefused(
                     f"SET_VRING_ADDR: ring {self.index} is not in the guest's memory"
@@ -236,66 +158,151 @@ class Ring:
         with self.worker.pause():
             self.pump.move(parts)
 
-    def relocate(self, memory: FrontMemory) -> None:
+    def set_kick(self, fd: Fd) -> None:
+        """Start the ring: the guest kicks it here from now on.
+
+        RequestRefused if the descriptor is of no kind that can be waited for.
+        """
+        try:
+            self.worker.watch(fd.fileno())
+        except ValueError as error:
+            fd.close()
+            raise RequestRefused(
+                f"SET_VRING_KICK: ring {self.index}: {error}"
+            ) from None
+        self._drop_kick()
+        self.front.kick = fd
+        self.vring.started = True
+
+    def set_call(self, fd: Fd | None) -> None:
+        """The guest is called here from now on; None: never.
+
+        Returns when the old one is not used any more. A call there may have been
+        missed, so the guest is called once at the new one.
+        """
+        old, self.front.call = self.front.call, fd
+        self._connect_fds(call=fd is not None)
+        if old is not None:
+            old.close()
+
+    def set_err(self, fd: Fd | None) -> None:
+        """The front is told here when the ring breaks; None: it is not."""
+        old, self.front.err = self.front.err, fd
+        self._connect_fds()
+        if old is not None:
+            old.close()
+
+    def enable(self, enable: bool) -> None:
+        """Take chains, or only end those in flight.
+
+        Enabling starts a ring again that was stopped to take new values.
+        """
+        self.vring.enabled = enable
+        if enable and self.front.kick is not None:
+            self.vring.started = True
+        self._happen(Event.ENABLE if enable else Event.DISABLE)
+
+    def start_if_ready(self) -> None:
+        """Start the ring if it is stopped, and all there that a start takes.
+
+        RequestRefused if it can't be: the front has to start it anew then.
+        """
+        features = self.owner.features
+        if self.state is not State.STOPPED or not self.vring.told or features is None:
+            return
+        try:
+            if self.locate() is None:
+                return
+            require_modern(features)
+            self._happen(Event.READY)
+        except RequestRefused:
+            self.vring.started = False
+            raise
+        self._happen(Event.STARTED)
+        if self.vring.enabled or not features & Feature.PROTOCOL_FEATURES:
+            self._happen(Event.ENABLE)
+
+    def quiesce(self) -> None:
+        """Take no more chains; those in flight go on to end. A stop follows."""
+        if self.pump is not None and self.attached:
+            with self.worker.pause():
+                self.pump.set_taking(False)
+
+    def stop(self, *, quietly: bool = False) -> int:
+        """Stop the ring for the front, which has to start it anew then.
+
+        Returns the base at which it can go on.
+
+        Chains in flight have until the owner's deadline to end. After this, the memory
+        of the guest's ring and of its chains is not touched.
+        """
+        self._stop(Event.STOP, quietly=quietly)
+        self._drop_kick()
+        self.vring.started = False
+        return self.vring.base or 0
+
+    def abandon(self) -> None:
+        """Let go of the ring without the back, which is gone."""
+        self._happen(Event.LOST)
+
+    # What else there is to do.
+
+    def locate(self) -> list[tuple[int, int]] | None:
+        """Return our address and the guest's of descriptors, avail and used ring.
+
+        None: not all of it is in the guest's memory.
+        """
+        found = []
+        for user, size, align in self.vring.parts():
+            place = self.owner.memory.find(user, size)
+            if place is None:
+                return None
+            if place[0] % min(align, 8):
+                raise RequestRefused(f"ring {self.index} is misaligned in its file")
+            found.append(place)
+        return found
+
+    def relocate(self) -> None:
         """The guest's memory has changed; the worker must stand still.
 
         A ring that isn't there any more, or can't be used as it is there, is broken.
         """
-        if self.pump is not None and self.pump.attached:
+        if self.pump is not None and self.attached:
             try:
-                parts = self.locate(memory)
+                parts = self.locate()
             except RequestRefused:
                 parts = None
             self.pump.move(parts)
 
-    def quiesce(self) -> None:
-        """Take nothing new from the guest; what is in flight goes on to end."""
+    def set_guaranteed(self, size: int) -> None:
+        """So much of the pool, in bytes, is this ring's; while no worker runs."""
         if self.pump is not None:
-            with self.worker.pause():
-                self.pump.set_taking(False)
+            self.pump.set_guaranteed(size)
 
-    def stop(self, back: Back, deadline: float) -> int:
-        """Stop the ring; return the base at which it can go on.
-
-        Requests in flight have until `deadline`, of time.monotonic(), to end. After
-        this, the memory of the guest's ring and of its requests is not touched.
-        SessionError if no base can say which ones ended. Of a broken ring, then, those
-        that did not are lost: the guest has to reset it, and no request is done twice.
-        """
+    def check(self, *, quietly: bool = False) -> None:
+        """See if the ring is broken, and say so in the log, once, unless `quietly`."""
         pump = self.pump
-        if pump is None or not pump.attached:
-            return self.vring.base
-        with self.worker.pause():
-            pump.set_taking(False)
-            pump.set_draining(True)
-            self.worker.add(pump)
-        broken = pump.fault
-        if not broken:
-            self._await_drained(pump, back, deadline)
-        fetched = back.frontend.get_vring_base(self.index) & 0xFFFF
-        if not broken:
-            self._await_fetched(pump, fetched, deadline)
-        return self._detach(pump, fetched)
-
-    def abandon(self) -> None:
-        """Let go of the ring without the back, which is gone."""
-        if self.pump is not None and self.pump.attached:
-            self._detach(self.pump, None)
-
-    def check(self) -> str | None:
-        """Return why the ring is broken, once; the front is told by its descriptor."""
-        pump = self.pump
-        if pump is None:
-            return None
-        if self.intact and drain(self.err):
+        if pump is None or not self.intact:
+            return
+        if drain(self.err):
             with self.worker.pause():
                 pump.set_fault(BACK_SIGNALLED)
-        if pump.fault in (0, self._told_fault):
-            return None
-        self._told_fault = pump.fault
-        if self.front.err is not None:
-            _tell(self.front.err)
-        return pump.reason
+        if not pump.fault:
+            return
+        self._happen(Event.GUEST_FAULT if pump.drains else Event.FAULT)
+        if not quietly:
+            self._faults.log(log, "ring %d is broken: %s", self.index, pump.reason)
+
+    def counters(self) -> dict[str, int]:
+        """The numbers of the session so far and of now, by name. Any thread may ask."""
+        return {} if self.pump is None else self.pump.counters()
+
+    def condition(self) -> dict[str, object]:
+        """The ring's state, and why it is broken. Any thread may ask."""
+        return {
+            "phase": self.state.name.lower(),
+            "fault": None if self.pump is None else self.pump.reason,
+        }
 
     def close(self) -> None:
         """Give back all descriptors; the ring is stopped or abandoned."""
@@ -303,60 +310,124 @@ class Ring:
         for fd in (self.kick, self.call, self.err):
             fd.close()
 
-    def _await_drained(self, pump: Pump, back: Back, deadline: float) -> None:
-        """Wait until what the back has fetched is done, as far as it tells."""
-        poll = select.poll()
-        poll.register(self.events.fileno(), select.POLLIN)
-        poll.register(back.frontend.fileno(), select.POLLRDHUP)
-        quiet_since, seen = time.monotonic(), pump.outstanding
-        while not pump.drained:
-            now = time.monotonic()
-            if pump.outstanding != seen:
-                quiet_since, seen = now, pump.outstanding
-            end = deadline if pump.tells else min(deadline, quiet_since + QUIET)
-            if now >= end:
-                return
-            for fd, _ in poll.poll((end - now) * 1000):
-                if fd == self.events.fileno():
-                    drain(self.events)
-                else:
-                    raise SessionError("back: closed the connection")
+    # The table, and its actions.
 
-    def _await_fetched(self, pump: Pump, fetched: int, deadline: float) -> None:
-        """Wait until as much is done as the back says it has fetched.
+    def _happen(self, event: Event) -> None:
+        """Go to the next state, by the action that leads there."""
+        change = TABLE.get((self.state, event), Change(self.state))
+        _ACTIONS[change.action](self)
+        self.state = change.state
 
-        It does not signal completions any more, so they are looked for.
-        """
-        while True:
-            with self.worker.pause():
-                _, call, _ = pump.step()
-                owed = pump.owes(fetched)
-            if call and self.front.call is not None:
-                _tell(self.front.call)
-            done = owed == 0 or owed > pump.outstanding  # which can't be true
-            if done or time.monotonic() >= deadline:
-                return
-            time.sleep(TICK)
+    def _stop(self, event: Event, *, quietly: bool = False) -> None:
+        self.check(quietly=quietly)
+        self._happen(event)
+        self._happen(Event.DRAINED)
 
-    def _detach(self, pump: Pump, fetched: int | None) -> int:
+    def _attach(self) -> None:
+        owner, vring, back = self.owner, self.vring, self.owner.informed
+        parts, features = self.locate(), owner.features or 0
+        assert parts is not None, "READY happens to a ring in the guest's memory only"
+        if self.pump is None:
+            pool, policy = back.memory.pool, owner.config.copy
+            self.pump = Pump(self.index, owner.memory.guest, pool, policy)
+        pump = self.pump
+        if pump.slots < vring.num:
+            size = slot_bytes(vring.num - pump.slots)
+            pump.add_slots(vring.num, *back.memory.slot_memory(self.index, size))
+        host, at = back.memory.ring_memory(self.index, shadow_bytes(vring.num))
+        shadow = ShadowRing(self.index, *pump.prepare(vring.num, host, at))
+        for fd in (self.kick, self.call, self.err):
+            drain(fd)
+        back.start_ring(shadow, kick=self.kick, call=self.call, err=self.err)
+        self._guesses_base = vring.base is None
         with self.worker.pause():
-            broken = pump.fault
-            done, unfinished, last = pump.detach(fetched)
-            self.worker.remove(pump)
-        self._drop_kick()
+            pump.attach(
+                size=vring.num,
+                base=vring.base,
+                guest=parts,
+                guest_event_idx=bool(features & Feature.EVENT_IDX),
+                guest_indirect=bool(features & Feature.INDIRECT_DESC),
+                shadow=host,
+                shadow_event_idx=bool(back.has.features & Feature.EVENT_IDX),
+                shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
+                whole_batches=bool(features & owner.config.whole_batches),
+            )
+            # The specification wants a kick with the start, and rust-vmm needs it. It
+            # can wait, if the back has seen to that; let it be the worker that does.
+            pump.kick()
+        self.worker.watch(self.call.fileno())
+        owner.share_pool()
+        self._connect_fds()
+
+    def _take(self) -> None:
+        assert self.pump is not None
+        self.owner.back.enable_ring(self.index, True)
+        with self.worker.pause():
+            self.pump.set_taking(True)
+            self.pump.kick()
+
+    def _hold(self) -> None:
+        self.quiesce()
+        self.owner.back.enable_ring(self.index, False)
+
+    def _drain(self) -> None:
+        pump, owner = self.pump, self.owner
+        assert pump is not None
+        with self.worker.pause():
+            pump.set_taking(False)
+            pump.set_draining(True)
+            self.worker.add(pump)
+        if pump.drains:
+            deadline = owner.drain_deadline()
+            await_fetched(pump, owner.back, owner.events, deadline)
+
+    def _detach(self) -> None:
+        pump, owner = self.pump, self.owner
+        assert pump is not None
+        base = owner.back.stop_ring(self.index)
+        if pump.drains:
+            await_done(pump, owner.back, self.worker, base, owner.drain_deadline())
+        self._let_go(base)
+
+    def _abandon(self) -> None:
+        if self.pump is not None and self.pump.attached:
+            self._let_go(None)
+
+    def _refuse(self) -> None:
+        raise RequestRefused(f"ring {self.index} is started and enabled")
+
+    def _let_go(self, base: int | None) -> None:
+        """Leave both rings. `base` is where the back has stopped; None: not known."""
+        assert self.pump is not None
+        with self.worker.pause():
+            self.vring.base, unfinished, again = self.pump.detach(base)
         self.worker.unwatch(self.call.fileno())
         if unfinished:
+            later = ", and later ones done: they end only if this ring goes on"
             log.warning(
-                "ring %d: stopped with %d requests unfinished", self.index, unfinished
+                "ring %d: stopped with %d requests unfinished%s",
+                self.index,
+                unfinished,
+                "" if again else later,
             )
-            if last:
-                done -= unfinished
-            elif not broken and fetched is not None:
-                raise SessionError(
-                    f"ring {self.index}: {unfinished} requests did not end in time,"
-                    " and later ones did: no base says that"
-                )
-        return (self.vring.base + done) & 0xFFFF
+
+    def _connect_fds(self, *, call: bool = False) -> None:
+        """Let the worker use the descriptors as they are now, and call the guest once
+        if `call`.
+
+        The worker has the pump from its first start on: a call may be due after a stop.
+        """
+        if self.pump is None:
+            return
+        with self.worker.pause():
+            self.pump.set_fds(
+                call_out=_number(self.front.call),
+                err_out=_number(self.front.err),
+                kick_out=self.kick.fileno(),
+            )
+            if call and self.pump.attached:
+                self.pump.call()
+            self.worker.add(self.pump)
 
     def _drop_kick(self) -> None:
         if self.front.kick is not None:
@@ -365,10 +436,16 @@ class Ring:
             self.front.kick = None
 
 
-def _tell(fd: Fd) -> None:
-    """Signal a descriptor of the front's, if it is of a kind that can be signalled."""
-    with contextlib.suppress(OSError):
-        notify(fd)
+_ACTIONS: dict[Action, Callable[[Ring], None]] = {
+    Action.NONE: lambda ring: None,
+    Action.ATTACH: Ring._attach,
+    Action.TAKE: Ring._take,
+    Action.HOLD: Ring._hold,
+    Action.DRAIN: Ring._drain,
+    Action.DETACH: Ring._detach,
+    Action.ABANDON: Ring._abandon,
+    Action.REFUSE: Ring._refuse,
+}
 
 
 def _number(fd: Fd | None) -> int:

@@ -3,7 +3,9 @@
 
 One thread waits for the front's messages, for the worker's signals and for the back,
 one thing at a time: a message is answered when it has taken effect on both sides. The
-data plane runs in the worker's thread meanwhile.
+data plane runs in the workers' threads meanwhile.
+
+Whatever a peer does, and whatever the system is short of, ends the session at most.
 """
 
 from __future__ import annotations
@@ -46,70 +48,78 @@ class Session:
         self.stop = stop
         self.keep_backend = keep_backend
         """Whether the back is left to the next session when the front leaves."""
-        self.device = Device(config, self._connect)
-        self.backend = Backend(front, bind(self.device))
+        self._device: Device | None = None
+        """Made by run(), where want of anything ends the session alone."""
+        self.front_lost = False
+        """Whether the front left, which is how most sessions end."""
         self.back_lost = False
-        """Whether the back was why it ended."""
+        """Whether the back is gone, or of no use any more."""
         self.stopped = False
         """Whether `stop` was why it ended."""
 
     def run(self) -> Back | None:
         """Serve. Returns the back, if it is to be kept and in a state to be."""
-        keep = False
         try:
-            self._serve()
+            self._device = Device(self.config, self._connect)
+            self._serve(self._device)
         except Stopped:
             self.stopped = True
-        except SessionError as error:
-            front_left = isinstance(error, FrontLost)
-            log.log(logging.INFO if front_left else logging.ERROR, "%s", error)
-            keep = front_left and self.keep_backend
-        except OSError as error:
+        except FrontLost as error:
+            self.front_lost = True
+            log.info("%s", error)
+        except AirlockError as error:
+            log.error("%s", error)
+            log.debug("where the session ended", exc_info=True)
+        except (OSError, MemoryError, RuntimeError) as error:
+            # RuntimeError is how Python says that there can be no more threads.
             log.error("the system has no more of what a session takes: %s", error)
-        finally:
-            self._stop_rings()
-            log.info("counters: %s", json.dumps(self.device.counters()))
-            # The front may only learn of the end once its memory is not used any more.
-            kept = self.device.close(keep_back=keep and not self.back_lost)
-            self.front.close()
-        return kept
+            log.debug("where the session ended", exc_info=True)
+        return self._end()
+
+    @property
+    def device(self) -> Device:
+        """The device, once run() has made it."""
+        assert self._device is not None
+        return self._device
 
     def describe(self) -> dict[str, object]:
-        """What is going on, as JSON can hold it. Any thread may ask."""
+        """The session, as JSON can hold it. Any thread may ask."""
+        device = self._device
+        if device is None:
+            return {"backend_connected": False, "rings": {}, "counters": {}}
         return {
-            "backend_connected": self.device.connected is not None,
-            "rings": self.device.conditions(),
-            "counters": self.device.counters(),
+            "backend_connected": device.connected is not None,
+            "rings": device.conditions(),
+            "counters": device.counters(),
         }
 
-    def _serve(self) -> None:
+    def _serve(self, device: Device) -> None:
+        """Serve the front first, then the back, then see to the workers."""
+        backend = Backend(self.front, bind(device))
         while True:
-            ready = self._wait()
-            back = self.device.connected
+            ready = self._wait(device)
             if self.stop.fileno() in ready:
                 raise Stopped("stopped")
-            if back is not None and back.frontend.fileno() in ready:
-                back.frontend.collect()
-            if back is not None and back.requests_fileno() in ready:
-                back.serve_requests()
             if self.front.fileno() in ready:
-                self.backend.handle_one()
-            self.device.look()
+                backend.handle_one()
+            back = device.connected
+            if back is not None:
+                back.look(ready)
+            device.look()
 
-    def _wait(self) -> set[int]:
+    def _wait(self, device: Device) -> set[int]:
         """Wait for whatever comes first; return the descriptors that are ready."""
         poll = select.poll()
-        for waited in (self.stop, self.front, self.device.events):
+        for waited in (self.stop, self.front, device.events):
             poll.register(waited.fileno(), select.POLLIN)
-        for ring in self.device.rings.values():
+        for ring in device.rings.values():
             if ring.intact:
                 poll.register(ring.err.fileno(), select.POLLIN)
-        back = self.device.connected
+        back = device.connected
         if back is not None:
-            poll.register(back.frontend.fileno(), select.POLLIN)
-            if back.requests_fileno() >= 0:
-                poll.register(back.requests_fileno(), select.POLLIN)
-        return {fd for fd, _ in poll.poll(self.device.next_look())}
+            for fd in back.waited_for():
+                poll.register(fd, select.POLLIN)
+        return {fd for fd, _ in poll.poll(device.next_look())}
 
     def _connect(self, config_changed: Callable[[], None]) -> Back:
         try:
@@ -118,15 +128,29 @@ class Session:
             self.back_lost = True
             raise
 
-    def _stop_rings(self) -> None:
-        """End what is in flight, if the back is still there to end it."""
-        back = self.device.connected
+    def _end(self) -> Back | None:
+        """Stop the rings, if the back is still there to end what is in flight, and let
+        go of everything; return the back, if it is to be kept.
+        """
+        device = self._device
+        kept = None
+        if device is not None:
+            self._stop_rings(device)
+            log.info("counters: %s", json.dumps(device.counters()))
+            keep = self.keep_backend and self.front_lost and not self.back_lost
+            kept = device.close(keep_back=keep)
+        # The front may only learn of the end once its memory is not used any more.
+        self.front.close()
+        return kept
+
+    def _stop_rings(self, device: Device) -> None:
+        back = device.connected
         if back is None:
             return
-        self.back_lost = not back.usable
+        self.back_lost = self.back_lost or not back.usable
         if not self.back_lost:
             try:
-                self.device.stop()
+                device.stop()
             except AirlockError as error:
                 log.error("%s", error)
                 self.back_lost = True

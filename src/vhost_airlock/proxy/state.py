@@ -1,149 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was negotiated, and what a ring's state is; decisions only, no I/O.
+"""The life of a ring, over both planes, in one table.
 
-Features. The airlock ends both rings, so the format of one says nothing about the
-other: ring features are chosen for each side alone. What belongs to the device passes
-through. Everything else is masked, and so is what nobody has heard of yet.
+Two things decide it. *The front's word* is in `Vring`: size, base, addresses, whether
+it has started the ring and enabled it. *The ring's state* is one of `State`, and
+changes only by `TABLE`: for a state and an event, the next state and the action that
+leads to it. An event that is not in a state's row changes nothing.
 
-Rings. A ring is started by its kick descriptor and stopped by GET_VRING_BASE; beside
-that it is enabled or not. `TRANSITIONS` is the whole life of a ring, and `Vring` is
-changed nowhere else.
+Rules that the table rests on:
+
+1. Starting is a function of state. After each message each ring is looked at: if the
+   front has told all that a start takes, and its memory is mapped, READY happens. So
+   messages may come in any order.
+2. A start attaches both rings, lets the back have the shadow ring, and only then, with
+   its share of the pool set, takes chains.
+3. A stop takes no new chains, waits for those that the back has fetched, asks the back
+   for its base, and lets go of both rings. All rings of one message share one deadline.
+4. Chains that the back did not finish stay with the pump (pump.pyx): they are a number
+   beside the state, and outlive every state until the back completes them or is gone.
+5. New values are told to a ring that takes no chains: an enabled one refuses them, a
+   held or broken one stops first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
-from ..errors import ProtocolError, RequestRefused, SessionError
-from ..vhost.wire import Feature, ProtocolFeature, VringAddr
-
-DEVICE = ((1 << 24) - 1) | (((1 << 14) - 1) << 50)
-"""The feature bits of the device type: 0 to 23 and 50 to 63 (virtio 1.3, section 6)."""
-PASSED = DEVICE | Feature.VERSION_1 | Feature.ANY_LAYOUT
-"""Features that the front gets if the back has them, and the other way round."""
-OWN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
-"""Features that the front gets whatever the back has."""
-IF_BACK = Feature.INDIRECT_DESC
-"""Ours, but offered only with the back's: a chain in an indirect table may be longer
-than a ring, and only another such table can hold it."""
-DRIVEN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES | Feature.INDIRECT_DESC
-"""Features that we accept from the back, whatever the front says."""
-
-_P = ProtocolFeature
-PASSED_PROTOCOL = (
-    _P.MQ
-    | _P.RARP
-    | _P.NET_MTU
-    | _P.CRYPTO_SESSION
-    | _P.CONFIG
-    | _P.RESET_DEVICE
-    | _P.STATUS
-    | _P.DEVICE_STATE
-)
-"""Protocol features that the front gets if the back has them."""
-OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
-"""Protocol features that the front gets whatever the back has."""
-DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
-"""Protocol features that we accept from the back, whatever the front says."""
+from ..dataplane.pump import check_base, layout
+from ..errors import ProtocolError, RequestRefused
+from ..vhost.wire import VringAddr
 
 
-def front_offer(back: int) -> int:
-    """Return the features to offer the front when the back offers these.
+class State(Enum):
+    """The states of a ring; each says what its pump does."""
 
-    SessionError when the back lacks what we need.
-    """
-    if not back & Feature.VERSION_1:
-        raise SessionError(f"back: features {back:#x} lack VIRTIO_F_VERSION_1")
-    return back & (PASSED | IF_BACK) | OWN
-
-
-def front_accepts(offered: int, accepted: int) -> int:
-    """Return what the front accepted of what it was offered, or refuse it."""
-    if surplus := accepted & ~offered:
-        raise RequestRefused(f"SET_FEATURES: bits {surplus:#x} were not offered")
-    if not accepted & Feature.VERSION_1:
-        raise RequestRefused(
-            f"SET_FEATURES: {accepted:#x} lacks VIRTIO_F_VERSION_1;"
-            " legacy drivers can't be isolated"
-        )
-    return accepted
-
-
-def back_features(front: int, back: int) -> int:
-    """Return what to accept of the back's features when the front accepted its own."""
-    return back & (front & PASSED | DRIVEN)
-
-
-def front_protocol_offer(back: int) -> ProtocolFeature:
-    """Return the protocol features to offer the front when the back offers these."""
-    offer = ProtocolFeature(back & PASSED_PROTOCOL) | OWN_PROTOCOL
-    if back & _P.BACKEND_REQ and back & _P.CONFIG:
-        offer |= _P.BACKEND_REQ  # for changes of the configuration space
-    return offer
-
-
-def front_accepts_protocol(offered: int, accepted: int) -> ProtocolFeature:
-    """Return what the front accepted of what it was offered, or refuse it."""
-    if surplus := accepted & ~offered:
-        raise RequestRefused(f"SET_PROTOCOL_FEATURES: {surplus:#x} were not offered")
-    return ProtocolFeature(accepted)
-
-
-def back_protocol(front: ProtocolFeature, back: int) -> ProtocolFeature:
-    """Return what to accept of the back's protocol features."""
-    wanted = front & (PASSED_PROTOCOL | _P.BACKEND_REQ) | DRIVEN_PROTOCOL
-    return ProtocolFeature(back & wanted)
+    STOPPED = auto()
+    """Nothing: it is on neither ring."""
+    STARTING = auto()
+    """Nothing yet: it is on both rings, and the back is being told."""
+    HELD = auto()
+    """It completes chains and takes none: the ring is not enabled."""
+    RUNNING = auto()
+    """It takes chains and completes them."""
+    DRAINING = auto()
+    """It completes chains and takes none: a stop waits for those at the back."""
+    BROKEN = auto()
+    """It completes chains and takes none: the guest broke its ring."""
+    DEAD = auto()
+    """Nothing: the back broke the shadow ring, or memory of either ring is gone."""
 
 
 class Event(Enum):
     """What happens to a ring."""
 
-    START = auto()
-    """The front sent its kick descriptor."""
-    STOP = auto()
-    """The front asked for its base, or the device is reset, or the session ends."""
+    READY = auto()
+    """The front has told all that a start takes, and its memory is there."""
+    STARTED = auto()
+    """The back has the ring."""
     ENABLE = auto()
     DISABLE = auto()
+    RETELL = auto()
+    """The front is about to tell another size, base, or set of features."""
+    STOP = auto()
+    """The front asks for the base, resets the device or leaves, or we are to end."""
+    GUEST_FAULT = auto()
+    """The guest broke its ring."""
+    FAULT = auto()
+    """The back broke the shadow ring, or memory of either ring is gone."""
+    DRAINED = auto()
+    """All is done that the back has fetched, or the time for that is over."""
+    LOST = auto()
+    """The back is gone, or the session ends without it."""
 
 
-class Phase(Enum):
-    """The states of a ring."""
+class Action(Enum):
+    """What a ring does on its way to the next state."""
 
-    STOPPED = auto()
-    """Not started and not enabled: this is how a ring begins."""
-    ENABLED = auto()
-    """Enabled, and to be started yet."""
-    DISABLED = auto()
-    """Started and not enabled: what is in flight ends, nothing new begins."""
-    RUNNING = auto()
+    NONE = auto()
+    ATTACH = auto()
+    """Attach the pump to both rings, and let the back have the shadow ring."""
+    TAKE = auto()
+    """Enable the back's ring, and take chains."""
+    HOLD = auto()
+    """Take no more chains, and disable the back's ring."""
+    DRAIN = auto()
+    """Take no more chains, and wait for those that the back has fetched."""
+    DETACH = auto()
+    """Ask the back for its base, and let go of both rings."""
+    ABANDON = auto()
+    """Let go of both rings without the back."""
+    REFUSE = auto()
+    """Refuse the message."""
 
-    @property
-    def started(self) -> bool:
-        return self in (Phase.DISABLED, Phase.RUNNING)
 
-    @property
-    def enabled(self) -> bool:
-        return self in (Phase.ENABLED, Phase.RUNNING)
+class Change(NamedTuple):
+    """The next state, and the action that leads to it."""
+
+    state: State
+    action: Action = Action.NONE
 
 
-TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
-    (Phase.STOPPED, Event.START): Phase.DISABLED,
-    (Phase.STOPPED, Event.STOP): Phase.STOPPED,
-    (Phase.STOPPED, Event.ENABLE): Phase.ENABLED,
-    (Phase.STOPPED, Event.DISABLE): Phase.STOPPED,
-    (Phase.ENABLED, Event.START): Phase.RUNNING,
-    (Phase.ENABLED, Event.STOP): Phase.ENABLED,
-    (Phase.ENABLED, Event.ENABLE): Phase.ENABLED,
-    (Phase.ENABLED, Event.DISABLE): Phase.STOPPED,
-    (Phase.DISABLED, Event.START): Phase.DISABLED,
-    (Phase.DISABLED, Event.STOP): Phase.STOPPED,
-    (Phase.DISABLED, Event.ENABLE): Phase.RUNNING,
-    (Phase.DISABLED, Event.DISABLE): Phase.DISABLED,
-    (Phase.RUNNING, Event.START): Phase.RUNNING,
-    (Phase.RUNNING, Event.STOP): Phase.ENABLED,
-    (Phase.RUNNING, Event.ENABLE): Phase.RUNNING,
-    (Phase.RUNNING, Event.DISABLE): Phase.DISABLED,
+_S, _E, _A = State, Event, Action
+
+TABLE: dict[tuple[State, Event], Change] = {
+    (_S.STOPPED, _E.READY): Change(_S.STARTING, _A.ATTACH),
+    (_S.STARTING, _E.STARTED): Change(_S.HELD),
+    (_S.STARTING, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
+    (_S.HELD, _E.ENABLE): Change(_S.RUNNING, _A.TAKE),
+    (_S.HELD, _E.RETELL): Change(_S.DRAINING, _A.DRAIN),
+    (_S.HELD, _E.STOP): Change(_S.DRAINING, _A.DRAIN),
+    (_S.HELD, _E.GUEST_FAULT): Change(_S.BROKEN),
+    (_S.HELD, _E.FAULT): Change(_S.DEAD),
+    (_S.HELD, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
+    (_S.RUNNING, _E.DISABLE): Change(_S.HELD, _A.HOLD),
+    (_S.RUNNING, _E.RETELL): Change(_S.RUNNING, _A.REFUSE),
+    (_S.RUNNING, _E.STOP): Change(_S.DRAINING, _A.DRAIN),
+    (_S.RUNNING, _E.GUEST_FAULT): Change(_S.BROKEN),
+    (_S.RUNNING, _E.FAULT): Change(_S.DEAD),
+    (_S.RUNNING, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
+    (_S.DRAINING, _E.DRAINED): Change(_S.STOPPED, _A.DETACH),
+    (_S.DRAINING, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
+    (_S.BROKEN, _E.RETELL): Change(_S.DRAINING, _A.DRAIN),
+    (_S.BROKEN, _E.STOP): Change(_S.DRAINING, _A.DRAIN),
+    (_S.BROKEN, _E.FAULT): Change(_S.DEAD),
+    (_S.BROKEN, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
+    (_S.DEAD, _E.RETELL): Change(_S.STOPPED, _A.DETACH),
+    (_S.DEAD, _E.STOP): Change(_S.STOPPED, _A.DETACH),
+    (_S.DEAD, _E.LOST): Change(_S.STOPPED, _A.ABANDON),
 }
 
 
@@ -152,42 +136,43 @@ class Vring:
     """A ring as the front describes it."""
 
     index: int
-    phase: Phase = Phase.STOPPED
     num: int = 0
-    """Entries; 0: not said yet."""
-    base: int = 0
-    """The position in the avail ring at which to start."""
+    """Entries; 0: not told yet."""
+    base: int | None = None
+    """Where it starts, or has stopped; None: neither was said in this connection."""
     addr: VringAddr | None = None
+    started: bool = False
+    """The front has started it, and has not stopped it since."""
+    enabled: bool = False
+    """The front has enabled it, and has not disabled it since."""
 
     @property
-    def configured(self) -> bool:
-        return self.num > 0 and self.addr is not None
-
-    def happen(self, event: Event) -> None:
-        """Change the phase."""
-        self.phase = TRANSITIONS[self.phase, event]
+    def told(self) -> bool:
+        """Has the front told all that a start takes?"""
+        return self.started and self.num > 0 and self.addr is not None
 
     def set_num(self, num: int) -> None:
-        """Set the number of entries (virtio 1.3, 2.7: a power of two up to 32768)."""
-        self._require_stopped("SET_VRING_NUM")
-        if not 0 < num <= 32768 or num & (num - 1):
-            raise RequestRefused(f"SET_VRING_NUM: ring {self.index}: {num} entries")
+        """Set the number of entries. RequestRefused if no ring can have so many."""
+        try:
+            layout(num)
+        except ValueError as error:
+            raise RequestRefused(f"SET_VRING_NUM: ring {self.index}: {error}") from None
         self.num = num
 
     def set_base(self, base: int) -> None:
-        """Set the position at which to start, 16 bits for a split ring."""
-        self._require_stopped("SET_VRING_BASE")
-        if base > 0xFFFF:
-            raise RequestRefused(f"SET_VRING_BASE: ring {self.index}: base {base:#x}")
+        """Set the position at which to start. RequestRefused if it is none."""
+        try:
+            check_base(base)
+        except ValueError as error:
+            raise RequestRefused(
+                f"SET_VRING_BASE: ring {self.index}: base {error}"
+            ) from None
         self.base = base
 
     def set_addr(self, addr: VringAddr) -> None:
-        """Set where the ring's parts are, aligned as virtio 1.3, 2.7 says."""
-        for name, value, align in (
-            ("desc", addr.desc, 16),
-            ("avail", addr.avail, 2),
-            ("used", addr.used, 4),
-        ):
+        """Set where the ring's parts are. RequestRefused if one is misaligned."""
+        alignments = (align for _, align in layout(1))
+        for (name, value), align in zip(_parts(addr), alignments, strict=True):
             if value % align:
                 raise RequestRefused(
                     f"SET_VRING_ADDR: ring {self.index}: {name} {value:#x}"
@@ -195,16 +180,17 @@ class Vring:
                 )
         self.addr = addr
 
-    def parts(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Return (user address, bytes) of descriptors, avail ring and used ring."""
+    def parts(self) -> list[tuple[int, int, int]]:
+        """Return (user address, bytes, alignment) of each of the ring's three parts."""
         if self.addr is None:
             raise ProtocolError(f"ring {self.index} has no address")
-        return (
-            (self.addr.desc, 16 * self.num),
-            (self.addr.avail, 6 + 2 * self.num),
-            (self.addr.used, 6 + 8 * self.num),
-        )
+        return [
+            (address, size, align)
+            for (_, address), (size, align) in zip(
+                _parts(self.addr), layout(self.num), strict=True
+            )
+        ]
 
-    def _require_stopped(self, request: str) -> None:
-        if self.phase.started:
-            raise RequestRefused(f"{request}: ring {self.index} is started")
+
+def _parts(addr: VringAddr) -> tuple[tuple[str, int], ...]:
+    return ("desc", addr.desc), ("avail", addr.avail), ("used", addr.used)

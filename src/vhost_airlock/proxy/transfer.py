@@ -16,6 +16,8 @@ import threading
 
 from ..errors import ProtocolError, RequestRefused
 from ..vhost.fds import Fd, close_all, eventfd, notify
+from ..vhost.frontend import Frontend
+from ..vhost.wire import DeviceState, StateDirection
 
 LIMIT = 256 << 20
 """The most bytes of state: front-ends read all of it into their memory."""
@@ -95,6 +97,40 @@ class Transfer:
         poll.register(self._stop.fileno(), select.POLLIN)
         if any(number == self._stop.fileno() for number, _ in poll.poll()):
             raise OSError("it was cut off")
+
+
+class StateTransfer:
+    """The transfer of one device, which has at most one at a time."""
+
+    def __init__(self) -> None:
+        self._transfer: Transfer | None = None
+
+    def begin(self, state: DeviceState, front: Fd, back: Frontend) -> None:
+        """Begin to carry the state between the front's pipe and one of ours."""
+        with front:
+            self.close()
+            saves = state.direction == StateDirection.SAVE
+            out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+            ours, theirs = (out, into) if saves else (into, out)
+            with ours, theirs:
+                other = back.set_device_state_fd(state.direction, theirs, state.phase)
+                kept = other or Fd(ours.release())
+            ends = (kept, Fd(front.release()))
+            self._transfer = Transfer(*(ends if saves else reversed(ends)))
+
+    def check(self, timeout: float, back: Frontend) -> None:
+        """Wait for the end of the transfer, and let the back say if all of it came."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise RequestRefused("CHECK_DEVICE_STATE: nothing was transferred")
+        transfer.finish(timeout)
+        back.check_device_state()
+
+    def close(self) -> None:
+        """Stop it, wherever it is."""
+        if self._transfer is not None:
+            self._transfer.close()
+            self._transfer = None
 
 
 # O_NONBLOCK is no help: it belongs to everybody who has the descriptor, the back too.

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which features each side is offered, and may accept; decisions only, no I/O.
+
+The airlock ends both rings, so the format of one says nothing about the other: ring
+features are chosen for each side alone. Features of the device pass through. All others
+are masked, also those that no specification has yet.
+"""
+
+from __future__ import annotations
+
+from ..errors import RequestRefused, SessionError
+from ..vhost.wire import Feature, ProtocolFeature
+
+DEVICE = ((1 << 24) - 1) | (((1 << 14) - 1) << 50)
+"""The feature bits of the device type: 0 to 23 and 50 to 63 (virtio 1.3, section 6)."""
+PASSED = DEVICE | Feature.VERSION_1 | Feature.ANY_LAYOUT
+"""Features that the front gets if the back has them, and the other way round."""
+OWN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
+"""Features that the front gets whatever the back has."""
+IF_BACK = Feature.INDIRECT_DESC
+"""Ours, but offered only with the back's: a chain in an indirect table may be longer
+than a ring, and only another such table can hold it."""
+DRIVEN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES | Feature.INDIRECT_DESC
+"""Features that we accept from the back, whatever the front says."""
+
+_P = ProtocolFeature
+PASSED_PROTOCOL = (
+    _P.MQ
+    | _P.RARP
+    | _P.NET_MTU
+    | _P.CRYPTO_SESSION
+    | _P.CONFIG
+    | _P.RESET_DEVICE
+    | _P.STATUS
+    | _P.DEVICE_STATE
+)
+"""Protocol features that the front gets if the back has them."""
+OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
+"""Protocol features that the front gets whatever the back has."""
+DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
+"""Protocol features that we accept from the back, whatever the front says."""
+
+
+def front_offer(back: int) -> int:
+    """Return the features to offer the front when the back offers these.
+
+    SessionError when the back lacks what we need.
+    """
+    if not back & Feature.VERSION_1:
+        raise SessionError(f"back: features {back:#x} lack VIRTIO_F_VERSION_1")
+    return back & (PASSED | IF_BACK) | OWN
+
+
+def front_accepts(offered: int, accepted: int) -> int:
+    """Return what the front accepted of what it was offered, or refuse it."""
+    if surplus := accepted & ~offered:
+        raise RequestRefused(f"SET_FEATURES: bits {surplus:#x} were not offered")
+    return accepted
+
+
+def require_modern(accepted: int) -> None:
+    """Refuse the features with which a ring is about to start, if they lack VERSION_1.
+
+    Until then they are not judged: some front-ends send them in two messages.
+    """
+    if not accepted & Feature.VERSION_1:
+        raise RequestRefused(
+            f"SET_FEATURES: {accepted:#x} lacks VIRTIO_F_VERSION_1;"
+            " legacy drivers can't be isolated"
+        )
+
+
+def back_features(front: int, back: int) -> int:
+    """Return what to accept of the back's features when the front accepted its own."""
+    return back & (front & PASSED | DRIVEN)
+
+
+def front_protocol_offer(back: int) -> ProtocolFeature:
+    """Return the protocol features to offer the front when the back offers these."""
+    offer = ProtocolFeature(back & PASSED_PROTOCOL) | OWN_PROTOCOL
+    if back & _P.BACKEND_REQ and back & _P.CONFIG:
+        offer |= _P.BACKEND_REQ  # for changes of the configuration space
+    return offer
+
+
+def front_accepts_protocol(offered: int, accepted: int) -> ProtocolFeature:
+    """Return what the front accepted of what it was offered, or refuse it."""
+    if surplus := accepted & ~offered:
+        raise RequestRefused(f"SET_PROTOCOL_FEATURES: {surplus:#x} were not offered")
+    return ProtocolFeature(accepted)
+
+
+def back_protocol(front: ProtocolFeature, back: int) -> ProtocolFeature:
+    """Return what to accept of the back's protocol features."""
+    wanted = front & (PASSED_PROTOCOL | _P.BACKEND_REQ) | DRIVEN_PROTOCOL
+    return ProtocolFeature(back & wanted)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front's socket for requests of the back: it is told when its configuration space
+has changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+from ..errors import AirlockError, DeadlineExceeded
+from ..vhost.channel import Channel
+from ..vhost.fds import Fd
+from ..vhost.frontend import Requester
+from ..vhost.rules import BACKEND_RULES
+from ..vhost.wire import BackendRequest, ProtocolFeature
+
+log = logging.getLogger(__name__)
+
+
+class FrontRequests:
+    """Tells the front, once it has sent its socket. Nothing here waits for it."""
+
+    def __init__(self) -> None:
+        self._requester: Requester | None = None
+
+    def connect(self, fd: Fd) -> None:
+        """Use the front's socket; it replaces an older one."""
+        self.close()
+        channel = Channel(socket.socket(fileno=fd.release()), peer="front")
+        self._requester = Requester(channel, BACKEND_RULES)
+
+    def config_changed(self, features: ProtocolFeature) -> None:
+        """Tell the front, if `features`, those it has accepted, allow for it.
+
+        It must not be asked to ack: it may be asking us just now.
+        """
+        if self._requester is None or ProtocolFeature.CONFIG not in features:
+            return
+        self._requester.protocol_features = features
+        try:
+            self._requester.exchange(
+                BackendRequest.CONFIG_CHANGE_MSG, need_reply=False, timeout=0
+            )
+        except DeadlineExceeded:
+            pass  # its socket is full: of the same message, which says it as well
+        except AirlockError as error:
+            log.warning("front: its socket for requests is of no use: %s", error)
+            self.close()
+
+    def close(self) -> None:
+        if self._requester is not None:
+            self._requester.close()
+            self._requester = None

@@ -134,7 +134,6 @@ def some(orders: Iterator[Order]) -> list[Order]:
     return list(itertools.islice(orders, RINGS))
 
 
-@pytest.mark.xfail(reason="3360 of them have KICK before NUM or BASE", strict=True)
 def test_every_order_starts_a_ring(
     begin: Callable[[], Session], rings: list[Ring]
 ) -> None:
@@ -154,7 +153,6 @@ def test_every_order_starts_a_ring(
     assert not failed, f"{len(failed)} orders, such as {failed[0]}"
 
 
-@pytest.mark.xfail(reason="a disabled ring takes no new size and base", strict=True)
 def test_ring_that_is_disabled_is_set_up_anew_in_every_order(
     begin: Callable[[], Session], rings: list[Ring]
 ) -> None:

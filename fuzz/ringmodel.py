@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from tests.support.model import TAIL, Request
+from tests.support.model import SMALL, TAIL, Request
 from tests.support.plane import PAGE, AddressSpace, Lane, World
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.peers import Buffer
@@ -28,6 +28,8 @@ REGIONS = ((0, 2 * PAGE), (2 * PAGE, 2 * PAGE), (1 << 32, 2 * PAGE))
 POOL = 48 * PAGE
 LARGEST = 32 * PAGE
 MOST_SEGMENTS = 1024
+DESCS_A_STEP, BYTES_A_STEP = 2048, 1 << 20
+"""A step takes or completes no more chains after so many descriptors, or bytes."""
 TABLE_ENTRIES = 1040
 """What the memory for the guest's indirect tables can hold in all."""
 PATTERN = bytes(range(1, 252)) * 600
@@ -115,11 +117,18 @@ class RingModel:
         lane.whole_batches = options.whole_batches
         lane.renew()
         self.image = GuestImage(self.world.ram)
+        # By slot: with the back, left behind by a stop, waited for by nobody.
         self.flight: dict[int, Request] = {}
+        self.parked: dict[int, Request] = {}
         self.quarantine: dict[int, Request] = {}
-        self.broken = False
+        self.awaited: list[Request] = []
+        self.doubles: dict[int, list[bytes]] = {}
         self.violations = 0
-        self.start(options.base)
+        self.next = 0
+        self.goes_on_at = 0
+        self.busy: set[int] = set()
+        self.stopped_at: tuple[int, int] | None = None
+        self._begin(options.base, options.base)
 
     def _renew_pool(self) -> None:
         """The same memory, and no memory of what was there."""
@@ -128,18 +137,91 @@ class RingModel:
         self.pool_memory = memory
         self.world.pool.add_region(memory.address, back, memory.size)
 
-    def start(self, base: int) -> None:
-        self.lane.start(base)
+    def start(self, told: int) -> None:
+        """The ring starts once more; what was left behind goes on, or is nobody's.
+
+        `told`: the base that the VMM says.
+        """
+        self._reap_left()
         self.image.load()
-        self.seen = self.limit = base
+        done = False
         self.used_idx = self._guest_word(self.lane.layout.used + 2)
-        self.busy: set[int] = set()
+        # No ring has completed more chains than it has taken.
+        possible = (told - self.used_idx) & 0xFFFF <= self.lane.size
+        base = told if possible else self.used_idx
+        if self.parked and self.stopped_at == (base, self.used_idx):
+            self.next = self.goes_on_at
+        else:
+            self._disown([*self.parked])
+        self.busy = set()
+        self._see_doubles()
+        for slot, request in sorted(self.parked.items()):
+            if request.position < self.next:
+                self.busy.add(request.head)
+                done |= self._resume(slot)
+        self.awaited = sorted(self.parked.values(), key=lambda r: r.position)
+        if done:
+            self._show_used()
+        self._begin(base, told)
+        assert self.lane.pump.base == base
+        self.image.check()
+        self._check_held()
+
+    def _begin(self, base: int, told: int) -> None:
+        self.lane.start(told)
+        if self.stopped_at is None:
+            self.image.load()
+            self.used_idx = self._guest_word(self.lane.layout.used + 2)
+        self.base = self.seen = self.limit = base
+        self.began = self.first = self.next
         self.held: list[Buffer] | None = None
-        self.held_head = 0
-        self.offered = 0
+        self.held_head = self.held_descs = 0
         self.reaped = self.reap_limit = 0
         self.strikes = 0
         self.broken = self.back_broken = False
+
+    def look_back(self) -> None:
+        """The back may have completed in the old ring what the stop left with it."""
+        self._reap_left()
+        self.lane.pump.look_back()
+        self._check_held()
+
+    def _reap_left(self) -> None:
+        if any(not r.returned for r in self._left()):
+            while self._reap() is not None:
+                pass
+
+    def _left(self) -> list[Request]:
+        return [*self.parked.values(), *self.quarantine.values()]
+
+    def _all_held(self) -> list[Request]:
+        return [*self.flight.values(), *self._left()]
+
+    def _resume(self, slot: int) -> bool:
+        """The guest waits for this chain again. Has it come back already?"""
+        request = self.parked.pop(slot)
+        if request.returned:
+            self._finish(request, request.said, self.doubles[slot])
+        else:
+            self.flight[slot] = request
+        return request.returned
+
+    def _disown(self, slots: list[int]) -> None:
+        """The guest waits for these no more."""
+        for slot in slots:
+            request = self.parked.pop(slot)
+            if not request.returned:
+                self.quarantine[slot] = request
+        self.awaited = []
+
+    def _see_doubles(self) -> None:
+        """What is in the isolated memory of chains that the guest may offer again."""
+        view = self.world.isolated.view
+        self.doubles = {
+            slot: [bytes(view(b.addr, b.length)) for b in request.seen.buffers]
+            for slot, request in self.parked.items()
+            if request.seen is not None
+        }
 
     # The guest's ring as the specification has it.
 
@@ -163,6 +245,7 @@ class RingModel:
 
     def _chain(self, head: int) -> list[Buffer]:
         lane = self.lane
+        self.held_descs = 0
         table = self.image.read(lane.ring_at + lane.layout.desc, 16 * lane.size)
         buffers = self._walk(table, head, lane.guest_indirect)
         if not buffers or len(buffers) > MOST_SEGMENTS:
@@ -179,6 +262,7 @@ class RingModel:
         for _ in range(count):
             if index >= count:
                 raise Malformed(f"next {index}")
+            self.held_descs += 1
             addr, length, flags, index = DESC.unpack_from(table, DESC.size * index)
             if flags & DESC_F_INDIRECT:
                 entries, odd = divmod(length, DESC.size)
@@ -205,85 +289,121 @@ class RingModel:
     def _one_step(self) -> int:
         lane = self.lane
         self.image.load()
+        self._see_doubles()
         done = 0 if self.back_broken else self._collect()
-        chains = lane.counter("chains")
+        before = lane.pump.counters()
         moved, _, _ = lane.pump.step(1 << 15)
-        self.image.check()
-        fresh = lane.counter("chains") - chains
+        after = lane.pump.counters()
+        fresh = after["chains"] - before["chains"]
         if self.broken or self.back_broken:
             assert fresh == 0
         else:
-            self._forward(fresh)
+            adopted = self._forward(fresh)
+            assert after["adopted"] - before["adopted"] == adopted
             if fresh:
                 self._check_doubles()
+        self.image.check()
         assert moved == done + fresh
         assert bool(lane.pump.fault) == (self.broken or self.back_broken), lane.fault
-        assert lane.counter("violations") == self.violations
-        assert lane.pump.outstanding == len(self.flight)
-        held = [*self.flight.values(), *self.quarantine.values()]
-        pages = sum(r.pool_pages(lane.back_indirect) for r in held)
-        assert self.world.pool.used == PAGE * pages
+        self._check_held()
         return moved
+
+    def _check_held(self) -> None:
+        pump = self.lane.pump
+        assert self.lane.counter("violations") == self.violations
+        assert pump.outstanding == len(self.flight)
+        assert pump.quarantined == sum(not r.returned for r in self._left())
+        pages = sum(r.pool_pages(self.lane.back_indirect) for r in self._all_held())
+        assert self.world.pool.used == PAGE * pages
 
     def _collect(self) -> int:
         """What the back says is done, as far as that can be."""
-        lane, shadow = self.lane, self.lane.shadow
-        reaped = done = 0
+        reaped = segments = 0
+        finished = False
         most = max(4, len(self.flight) // 4)
-        while lane.whole_batches or reaped < most:
+        whole = self.lane.whole_batches
+        while whole or (reaped < most and segments < DESCS_A_STEP):
+            taken = self._reap()
+            if taken is None:
+                break
+            request, was_in_flight = taken
+            finished |= was_in_flight
+            segments += len(request.buffers)
+            reaped += 1
+        if finished:
+            self._show_used()
+        return reaped
+
+    def _reap(self) -> tuple[Request, bool] | None:
+        """The next chain that the back has completed, and whether the guest gets it."""
+        lane, shadow = self.lane, self.lane.shadow
+        while True:
             if self.reaped == self.reap_limit:
                 limit = shadow.used_idx
                 if (limit - self.reaped) & 0xFFFF > lane.size:
                     self.back_broken = True
-                    break
+                    return None
                 self.reap_limit = limit
                 if self.reaped == limit:
-                    break
+                    return None
             slot, said = shadow.used_entry(self.reaped % lane.size)
             self.reaped = (self.reaped + 1) & 0xFFFF
-            if slot in self.flight:
-                self._finish(self.flight.pop(slot), said)
-                done += 1
-            elif slot in self.quarantine:
-                del self.quarantine[slot]
-            else:
-                self.violations += 1
-                self.strikes += 1
-                if self.strikes > lane.size:
-                    self.back_broken = True
-                    break
-                continue
-            self.strikes = 0
-            reaped += 1
-        if done:
-            self._set_used(2, self.used_idx.to_bytes(2, "little"))
-        return reaped
+            ended = self._end(slot, said)
+            if ended is not None:
+                self.strikes = 0
+                return ended
+            self.violations += 1
+            self.strikes += 1
+            if self.strikes > lane.size:
+                self.back_broken = True
+                return None
+
+    def _end(self, slot: int, said: int) -> tuple[Request, bool] | None:
+        """The back completes what is in this slot, if it has that."""
+        if slot in self.flight:
+            request = self.flight.pop(slot)
+            assert request.seen is not None
+            view = self.world.isolated.view
+            doubles = [bytes(view(b.addr, b.length)) for b in request.seen.buffers]
+            self._finish(request, said, doubles)
+            return request, True
+        if slot in self.quarantine:
+            return self.quarantine.pop(slot), False
+        if slot in self.parked and not self.parked[slot].returned:
+            request = self.parked[slot]
+            request.returned, request.said = True, said
+            return request, False
+        return None
+
+    def _show_used(self) -> None:
+        self._set_used(2, self.used_idx.to_bytes(2, "little"))
 
     def _set_used(self, offset: int, data: bytes) -> None:
         self.image.write(self.lane.ring_at + self.lane.layout.used + offset, data)
 
-    def _finish(self, request: Request, said: int) -> None:
+    def _finish(self, request: Request, said: int, doubles: list[bytes]) -> None:
         left = request.room if self.lane.policy == "full" else min(said, request.room)
-        assert request.seen is not None
-        for buffer, double in zip(request.buffers, request.seen.buffers, strict=True):
+        for buffer, data in zip(request.buffers, doubles, strict=True):
             if buffer.writable:
                 size = min(left, buffer.length)
                 left -= size
                 last = buffer is request.buffers[-1]
                 if self.lane.policy == "used+tail" and last and buffer.length <= TAIL:
                     size = buffer.length
-                data = bytes(self.world.isolated.view(double.addr, buffer.length))
                 self.image.write(buffer.addr, data[:size])
         element = struct.pack("<II", request.head, min(said, request.room))
         self._set_used(4 + 8 * (self.used_idx % self.lane.size), element)
         self.used_idx = (self.used_idx + 1) & 0xFFFF
         self.busy.discard(request.head)
 
-    def _forward(self, fresh: int) -> None:
-        """So many chains were offered to the back; those must be the guest's next."""
-        lane = self.lane
+    def _forward(self, fresh: int) -> int:
+        """So many chains were taken; those must be the guest's next. How many of them
+        the back had still?
+        """
+        adopted = size = descs = 0
+        done = False
         try:
-            while True:
+            while size < BYTES_A_STEP and descs < DESCS_A_STEP:
                 if self.held is None:
                     head = self._next_head()
                     if head is None:
@@ -292,36 +412,83 @@ class RingModel:
                     self.held_head = head
                     self.busy.add(head)
                     self.seen = (self.seen + 1) & 0xFFFF
-                if self._never_fits(self.held):
+                again = self._awaited_slot(self.held_head, self.held)
+                if again is None and self._never_fits(self.held):
                     raise Malformed("it never fits")
                 if not fresh:
                     self._check_stall(self.held)
                     break
                 fresh -= 1
-                self._offered(self.held_head, self.held)
+                if again is None:
+                    self._offered(self.held_head, self.held)
+                else:
+                    done |= self._adopt(again)
+                    adopted += 1
+                size += sum(buffer.length for buffer in self.held)
+                descs += self.held_descs
                 self.held = None
         except Malformed:
             self.broken = True
-        assert not fresh, f"chains that the guest never offered: {lane.fault}"
+        assert not fresh, f"chains that the guest never offered: {self.lane.fault}"
+        if done:
+            self._show_used()
+        return adopted
+
+    def _awaited_slot(self, head: int, buffers: list[Buffer]) -> int | None:
+        """The slot of this chain, if it is the next one that the back has still.
+
+        If it is another one, the guest waits for none of them any more.
+        """
+        if not self.awaited:
+            return None
+        request = self.awaited[0]
+        assert request.seen is not None
+        slot = request.seen.head
+        if (request.head, request.buffers) == (head, buffers) and all(
+            buffer.writable or self.image.read(buffer.addr, buffer.length) == data
+            for buffer, data in zip(buffers, self.doubles[slot], strict=True)
+        ):
+            return slot
+        self._disown([r.seen.head for r in self.awaited if r.seen is not None])
+        return None
+
+    def _adopt(self, slot: int) -> bool:
+        """Has the chain come back already?"""
+        request = self.awaited.pop(0)
+        request.position = self.next
+        self.next += 1
+        self.first = self.next
+        return self._resume(slot)
 
     def _needs(self, buffers: list[Buffer]) -> int:
         return 1 if self.lane.back_indirect else len(buffers)
 
     def _never_fits(self, buffers: list[Buffer]) -> bool:
+        size = sum(buffer.length for buffer in buffers if buffer.length >= SMALL)
+        too_large = self._is_alone(buffers) and size > POOL
+        return too_large or self._needs(buffers) > self.lane.size
+
+    def _is_alone(self, buffers: list[Buffer]) -> bool:
+        """Does it wait for a region of its own? There is none here."""
         indirect = self.lane.back_indirect
         pages = Request(0, buffers, range(0), b"").pool_pages(indirect)
         blocks = [
             Request(0, [buffer], range(0), b"").pool_pages(False)
             for buffer in buffers
-            if buffer.length >= 512
+            if buffer.length >= SMALL
         ]
         blocks.append(pages - sum(blocks))
-        too_large = max(blocks) > LARGEST // PAGE or pages > POOL // PAGE
-        return too_large or self._needs(buffers) > self.lane.size
+        return max(blocks) > LARGEST // PAGE or pages > POOL // PAGE
 
     def _check_stall(self, buffers: list[Buffer]) -> None:
-        taken = sum(self._needs(request.buffers) for request in self.flight.values())
-        free = self.lane.size - taken - len(self.quarantine)
+        if self._is_alone(buffers):
+            return
+        # One of an earlier ring has its slot, but no descriptors.
+        taken = sum(
+            self._needs(request.buffers) if request.position >= self.first else 1
+            for request in self.flight.values()
+        )
+        free = self.lane.size - taken - len(self._left())
         assert self._needs(buffers) > free or self.world.pool.used, "it waits in vain"
 
     def _offered(self, head: int, buffers: list[Buffer]) -> None:
@@ -344,33 +511,42 @@ class RingModel:
         table = None
         if lane.shadow.read_desc(chain.head).flags & DESC_F_INDIRECT:
             table = lane.shadow.read_desc(chain.head)[:2]
-        request = Request(head, buffers, range(0), given, self.offered, chain, table)
-        assert chain.head not in self.flight
-        assert chain.head not in self.quarantine
-        self.flight[chain.head] = request
-        self.offered += 1
+        held = {r.seen.head for r in self._all_held() if r.seen is not None}
+        assert chain.head not in held, "the back has this slot's chain still"
+        self.flight[chain.head] = Request(
+            head,
+            buffers,
+            range(0),
+            given,
+            position=self.next,
+            seen=chain,
+            table=table,
+        )
+        self.next += 1
 
     def _check_doubles(self) -> None:
         """I7: no two chains share isolated memory."""
-        held = [*self.flight.values(), *self.quarantine.values()]
-        spans = sorted(span for request in held for span in request.doubles())
+        spans = sorted(span for r in self._all_held() for span in r.doubles())
         for (start, length), (after, _) in pairwise(spans):
             assert start + length <= after, "two chains share isolated memory"
 
     # Stop and start.
 
     def stop(self, said: int | None) -> int:
-        """The ring stops; the base for another start."""
+        """The ring stops; the base at which it can go on."""
         lane = self.lane
-        positions = {request.position: slot for slot, request in self.flight.items()}
-        end = self.offered
-        while end - 1 in positions:
-            end -= 1
+        slots = {request.position: slot for slot, request in self.flight.items()}
+        fetched = self.next
+        while fetched > self.first and fetched - 1 in slots:
+            fetched -= 1
+        end = fetched
         if said is not None:
-            claimed = end + ((said - end) & 0xFFFF)
-            end = claimed if claimed <= self.offered else end
-        left = sorted(position for position in positions if position < end)
-        last = left == list(range(end - len(left), end))
+            claimed = fetched + ((said - (fetched - self.first)) & 0xFFFF)
+            end = claimed if claimed <= self.next else fetched
+        left = sorted(position for position in slots if position < end)
+        first = end - len(left)
+        last = left == list(range(first, end))
+        self.goes_on_at = first if last else end
         self.image.load()
         if lane.guest_event_idx:
             # The chain that waits for room was taken from the ring, but not offered.
@@ -378,13 +554,15 @@ class RingModel:
             self._set_used(4 + 8 * lane.size, event)
         else:
             self._set_used(0, bytes(2))
-        base = lane.base
-        assert lane.stop(said) == ((base + end) & 0xFFFF, len(left), last)
+        base = (self.base + self.goes_on_at - self.began) & 0xFFFF
+        assert lane.stop(said) == (base, len(left), last)
         self.image.check()
-        self.quarantine |= {positions[p]: self.flight[positions[p]] for p in left}
+        self.parked |= {slots[p]: self.flight[slots[p]] for p in left}
         self.flight.clear()
-        assert lane.pump.quarantined == len(self.quarantine)
-        return (base + end) & 0xFFFF
+        self.awaited = []
+        self.stopped_at = base, self.used_idx
+        self._check_held()
+        return base
 
     # What a good back does.
 
@@ -407,9 +585,9 @@ class RingModel:
             self.lane.device.next_used = self.reaped
             for slot in list(self.flight):
                 self.complete(slot, 0xFFFFFFFF, PATTERN)
-            before = len(self.flight), self.offered
+            before = len(self.flight), self.next
             self.step()
-            assert (len(self.flight), self.offered) != before, "nothing moves"
+            assert (len(self.flight), self.next) != before, "nothing moves"
         self.world.check()
         lane = self.lane
         lane.pump.detach(None)

@@ -42,7 +42,7 @@ def length(source: Source) -> int:
 
 def guest_acts(model: RingModel, source: Source) -> None:
     ring, size = model.lane.ring, model.lane.size
-    kind = source.below(8)
+    kind = source.below(9)
     if kind < 2:
         at = source.below(size)
         addr, bytes_, flags = address(source), length(source), source.choice(FLAGS)
@@ -59,6 +59,8 @@ def guest_acts(model: RingModel, source: Source) -> None:
         ring.avail_idx = (ring.avail_idx + source.number(2)) & 0xFFFF
     elif kind == 6:
         model.step()
+    elif kind == 7:
+        model.start(model.stop(None if source.flag() else source.number(2)))
     elif model.flight:
         slot = sorted(model.flight)[source.below(len(model.flight))]
         model.complete(slot, source.number(2), source.take(4))

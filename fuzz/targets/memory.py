@@ -132,7 +132,9 @@ class MemoryModel:
                 start = region.mmap_offset + at
                 # A range of no bytes may lie at a region's very end.
                 expected = self.content[file][start : start + size]
-                assert ctypes.string_at(found, size) == expected
+                host, guest = found
+                assert ctypes.string_at(host, size) == expected
+                assert guest == region.guest_addr + at
                 return
         assert found is None
 

@@ -34,7 +34,7 @@ def kept() -> tuple[World, list[int]]:
     world = World(pool=PAGE, largest=PAGE, regions=[(0, RAM * PAGE)])
     for back_indirect in (True, False):
         Lane(world, size=16, back_indirect=back_indirect, start=False)
-    ring_areas = {lane.area_at for lane in world.lanes}
+    ring_areas = {lane.piece_at for lane in world.lanes}
     for pages in (*PIECES, LONE):
         world.grow(pages * PAGE)
     pieces = [at for at in world.isolated.pieces if at not in ring_areas]

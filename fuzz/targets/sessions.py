@@ -17,6 +17,7 @@ import contextlib
 import mmap
 import select
 import socket
+from collections import defaultdict
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -27,10 +28,13 @@ from fuzz.playedworker import PlayedWorkers
 from fuzz.source import Source
 from fuzz.talk import PAGE, all_closed, memory, open_fds, replies, send_any
 from fuzz.targets.front_messages import P, good, send_good
+from vhost_airlock.peers.device import DeviceRing
 from vhost_airlock.peers.driver import DriverRing
 from vhost_airlock.peers.ring import Buffer, Chain, RingFault, SplitRing
 from vhost_airlock.peers.vring import Vring
+from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
+from vhost_airlock.proxy.device import Device
 from vhost_airlock.proxy.session import Session
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
@@ -184,6 +188,8 @@ class BusyBack(PlayedBack):
         self.took = took
         self.served = 0
         self.hostile = False
+        self.left: defaultdict[Vring, list[Chain]] = defaultdict(list)
+        """What it has taken of each ring and not done, whatever was stopped since."""
 
     def act_on_ring(
         self, request: Request, vring: Vring, payload: Any, fds: list[Fd]
@@ -202,12 +208,17 @@ class BusyBack(PlayedBack):
                 while self.source.below(8) != 6 and (chain := ring.take()):
                     self.look_at(chain)
                     if self.source.below(8) == 7:
+                        self.left[vring].append(chain)
                         break
-                    self.write_to(chain)
-                    length = self.source.choice((513, 0, 0xFFFFFFFF))
-                    ring.complete(chain.head, length)
+                    self.end_chain(ring, chain)
+                while self.left[vring] and self.source.below(4) == 3:
+                    self.end_chain(ring, self.left[vring].pop(0))
                 ring.publish()
                 notify(call)
+
+    def end_chain(self, ring: DeviceRing, chain: Chain) -> None:
+        self.write_to(chain)
+        ring.complete(chain.head, self.source.choice((513, 0, 0xFFFFFFFF)))
 
     def look_at(self, chain: Chain) -> None:
         """Whoever ends what it has not taken may find anything in its ring."""
@@ -254,16 +265,19 @@ class Play(Session):
         self.busy_back = BusyBack(protocol, source, self.guest.taken)
         ours, self.peer = socket.socketpair()
         channel = Channel(ours, stop=self.stop_event, peer="front", timeout=0)
-        with patch("vhost_airlock.proxy.device.Workers", PlayedWorkers):
-            super().__init__(
-                channel,
-                CONFIG,
-                lambda changed: self.busy_back.connect(CONFIG, changed),
-                self.stop_event,
-            )
+        super().__init__(
+            channel,
+            CONFIG,
+            lambda changed: self.busy_back.connect(CONFIG, changed),
+            self.stop_event,
+        )
         self.acts = 0
 
-    def _wait(self) -> set[int]:
+    def run(self) -> Back | None:
+        with patch("vhost_airlock.proxy.device.Workers", PlayedWorkers):
+            return super().run()
+
+    def _wait(self, device: Device) -> set[int]:
         while not self._has_message():
             replies(self.peer)
             self.turn()
@@ -272,7 +286,7 @@ class Play(Session):
                 break
             self.acts += 1
             self.source.choice(ACTS)(self)
-        return super()._wait()
+        return super()._wait(device)
 
     def _has_message(self) -> bool:
         poll = select.poll()

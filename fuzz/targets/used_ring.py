@@ -7,7 +7,6 @@ from fuzz.ringmodel import PATTERN, RingModel
 from fuzz.source import Source
 from fuzz.targets.guest_ring import options
 from tests.support.plane import PAGE
-from vhost_airlock.dataplane.pump import area_bytes
 
 LENGTHS = (16, 1, 64, 511, 512, 513, 2000, PAGE)
 SAID = (0, 1, 16, 512, 513, PAGE, 0xFFFF, 0x10000, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -51,7 +50,7 @@ def step(model: RingModel, source: Source) -> None:
 def completes(model: RingModel, source: Source) -> None:
     """An element with any id, or an id that was in flight, and the index moves on."""
     shadow = model.lane.shadow
-    ids = sorted([*model.flight, *model.quarantine])
+    ids = sorted([*model.flight, *model.parked, *model.quarantine])
     kind = source.number(1)
     id = source.number(4) if kind == 0xFF or not ids else ids[kind % len(ids)]
     shadow.set_used_entry(shadow.used_idx % model.lane.size, id, source.choice(SAID))
@@ -66,10 +65,9 @@ def jumps(model: RingModel, source: Source) -> None:
 
 
 def writes(model: RingModel, source: Source) -> None:
-    """Over all that the back has: the ring's area, small buffers too, or the pool."""
-    size = area_bytes(model.lane.size)
-    area = model.world.isolated.view(model.lane.area_at, size)
-    memory = model.pool_memory.view if source.flag() else area
+    """Over all that the back has: its rings, small buffers too, or the pool."""
+    rings = model.world.isolated.pieces[model.lane.piece_at].view
+    memory = model.pool_memory.view if source.flag() else rings
     at = source.number(3) % len(memory)
     run = PATTERN[: source.number(2)] if source.flag() else source.take(8)
     run = run[: len(memory) - at]
@@ -77,10 +75,24 @@ def writes(model: RingModel, source: Source) -> None:
 
 
 def stops(model: RingModel, source: Source) -> None:
-    """The ring stops and goes on; the back lies about how far it is, or not."""
-    said = None if source.flag() else source.number(2)
-    model.start(model.stop(said))
-    model.lane.ring.avail_idx = model.seen
+    """The ring stops and starts; the back lies about how far it is, or not.
+
+    In between it writes, and completes what it has still, where it looks for it.
+    """
+    base = model.stop(None if source.flag() else source.number(2))
+    for _ in range(source.below(4)):
+        source.choice((completes, completes, writes))(model, source)
+    if source.flag():
+        model.look_back()
+    ring = model.lane.ring
+    match source.below(4):
+        case 1:  # without what it had offered
+            ring.avail_idx = base
+        case 2:  # anew
+            base = ring.avail_idx = ring.used_idx = source.number(2)
+        case 3:  # the guest's ring as it was, but from another chain on
+            base = (base + source.below(3)) & 0xFFFF
+    model.start(base)
 
 
 ACTS = (guest_offers, step, completes, completes, writes, jumps, stops)

@@ -14,21 +14,18 @@ in between. Copies here have 128 bytes, where no memcpy of glibc has a seam.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from typing import Any
 
 import pytest
 
+from tests.proof.bench import BUFFERS, COPY, SIZE, Bench, once
 from tests.proof.watching import CAN_WATCH, Access, Watcher, width_of
-from tests.support.plane import PAGE, Lane, Memory, World
+from tests.support.plane import PAGE, Memory
 from tests.support.profiles import SANITIZED
-from vhost_airlock.dataplane.pump import shadow_parts
 from vhost_airlock.peers.ring import (
     DESC,
     DESC_F_INDIRECT,
     DESC_F_NEXT,
     DESC_F_WRITE,
-    DESC_SIZE,
 )
 
 pytestmark = [
@@ -39,88 +36,11 @@ pytestmark = [
 ]
 
 NEXT, WRITE, INDIRECT = DESC_F_NEXT, DESC_F_WRITE, DESC_F_INDIRECT
-SIZE = 8
-COPY = 128
-"""Bytes of each buffer; an indirect table of as many has 8 descriptors."""
-
-BUFFERS = 0x10000
-"""Guest-physical address of the buffers, a page for each."""
 
 
 @pytest.fixture(scope="module")
 def watcher(tmp_path_factory):
     return Watcher(tmp_path_factory.mktemp("watch"))
-
-
-class Bench:
-    """A lane, and the names of all words that another side can write."""
-
-    def __init__(self, watcher: Watcher, **options: Any) -> None:
-        self.watcher = watcher
-        self.world = World()
-        self.lane = lane = Lane(self.world, size=SIZE, **options)
-        self.names: dict[int, str] = {}
-        desc, avail, used = lane.guest_parts
-        self.name_ring("guest", desc, avail, used)
-        area = self.world.isolated.host(lane.area_at)
-        desc, avail, used = (area + offset for offset in shadow_parts(SIZE))
-        self.name_ring("shadow", desc, avail, used)
-        self.tables = self.world.ram.host(lane.tables_at)
-        self.buffers = self.world.ram.host(BUFFERS)
-
-    def name_ring(self, ring: str, desc: int, avail: int, used: int) -> None:
-        names = self.names
-        for i in range(SIZE):
-            names[desc + DESC_SIZE * i] = f"{ring} desc[{i}] first half"
-            names[desc + DESC_SIZE * i + 8] = f"{ring} desc[{i}] second half"
-            names[avail + 4 + 2 * i] = f"{ring} avail.ring[{i}]"
-            names[used + 4 + 8 * i] = f"{ring} used.ring[{i}].id"
-            names[used + 8 + 8 * i] = f"{ring} used.ring[{i}].len"
-        names[avail] = f"{ring} avail.flags"
-        names[avail + 2] = f"{ring} avail.idx"
-        names[avail + 4 + 2 * SIZE] = f"{ring} used_event"
-        names[used] = f"{ring} used.flags"
-        names[used + 2] = f"{ring} used.idx"
-        names[used + 4 + 8 * SIZE] = f"{ring} avail_event"
-
-    def loads(self, call) -> list[Access]:
-        """All loads from memory that another side can write."""
-        pieces = [
-            (memory.address, memory.size)
-            for space in (self.world.ram, self.world.isolated)
-            for memory in space.pieces.values()
-        ]
-        return [each for each in self.watcher.during(call, pieces) if not each.write]
-
-    def words(self, loads: list[Access]) -> list[tuple[str, int]]:
-        """Those of ring words: which one, and how many bytes at once."""
-        return [
-            (self.names[load.address], load.width)
-            for load in loads
-            if load.address in self.names
-        ]
-
-    def copied(self, loads: list[Access]) -> Counter[int]:
-        """How often each other byte was loaded."""
-        return Counter(
-            byte
-            for load in loads
-            if load.address not in self.names
-            for byte in load.bytes
-        )
-
-    def offer(self, *flags: int, indirect: bool = False) -> int:
-        return self.lane.offer(
-            *(
-                (BUFFERS + PAGE * i, COPY, bool(flag & WRITE))
-                for i, flag in enumerate(flags)
-            ),
-            indirect=indirect,
-        )
-
-    def buffer(self, number: int) -> range:
-        start = self.buffers + PAGE * number
-        return range(start, start + COPY)
 
 
 def halves(*numbers: int) -> list[tuple[str, int]]:
@@ -130,10 +50,6 @@ def halves(*numbers: int) -> list[tuple[str, int]]:
         for number in numbers
         for half in ("first", "second")
     ]
-
-
-def once(*ranges: range) -> Counter[int]:
-    return Counter(byte for each in ranges for byte in each)
 
 
 EVENTS = pytest.mark.parametrize("event_idx", [True, False], ids=["event", "flags"])

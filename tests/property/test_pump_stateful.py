@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tests.support.model import ENTRIES, Model, Plane, Request
+from tests.support.model import ENTRIES, Model, Plane
 from tests.support.plane import Lane
 from tests.support.profiles import PROFILE
 
@@ -80,6 +80,7 @@ class PumpMachine(RuleBasedStateMachine):
                 back_indirect=flags[3],
                 whole_batches=flags[4],
                 entries=ENTRIES,
+                most=max(SIZES),
             )
             self.models.append(Model(self.plane, lane, policy))
 
@@ -135,37 +136,35 @@ class PumpMachine(RuleBasedStateMachine):
     def back(self, i, takes, finishes, which, wrote, said, then) -> None:
         """Take chains; complete some in any order, and what a stop left behind too."""
         model = self.models[i]
-        if not model.running:
-            return
         model.take(takes)
         for step in range(finishes):
-            held: list[Request] = [*model.taken, *model.quarantine.values()]
+            held = model.with_back()
             request = held[(which + 7 * step) % len(held)] if held else None
             if request is not None and model.can_finish(request):
                 length = min(wrote, request.room) if said is None else said
                 model.finish(request, wrote, length)
         if then == "step":
             model.step(256)
-        elif then == "waits":
+        elif then == "waits" and model.running:
             model.back_waits()
-        elif then == "looks":
+        elif then == "looks" and model.running:
             model.back_looks()
 
     @rule(i=ring, beyond=st.sampled_from([0, 1, 0x10000, 0x7FFFFFFF]))
     def back_lies(self, i, beyond) -> None:
         model = self.models[i]
         if model.running and model.bad < model.lane.size > len(model.finished):
-            model.finish_bad(model.lane.size + beyond)
+            model.finish_bad(max(SIZES) + beyond)
 
     @rule(
         i=ring,
         says=st.sampled_from(["truth", "truth", "nothing", "all", "less", "rubbish"]),
-        way=st.sampled_from(["on", "again", "anew"]),
-        base=st.sampled_from(BASES),
-        stays=st.sampled_from([False, False, True]),
+        way=st.sampled_from(["stays", "on", "on", "skip", "reset", "reset"]),
+        base=st.sampled_from((None, *BASES)),
+        size=st.sampled_from((None, *SIZES)),
     )
-    def stop(self, i, says, way, base, stays) -> None:
-        """Stop and start, or start what was left stopped."""
+    def stop(self, i, says, way, base, size) -> None:
+        """Stop and start, or start what was left stopped; at the same base if None."""
         model = self.models[i]
         if model.running:
             fetched = model.offered - len(model.visible)
@@ -178,19 +177,28 @@ class PumpMachine(RuleBasedStateMachine):
                     "rubbish": (model.offered + 0x4000) & 0xFFFF,
                 }[says]
             )
-            if stays:
-                return
-        if way == "anew":
-            model.start_anew(base)
+        if way == "stays":
+            model.look_back()
+        elif way == "reset":
+            if base is None:
+                base, _, _ = model.stopped_at
+            model.start_anew(base, size or model.lane.size)
         else:
-            model.start(again=way == "again" and model.last)
+            model.start(skip=way == "skip")
+
+    @rule(i=ring, which=st.integers(0, 1000))
+    def guest_rewrites(self, i, which) -> None:
+        """The guest changes what a chain has to say that it has offered already."""
+        model = self.models[i]
+        if model.pending:
+            model.rewrite(model.pending[which % len(model.pending)])
 
     @rule()
     def settle(self) -> None:
         """If everybody does their part, all that was offered comes out."""
         for model in self.models:
             if not model.running:
-                model.start(again=model.last)
+                model.start()
         self.plane.settle()
 
 
@@ -235,8 +243,12 @@ def stroll(seed: int, steps: int) -> None:
                     machine.back_lies(i, some([0, 0x10000]))
             case "s":
                 says = some(["truth", "truth", "nothing", "all", "less", "rubbish"])
-                way = some(["on", "again", "again", "anew"])
-                machine.stop(i, says, way, some(BASES), chance.random() < 0.3)
+                way = some(["stays", "on", "on", "on", "skip", "reset"])
+                base, size = some([*BASES, *[None] * 6]), some([*SIZES, *[None] * 5])
+                machine.stop(i, says, way, base, size)
+            case "r":
+                if chance.random() < 0.2:
+                    machine.guest_rewrites(i, chance.randrange(1000))
             case "S":
                 if chance.random() < 0.2:
                     machine.settle()

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 from tests.support.plane import MIB, PAGE, AddressSpace, Lane, World
-from vhost_airlock.peers import Buffer, Chain, DeviceRing, DriverRing
+from vhost_airlock.dataplane.pump import shadow_bytes
+from vhost_airlock.peers import Buffer, Chain, DeviceRing
 from vhost_airlock.peers.ring import DESC_F_INDIRECT, need_event
 
 SMALL = 512
 """Buffers below this are packed together, up to as much in the slot itself."""
 TAIL = 64
 """The largest last buffer that the policy used+tail copies always."""
+DESCS_A_STEP = 2048
+"""A step takes no more chains when it has taken so many descriptors."""
 ENTRIES = 8
 """The most buffers of a chain."""
 
@@ -49,14 +52,30 @@ class Request:
     """The guest's pages where the buffers lie."""
     given: bytes
     """What the back is to read."""
+    descs: int = 1
+    """Descriptors of the guest's that it is made of."""
     position: int = -1
-    """Its place among the chains offered since the ring's start."""
+    """Its place among all chains of the ring, in the guest's order."""
     seen: Chain | None = None
     """The chain as the back has it."""
     table: Span | None = None
     """The indirect table which the back has it in."""
     wrote: bytes = b""
     said: int = 0
+    returned: bool = False
+    """The back has completed it while no ring was there to tell the guest."""
+
+    def is_same(self, other: Request) -> bool:
+        """Could nobody tell whether the guest offers this chain or the other one?"""
+        return (self.head, self.buffers, self.given) == (
+            other.head,
+            other.buffers,
+            other.given,
+        )
+
+    @property
+    def size(self) -> int:
+        return sum(buffer.length for buffer in self.buffers)
 
     @property
     def room(self) -> int:
@@ -190,7 +209,7 @@ class Plane:
         spans = [
             span
             for model in self.models
-            for request in (*model.flight.values(), *model.quarantine.values())
+            for request in model.held()
             for span in request.doubles()
         ]
         spans += [model.shadow_span() for model in self.models]
@@ -204,8 +223,11 @@ class Plane:
         for _ in range(100_000):
             busy = False
             for model in self.models:
+                if model.awaited and not model.pending:
+                    # A ring that was reset is like one that goes on, till it is used.
+                    busy |= model.offer([(16, None)], 0, "direct")
                 model.take(1 << 16)
-                for request in (*model.taken, *model.quarantine.values()):
+                for request in model.with_back():
                     if model.can_finish(request):
                         model.finish(request, 0, 0)
                 busy |= bool(model.finished)
@@ -215,8 +237,7 @@ class Plane:
                 break
         for model in self.models:
             assert not model.pending, "chains wait though there is all room"
-            assert not model.flight
-            assert not model.quarantine
+            assert not model.held()
             assert model.lane.pump.quarantined == 0
         assert self.world.pool.used == 0
         self.world.check()
@@ -241,28 +262,57 @@ class Model:
         self.completed: deque[tuple[Request, int]] = deque()
         # By slot: offered to the back and not completed for the guest.
         self.flight: dict[int, Request] = {}
-        # By slot: left behind by a stop.
+        # By slot: left behind by a stop, and the guest may wait for it.
+        self.parked: dict[int, Request] = {}
+        # Those of them that the guest has yet to offer again, in its order.
+        self.awaited: deque[Request] = deque()
+        # By slot: left behind by a stop, and the guest waits for it no more.
         self.quarantine: dict[int, Request] = {}
         # The guest never gets these back.
         self.lost: list[Request] = []
-        self.pool_pages = 0
-        self.totals = {"chains": 0, "completions": 0, "violations": 0}
+        self.totals = {"chains": 0, "completions": 0, "violations": 0, "adopted": 0}
+        # The position of the next chain to take, and where the ring began.
+        self.next = self.began = 0
+        self.base = lane.pump.base
         self.running = True
+        self.guest_sleeps = False
+        # The guest was called in this ring's life; it is to be called already.
+        self.called = self.call_due = False
         self._started()
 
     def _started(self) -> None:
         lane = self.lane
         self.spy = DeviceRing(lane.shadow, self.world.isolated.view)
+        # Of chains in this shadow ring: where they began, how many were offered, and
+        # how many of these the back has fetched for sure.
+        self.first = self.next
         self.offered = 0
         self.least_fetched = 0
-        self.bad = 0
+        # Bad completions since the start, and those in a row.
+        self.bad = self.strikes = 0
         self.stalled = False
-        self.called = False
         # The pump rests: whoever has something for it must notify it.
         self.asleep = False
         self.guest_armed: bool | None = None
         self.back_armed: bool | None = None
-        self.guest_sleeps = self.back_sleeps = False
+        self.back_sleeps = False
+
+    def held(self) -> list[Request]:
+        """All chains that have a slot, and buffers in isolated memory."""
+        return [
+            *self.flight.values(),
+            *self.parked.values(),
+            *self.quarantine.values(),
+        ]
+
+    def with_back(self) -> list[Request]:
+        """What the back has taken and may complete, in this ring or in one before."""
+        left = (*self.parked.values(), *self.quarantine.values())
+        return [*self.taken, *(request for request in left if not request.returned)]
+
+    @property
+    def pool_pages(self) -> int:
+        return sum(r.pool_pages(self.lane.back_indirect) for r in self.held())
 
     # The guest.
 
@@ -297,7 +347,8 @@ class Model:
                 self.world.ram.write(buffer.addr, data)
                 given += data
         head = lane.offer(*moved, indirect=indirect, direct=direct)
-        self.pending.append(Request(head, present, pages, given))
+        descs = len(wanted) + (indirect and len(wanted) > direct)
+        self.pending.append(Request(head, present, pages, given, descs))
         kicked = lane.driver.kick_needed()
         if self.guest_armed is not None:
             assert not (kicked and not self.guest_armed), "a kick that nobody wants"
@@ -330,6 +381,15 @@ class Model:
         enough = indirect or len(present) <= self.lane.size
         return pages <= self.plane.chain_pages and enough
 
+    def rewrite(self, request: Request) -> None:
+        """The guest puts other bytes into a chain that it has offered already."""
+        request.given = b""
+        for buffer in request.buffers:
+            if not buffer.writable:
+                data = self.plane.pages.noise(buffer.length)
+                self.world.ram.write(buffer.addr, data)
+                request.given += data
+
     def reap(self) -> None:
         """The guest takes back what was completed."""
         expected = [(request.head, length) for request, length in self.completed]
@@ -355,94 +415,186 @@ class Model:
         """One pass; how many chains moved."""
         lane = self.lane
         if not self.running:
-            assert lane.pump.step(budget) == (0, False, False)
+            assert lane.pump.step(budget) == (0, self.call_due, False)
+            self.call_due = False
             return 0
         ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
         used_idx, avail_idx = lane.ring.used_idx, lane.shadow.avail_idx
-        reaped, skipped = self._reap_shadow(budget)
-        done = [request for request in reaped if request.position >= 0]
+        before = self.totals["violations"]
+        reaped, done = self._reap(budget)
+        skipped = self.totals["violations"] - before
 
         moved, call, kick = lane.pump.step(budget)
+        adopted = self._adopt(budget, done)
         fresh = self._look_at_fresh()
+        taken = [*adopted, *fresh]
         assert lane.pump.fault == 0, lane.fault
-        assert moved == len(reaped) + len(fresh)
-        assert moved - len(reaped) <= budget
+        assert moved == reaped + len(taken)
+        assert len(taken) <= budget
         self._check_guest_memory(ram, done)
         self._check_isolated_memory(isolated, fresh)
         self._check_call(call, len(done), used_idx)
         self._check_kick(kick, len(fresh), avail_idx)
 
-        self.stalled = bool(self.pending) and len(fresh) < budget
+        self.stalled = bool(self.pending) and not self._enough(taken, budget)
         if self.stalled:
             self._check_stall()
-        if fresh or self.stalled:
+        if taken or self.stalled:
             self.guest_armed = self.guest_armed and False
         if reaped or skipped:
             self.back_armed = self.back_armed and False
         self.asleep = False
-        self.totals["chains"] += len(fresh)
-        self.totals["completions"] += len(done)
-        assert lane.pump.outstanding == len(self.flight)
-        assert {name: lane.counter(name) for name in self.totals} == self.totals
-        self.plane.check_pool()
+        self.totals["chains"] += len(taken)
+        self._check_numbers()
         if fresh:
             self.plane.check_doubles()
         return moved
 
-    def _reap_shadow(self, budget: int) -> tuple[list[Request], int]:
-        """What a step will find completed: chains, and how many bad completions.
+    @staticmethod
+    def _enough(taken: list[Request], budget: int) -> bool:
+        """Has a step passed on so much that it ends?"""
+        return (
+            len(taken) >= budget
+            or sum(request.size for request in taken) >= MIB
+            or sum(request.descs for request in taken) >= DESCS_A_STEP
+        )
 
-        In whole batches all that the back shows now, whatever the budget is.
+    def _check_numbers(self) -> None:
+        pump = self.lane.pump
+        counters = pump.counters()
+        assert {name: counters[name] for name in self.totals} == self.totals
+        assert pump.outstanding == len(self.flight)
+        returned = sum(request.returned for request in self.parked.values())
+        left = len(self.parked) + len(self.quarantine)
+        assert pump.quarantined == left - returned
+        self.plane.check_pool()
+
+    def _reap(self, budget: int | None) -> tuple[int, list[Request]]:
+        """What will be found completed in the shadow ring. (How many chains, and which
+        of them the guest gets.)
+
+        In whole batches all that the back shows now, whatever the budget is; and all
+        of a ring that has stopped, where there is none.
         """
-        reaped: list[Request] = []
-        skipped = 0
-        most = min(budget, max(4, len(self.flight) // 4))
-        while self.finished and (self.lane.whole_batches or len(reaped) < most):
+        size = self.lane.size
+        done: list[Request] = []
+        reaped = 0
+        most = size
+        if budget is None and not self.with_back():
+            return 0, []
+        if budget is not None and not self.lane.whole_batches:
+            most = min(budget, max(4, len(self.flight) // 4))
+        while self.finished and reaped < most:
             request = self.finished.popleft()
-            if request is None:
-                skipped += 1
+            if request is None or request not in self.held():
+                self.totals["violations"] += 1
+                self.strikes += 1
+                if self.strikes > size:
+                    break
                 continue
-            reaped.append(request)
+            self.strikes = 0
+            reaped += 1
+            if self._end(request):
+                done.append(request)
+        return reaped, done
+
+    def _end(self, request: Request) -> bool:
+        """The back has completed a chain. Does the guest get it at once?"""
+        assert request.seen is not None
+        slot = request.seen.head
+        if slot in self.parked:
+            request.returned = True
+            return False
+        if self.quarantine.pop(slot, None) is not None:
+            return False
+        del self.flight[slot]
+        if request.position >= self.first:
+            place = request.position - self.first
+            self.least_fetched = max(self.least_fetched, place + 1)
+        self._complete(request)
+        return True
+
+    def _complete(self, request: Request) -> None:
+        self.completed.append((request, min(request.said, request.room)))
+        self.totals["completions"] += 1
+
+    def _adopt(self, budget: int, done: list[Request]) -> list[Request]:
+        """What a step takes for chains that the back has still, in the guest's order.
+
+        Those of them that have come back already are done too.
+        """
+        adopted: list[Request] = []
+        while self.pending and self.awaited and not self._enough(adopted, budget):
+            request, offered = self.awaited[0], self.pending[0]
+            if not request.is_same(offered):
+                self._disown(self.awaited)
+                break
+            self.pending.popleft()
+            self.awaited.popleft()
+            request.pages, request.descs = offered.pages, offered.descs
+            request.position = self.next
+            self.next += 1
+            self._resume(request, done)
+            adopted.append(request)
+            self.first = self.next
+        self.totals["adopted"] += len(adopted)
+        return adopted
+
+    def _resume(self, request: Request, done: list[Request]) -> None:
+        """The guest waits for a chain again that was left behind."""
+        assert request.seen is not None
+        del self.parked[request.seen.head]
+        if request.returned:
+            self._complete(request)
+            done.append(request)
+        else:
+            self.flight[request.seen.head] = request
+            if request not in self.finished:
+                self.taken.append(request)
+
+    def _disown(self, left: deque[Request]) -> None:
+        """The guest waits for none of these chains any more."""
+        for request in left:
             assert request.seen is not None
-            slot = request.seen.head
-            self.pool_pages -= request.pool_pages(self.lane.back_indirect)
-            if self.quarantine.pop(slot, None) is None:
-                del self.flight[slot]
-                length = min(request.said, request.room)
-                self.completed.append((request, length))
-                self.least_fetched = max(self.least_fetched, request.position + 1)
-        self.totals["violations"] += skipped
-        return reaped, skipped
+            del self.parked[request.seen.head]
+            if not request.returned:
+                self.quarantine[request.seen.head] = request
+        self.lost += left
+        left.clear()
 
     def _look_at_fresh(self) -> list[Request]:
         """What a step has put in the shadow ring: the guest's chains, in order."""
         fresh = []
+        slots = {r.seen.head for r in self.held() if r.seen is not None}
         while chain := self.spy.take():
             assert self.pending, "a chain that the guest did not offer"
+            assert not self.awaited, "a chain that the back has still"
             request = self.pending.popleft()
-            request.seen, request.position = chain, self.offered
-            assert [(b.length, b.writable) for b in chain.buffers] == [
-                (b.length, b.writable) for b in request.buffers
-            ]
-            for double, buffer in zip(chain.buffers, request.buffers, strict=True):
-                grain, offset = (
-                    (64, 0) if buffer.length < SMALL else (PAGE, buffer.addr)
-                )
-                assert double.addr % grain == offset % grain
-            assert self.lane.bytes_of(chain) == request.given
-            for view in self.lane.writable(chain):
-                assert not any(view)
-            desc = self.lane.shadow.read_desc(chain.head)
-            if desc.flags & DESC_F_INDIRECT:
-                request.table = desc.addr, desc.length
-            assert chain.head not in self.flight
-            assert chain.head not in self.quarantine
+            request.seen, request.position = chain, self.next
+            self._check_chain(request, chain)
+            assert chain.head not in slots, "the back has this slot's chain still"
+            slots.add(chain.head)
             self.flight[chain.head] = request
             self.visible.append(request)
-            self.pool_pages += request.pool_pages(self.lane.back_indirect)
+            self.next += 1
             self.offered += 1
             fresh.append(request)
         return fresh
+
+    def _check_chain(self, request: Request, chain: Chain) -> None:
+        """What the back sees is the guest's chain, and its memory is clean."""
+        assert [(b.length, b.writable) for b in chain.buffers] == [
+            (b.length, b.writable) for b in request.buffers
+        ]
+        for double, buffer in zip(chain.buffers, request.buffers, strict=True):
+            grain, offset = (64, 0) if buffer.length < SMALL else (PAGE, buffer.addr)
+            assert double.addr % grain == offset % grain
+        assert self.lane.bytes_of(chain) == request.given
+        for view in self.lane.writable(chain):
+            assert not any(view)
+        desc = self.lane.shadow.read_desc(chain.head)
+        if desc.flags & DESC_F_INDIRECT:
+            request.table = desc.addr, desc.length
 
     def _check_guest_memory(self, before: Snapshot, done: list[Request]) -> None:
         layout = self.lane.layout
@@ -462,11 +614,19 @@ class Model:
         assert before.changed_outside(allowed) == []
 
     def shadow_span(self) -> Span:
-        """The shadow ring itself, without its slots' small areas."""
-        size = self.world.isolated.pieces[self.lane.area_at].size
-        return self.lane.area_at, size - SMALL * self.lane.size
+        """The shadow ring that is in use."""
+        return self.lane.area_at, shadow_bytes(self.lane.size)
 
     def _check_call(self, call: bool, done: int, old: int) -> None:
+        """`call`: the pump says so. A call that was due from the start counts too."""
+        wanted = self._completions_shown(done, old) or self.call_due
+        self.call_due = False
+        assert call == wanted
+        assert call or not (self.guest_sleeps and done), "a call is missing"
+        self.guest_sleeps = self.guest_sleeps and not call
+
+    def _completions_shown(self, done: int, old: int) -> bool:
+        """So many were shown, from this used index on. Does the guest want a call?"""
         ring = self.lane.ring
         assert ring.used_idx == (old + done) & 0xFFFF
         if self.lane.guest_event_idx:
@@ -474,10 +634,8 @@ class Model:
             wanted = wanted or not self.called
         else:
             wanted = not ring.avail_flags & 1
-        assert call == (done > 0 and wanted)
         self.called = self.called or done > 0
-        assert call or not (self.guest_sleeps and done), "a call is missing"
-        self.guest_sleeps = self.guest_sleeps and not call
+        return done > 0 and wanted
 
     def _check_kick(self, kick: bool, fresh: int, old: int) -> None:
         ring = self.lane.shadow
@@ -494,8 +652,13 @@ class Model:
         """A chain that waits has a reason."""
         indirect = self.lane.back_indirect
         needed = 1 if indirect else len(self.pending[0].buffers)
-        taken = sum(1 if indirect else len(r.buffers) for r in self.flight.values())
-        slots = self.lane.size - taken - len(self.quarantine)
+        # One of an earlier ring has its slot, but no descriptors.
+        taken = sum(
+            1 if indirect or r.position < self.first else len(r.buffers)
+            for r in self.flight.values()
+        )
+        left = [*self.parked, *self.quarantine]
+        slots = self.lane.size - taken - sum(slot < self.lane.size for slot in left)
         assert needed > slots or self.world.pool.used, "a chain waits without need"
 
     def rest(self) -> None:
@@ -526,7 +689,7 @@ class Model:
     def can_finish(self, request: Request) -> bool:
         """Has the used ring room, and is this not there already?"""
         room = len(self.finished) < self.lane.size
-        return self.running and room and request not in self.finished
+        return room and request not in self.finished
 
     def finish(self, request: Request, length: int, said: int) -> None:
         """The back writes so many bytes, as far as there is room, and completes."""
@@ -567,83 +730,112 @@ class Model:
 
     def stop(self, said: int | None) -> tuple[int, bool]:
         """The ring stops, and the back says so. (Unfinished chains, are they last?)"""
-        end = self.least_fetched
+        fetched = self.least_fetched
         if said is not None:
-            claimed = end + ((said - end) & 0xFFFF)
-            end = claimed if claimed <= self.offered else end
+            claimed = fetched + ((said - fetched) & 0xFFFF)
+            fetched = claimed if claimed <= self.offered else fetched
+        end = self.first + fetched
         by_position = sorted(self.flight.values(), key=lambda r: r.position)
         back = [request for request in by_position if request.position >= end]
         left = [request for request in by_position if request.position < end]
-        last = [r.position for r in left] == [*range(end - len(left), end)]
-        self.end, self.last = end, last
+        first = end - len(left)
+        last = [request.position for request in left] == [*range(first, end)]
+        self.goes_on_at = first if last else end
+        base = (self.base + self.goes_on_at - self.began) & 0xFFFF
 
         ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
-        self.base = self.lane.base
-        outcome = self.lane.stop(said)
-        assert outcome == ((self.base + end) & 0xFFFF, len(left), last)
+        assert self.lane.stop(said) == (base, len(left), last)
         layout = self.lane.layout
-        used = self.lane.ring_at + layout.used, layout.used_size
-        assert ram.changed_outside([used]) == []
+        used = self.lane.ring_at + layout.used
+        flags, event = (used, 2), (used + 4 + 8 * self.lane.size, 2)
+        assert ram.changed_outside([flags, event]) == []
         assert isolated.changed_outside([]) == []
-        assert ram.pieces[self.lane.ring_at][layout.used + 4 :][
-            : 8 * self.lane.size
-        ] == (
-            self.world.ram.read(self.lane.ring_at + layout.used + 4, 8 * self.lane.size)
-        )
 
-        for request in back:
-            self.pool_pages -= request.pool_pages(self.lane.back_indirect)
-        self.pending.extendleft(
-            replace(request, position=-1, seen=None, table=None)
-            for request in reversed(back)
-        )
-        for request in left:
-            assert request.seen is not None
-            request.position = -1
-            self.quarantine[request.seen.head] = request
-        self.left = left
+        self.stopped_at = base, self.lane.ring.used_idx, self.lane.size
+        for request in reversed(back):
+            self.pending.appendleft(self._offered_again(request))
+        self.parked |= {r.seen.head: r for r in left if r.seen is not None}
+        self.left = left if last else []
         self.flight.clear()
         self.visible.clear()
         self.taken.clear()
-        self.finished.clear()
         self.running = False
-        self.asleep = False
+        self.asleep = self.stalled = False
         self.guest_armed = self.back_armed = None
-        assert self.lane.pump.quarantined == len(self.quarantine)
-        self.plane.check_pool()
+        self._check_numbers()
         return len(left), last
 
-    def start(self, *, again: bool) -> None:
-        """The ring goes on; with `again` from the first unfinished chain on."""
-        base = self.lane.base + self.end
-        if again:
-            base -= len(self.left)
-            self.pending.extendleft(
-                replace(request, seen=None, table=None)
-                for request in reversed(self.left)
-            )
+    def look_back(self) -> None:
+        """While the ring is stopped, see what the back has completed in it."""
+        before = Snapshot(self.world.ram), Snapshot(self.world.isolated)
+        self._reap(None)
+        self.lane.pump.look_back()
+        for snapshot in before:
+            assert snapshot.changed_outside([]) == []
+        self._check_numbers()
+
+    def start(self, *, skip: bool = False) -> None:
+        """The ring goes on where it stopped; with `skip` behind what is unfinished."""
+        base, _, _ = self.stopped_at
+        if skip:
+            base += len(self.left)
         else:
-            self.lost += self.left
+            for request in reversed(self.left):
+                self.pending.appendleft(self._offered_again(request))
         self._start(base & 0xFFFF)
 
-    def start_anew(self, base: int) -> None:
+    @staticmethod
+    def _offered_again(request: Request) -> Request:
+        """The same chain of the guest, to which its pages go."""
+        again = Request(
+            request.head, request.buffers, request.pages, request.given, request.descs
+        )
+        request.pages = range(0)
+        return again
+
+    def start_anew(self, base: int, size: int) -> None:
         """The guest resets its driver: whatever it had offered is forgotten."""
-        lost = [*self.lost, *self.left, *self.pending]
-        for request in (*lost, *(request for request, _ in self.completed)):
+        gone = [*self.lost, *self.parked.values(), *self.pending]
+        for request in (*gone, *(request for request, _ in self.completed)):
             self.plane.pages.give(request.pages)
+            request.pages = range(0)
         self.lost.clear()
         self.pending.clear()
         self.completed.clear()
-        driver = self.lane.driver
-        self.lane.driver = DriverRing(
-            driver.ring, base=base, event_idx=driver.event_idx, tables=driver.tables
-        )
+        self._reap(None)
+        self.finished.clear()
+        self.lane.reset(base, size)
+        self.guest_sleeps = False
         self._start(base)
 
     def _start(self, base: int) -> None:
-        ram = Snapshot(self.world.ram)
-        self.lane.start(base)
-        assert ram.changed_outside([]) == []
+        """The ring starts. What the last stop left behind is the guest's again, or
+        nobody's, if it does not start just where and as it has stopped.
+        """
+        lane = self.lane
+        self._reap(None)
+        self.finished.clear()
+        if self.stopped_at == (base, lane.ring.used_idx, lane.size) and self.parked:
+            self.next = self.goes_on_at
+        else:
+            self._disown(deque(self.parked.values()))
+        self.called = False
+        done: list[Request] = []
+        for _, request in sorted(self.parked.items()):
+            if request.position < self.next:
+                self._resume(request, done)
+        in_order = sorted(self.parked.values(), key=lambda r: r.position)
+        self.awaited = deque(in_order)
+
+        ram, isolated = Snapshot(self.world.ram), Snapshot(self.world.isolated)
+        used_idx = lane.ring.used_idx
+        lane.start(base)
+        self.base, self.began = base, self.next
+        self._check_guest_memory(ram, done)
+        self._check_isolated_memory(isolated, [])
+        self.call_due |= self._completions_shown(len(done), used_idx)
+        assert self.call_due or not (self.guest_sleeps and done), "a call is missing"
         self.running = True
         self.left = []
         self._started()
+        self._check_numbers()

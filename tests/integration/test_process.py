@@ -874,7 +874,7 @@ def test_want_of_threads_ends_the_session_and_not_the_process(
         assert program.stop() == 0
         (line,) = program.errors().splitlines()
         assert line == (
-            "vhost-airlock: the system has no more of what a session takes:"
+            "vhost-airlock: the system lacks a resource that a session takes:"
             " can't start new thread"
         )
 

@@ -297,7 +297,7 @@ class TestSetUp:
     def test_a_ring_has_no_more_entries_than_slots(self, world):
         lane = Lane(world, size=16)
         lane.stop(None)
-        with pytest.raises(ValueError, match="ring 0: 32 entries, not so many slots"):
+        with pytest.raises(ValueError, match="ring 0: 32 entries, but fewer slots"):
             lane.pump.attach(
                 size=32,
                 base=0,

@@ -17,8 +17,8 @@ cdef enum:
     FEW = 4
     # Bytes of the largest buffer that counts as a status, for COPY_USED_TAIL.
     TAIL = 64
-    # A chain with so many pages is copied past the processor's caches (non-temporal
-    # stores), if its ring has CACHED pages or more in use.
+    # A chain with this many pages or more is copied past the processor's caches
+    # (non-temporal stores), if its ring has CACHED pages or more in use.
     LARGE = 64
     CACHED = 1024
 

@@ -7,8 +7,8 @@ large one lies at the same offset in its page as the guest's, so that a back-end
 do direct I/O with it. Small ones, and the table of an indirect chain, are packed at
 steps of 64 bytes into the slot's own area, or into one block if that is too small.
 
-What the device may write is zeroed before the back sees it, so that nothing of an
-earlier request can come out again; what the guest has there never goes to the back.
+Buffers that the device may write are zeroed before the back sees them, so that nothing
+of an earlier request can come out again; the guest's bytes there never go to the back.
 Copying back reads each isolated byte once.
 """
 
@@ -196,7 +196,7 @@ cdef bint take_blocks(
 
     if take_blocks_of(slot, small, 0, MAX_ORDER, pool):
         return True
-    # Joined, and the largest first, whatever can fit does. In any other order, small
+    # Joined, and the largest first, every chain that can fit does. Else, small
     # blocks of the chain itself could stand in the way of its large ones for ever.
     give_blocks(slot, pool)
     if not join_free(pool, pages, order_of(largest)):
@@ -268,7 +268,7 @@ cdef inline bint past_caches(const Slot *slot, const Share *share) noexcept nogi
 cdef bint copy_to_back(
     Slot *slot, const Share *share, RegionTable *memory, int *hint
 ) noexcept nogil:
-    """Fill the doubles: what the device reads is copied, what it writes is zeroed.
+    """Fill the doubles: buffers to read are copied, buffers to write are zeroed.
 
     The lone region is new for each chain, so there are zeros in it already. False: a
     part of the guest's memory is not there any more.
@@ -292,7 +292,8 @@ cdef uint64_t copy_to_guest(
     Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
     RegionTable *memory, int *hint,
 ) noexcept nogil:
-    """Copy back what the device wrote, by the policy. Returns the number of bytes.
+    """Copy the bytes that the device wrote to the guest, by the policy; returns their
+    number.
 
     `length` is the number of bytes that the back says it has written, and never more
     than a hint: addresses and sizes come from our own record. A buffer that is not

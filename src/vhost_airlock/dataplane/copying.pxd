@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies bytes: through the processor's caches, or past them.
 
-What is more than caches hold is better written past them, by non-temporal stores: no
-line is read only to be overwritten, and what the others work with stays where it is.
+Data that the caches don't hold is better written past them, by non-temporal stores: no
+line is read only to be overwritten, and the data of guest and back stays in the caches.
 The source is asked for a KiB ahead, beyond its end too: that is no access. Such stores
-are ordered with no others. So a fence ends each of these copies: whatever is published
-later is seen later. Where there are no such stores, it is memcpy().
+are ordered with no others. So a fence ends each of these copies: an index that is
+published later is seen later. Where there are no such stores, it is memcpy().
 """
 
 from libc.stdint cimport uint8_t, uint64_t

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device side of a guest ring: what a ring format must offer to the pump.
+"""The device side of a guest ring: the operations of a ring format.
 
 guest_split.pyx is the one format there is. Another one is a module with a GuestOps of
 its own and its state beside SplitGuest below.
 
 The pump counts chains. How a position in the ring is told to the VMM (its *base*), and
-what the ring's parts are, is the format's own business.
+which parts a ring has, is the format's own business.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -33,7 +33,7 @@ cdef struct Chain:
     # A chain as we fetched it, checked; segments of length zero are left out.
     uint16_t head
     uint16_t count
-    # The first so many segments are for the device to read, the rest to write.
+    # The first `readable` segments are for the device to read, the rest to write.
     uint16_t readable
     # Descriptors that were fetched for it, those of a table and empty ones too.
     uint32_t descs
@@ -50,7 +50,7 @@ cdef struct GuestOps:
     void (*begin)(GuestRing *) noexcept nogil
     # The same ring is at other addresses now, where it has yet to be armed.
     void (*move)(GuestRing *, const Part *parts) noexcept nogil
-    # The base that lies so many chains behind the one where the ring began.
+    # The base that lies this many chains behind the one where the ring began.
     uint64_t (*base_after)(const GuestRing *, int64_t chains) noexcept nogil
     # Where the ring stands when chains are taken from this base on. A ring that is
     # started where another one has stopped is the same ring, not one that was reset.

@@ -45,7 +45,7 @@ cdef const GuestOps *split_guest() noexcept nogil:
 def layout(int64_t size):
     """Return (bytes, alignment) of descriptor table, avail ring and used ring.
 
-    ValueError if a split ring can't have so many entries.
+    ValueError if a split ring can't have this size.
     """
     if not 0 < size <= MAX_SIZE or size & (size - 1):
         raise ValueError(f"{size} entries are no power of two up to {MAX_SIZE}")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in shared memory, and the only ways in which we read and write it.
+"""Structures in shared memory, and the only ways in which we read and write them.
 
 Ring structures are those of the virtio specification, 2.7 "Split Virtqueues",
 little-endian, which is the host's order: a big-endian host is refused at build.
 
-The other side can rewrite this memory at any moment. So whatever decides something
+The other side can rewrite this memory at any moment. So a word that decides something
 is fetched once, by an access that the compiler may neither repeat nor split, into
 memory of our own, and only that copy is looked at.
 """
@@ -67,7 +67,7 @@ cdef extern from * nogil:
     void store_int "airlock_store"(int *, int)
     void store16_release "airlock_store_release"(uint16_t *, uint16_t)
     void fence "airlock_fence"()
-    # The compiler must not read again what was copied before this point.
+    # The compiler must not read bytes again that were copied before this point.
     void forget "airlock_forget"()
 
 

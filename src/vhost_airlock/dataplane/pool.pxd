@@ -31,7 +31,7 @@ cdef extern from * nogil:
     uint64_t exchange "airlock_exchange"(uint64_t *, uint64_t)
     void add_int "airlock_add"(int *, int)
     int leading_zeros "__builtin_clzll"(uint64_t)
-    # Make it the larger one of what it is and a value; atomically.
+    # Raise it to a value, if it is smaller; atomically.
     void raise_to "airlock_raise"(uint64_t *, uint64_t)
 
 cdef enum:
@@ -76,7 +76,7 @@ cdef struct PoolRegion:
     uint32_t joined_orders
 
 cdef struct Share:
-    # What one ring has taken, in pages, and how much it can always have.
+    # Pages that one ring has taken, and pages that it can always have.
     uint64_t used
     uint64_t guaranteed
     # The most that it ever had.
@@ -138,7 +138,7 @@ cdef struct PoolState:
 
 
 cdef inline int order_of(uint64_t pages) noexcept nogil:
-    """The smallest order whose blocks have so many pages or more."""
+    """The smallest order whose blocks have at least this many pages."""
     return 64 - leading_zeros(pages - 1) if pages > 1 else 0
 
 cdef inline int must_stand_still(const int *running) except -1:

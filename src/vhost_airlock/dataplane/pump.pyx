@@ -48,7 +48,7 @@ layout = guest_split.layout
 check_base = guest_split.check_base
 
 POLICIES = {"full": COPY_FULL, "used": COPY_USED, "used+tail": COPY_USED_TAIL}
-"""The copy policies by name: how much of what the device may write is copied back."""
+"""The copy policies by name: how much of the writable buffers is copied back."""
 
 FAULTS = {
     BAD_AVAIL_INDEX: "the guest's avail index jumps by more than the ring holds",
@@ -70,19 +70,19 @@ FAULTS = {
     OUT_OF_MEMORY: "the airlock has no memory left",
     MEMORY_LOST: "a page of memory that the ring or a request is in can't be had",
 }
-"""What each fault means."""
+"""The meaning of each fault."""
 
 BACK_SIGNALLED = BACK_ERROR
 """The fault to set when the back says by its descriptor that a ring is broken."""
 
 
 def shadow_bytes(uint16_t size):
-    """How many bytes of isolated memory a shadow ring of so many entries takes."""
+    """Return the bytes of isolated memory that a shadow ring of this size takes."""
     return split_shadow().bytes(size)
 
 
 def slot_bytes(uint16_t count):
-    """How many bytes of isolated memory so many slots take."""
+    """Return the bytes of isolated memory that this many slots take."""
     return <int> count * AREA
 
 
@@ -176,7 +176,7 @@ cdef class Pump:
         guest-physical one.
         shadow: where prepare() has made the shadow ring. The back uses it by now, and
         not the last one any more, where its late completions are looked for.
-        whole_batches: the guest is to see at once what the back shows at once.
+        whole_batches: completions that the back shows at once the guest sees at once.
         """
         cdef PumpState *pump = &self.state
         cdef Part part[3]
@@ -186,7 +186,7 @@ cdef class Pump:
         if pump.attached:
             raise ValueError(f"ring {self.index} is attached already")
         if size > pump.shadow.slots:
-            raise ValueError(f"ring {self.index}: {size} entries, not so many slots")
+            raise ValueError(f"ring {self.index}: {size} entries, but fewer slots")
         layout(size)
         self.look_back()
         for i, (at, address) in enumerate(guest):
@@ -451,7 +451,7 @@ cdef class Pump:
         return count
 
     def counters(self):
-        """The numbers of the session so far, and of what is held now, by name.
+        """The numbers of the session so far, and of the present, by name.
 
         Any thread may ask at any time, while a worker runs the pump too: each number
         is whole, but they may be of different moments.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver side of a shadow ring: what a ring format must offer to the pump.
+"""The driver side of a shadow ring: the operations of a ring format.
 
 shadow_split.pyx is the one format there is. Another one is a module with a ShadowOps of
 its own and its state beside SplitShadow below.
@@ -7,8 +7,9 @@ its own and its state beside SplitShadow below.
 A chain in the shadow ring is named by its slot, a number. The back names it too when it
 is done, so a slot is only believed after a look at `state`, which is in memory of our
 own, like everything in this struct. A slot that the back may still complete is never
-used for another chain, whatever has been stopped and started: back-ends keep requests
-when a ring stops, and complete them by the old number in the ring that there is then.
+used for another chain, however often the ring is stopped and started: back-ends keep
+requests when a ring stops, and complete them by the old number in the ring that there
+is then.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -32,7 +33,7 @@ cdef enum SlotState:
 cdef struct ShadowRing
 
 cdef struct RingForBack:
-    # What the back is told of a ring: entries, base, the addresses that it has.
+    # A ring as the back is told of it: entries, base, and its own addresses.
     uint16_t size
     uint64_t base
     uint64_t desc
@@ -42,15 +43,15 @@ cdef struct RingForBack:
 cdef struct ShadowOps:
     # How many bytes of isolated memory a ring of this size takes.
     uint64_t (*bytes)(uint16_t size) noexcept nogil
-    # What the back is to be told of a ring that lies at this address of the back's.
+    # The ring for the back that lies at this address of the back's.
     RingForBack (*describe)(uint16_t size, uint64_t back) noexcept nogil
     # Begin with an empty ring in memory that the caller has zeroed.
     void (*start)(ShadowRing *, uint8_t *host) noexcept nogil
-    # Add a chain of so many descriptors; the back does not see it yet.
+    # Add a chain of `count` descriptors; the back does not see it yet.
     void (*offer)(
         ShadowRing *, uint16_t slot, const Desc *, uint16_t count
     ) noexcept nogil
-    # Show the back what was added. True: it wants a kick.
+    # Show the back the chains that were added. True: it wants a kick.
     bint (*publish)(ShadowRing *) noexcept nogil
     # Take a completion: 1 taken, 0 none left, or a Fault.
     int (*reap)(ShadowRing *, uint16_t *slot, uint32_t *len) noexcept nogil
@@ -71,7 +72,7 @@ cdef struct SplitShadow:
     Desc *desc
     Avail *avail
     Used *used
-    # Where the next chain goes: so many were offered since the start.
+    # Where the next chain goes: the number of chains offered since the start.
     uint16_t avail_idx
     uint16_t published
     # The next position of the used ring to take.
@@ -112,7 +113,7 @@ cdef inline void give_slot(ShadowRing *ring, uint16_t slot) noexcept nogil:
     ring.free_count += 1
 
 cdef inline bint is_with_back(uint8_t state) noexcept nogil:
-    """May the back still complete what is in a slot of this state?"""
+    """May the back still complete the chain in a slot of this state?"""
     return state == IN_FLIGHT or state == PARKED or state == QUARANTINED
 
 cdef inline void free_chain(ShadowRing *ring, uint16_t slot) noexcept nogil:

@@ -2,11 +2,11 @@
 """The driver side of a split virtqueue in isolated memory (virtio 1.3, 2.7).
 
 The back is hostile: it can rewrite all of the ring at any time. We write descriptors
-and the avail ring and never read them back. Of what the back writes, the used index
-is fetched once and bounded, a used element is fetched once, and its id is looked up in
-our own record. A completion of something that is not with the back is counted and
-skipped, since real devices repeat some; more of them in a row than the ring has
-entries is a fault.
+and the avail ring and never read them back. Of the words that the back writes, the used
+index is fetched once and bounded, a used element is fetched once, and its id is looked
+up in our own record. A completion of something that is not with the back is counted and
+skipped, since real devices repeat some; more of them in a row than the ring has entries
+is a fault.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t

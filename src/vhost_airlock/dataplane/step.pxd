@@ -60,7 +60,7 @@ cdef struct PumpState:
     # Used elements are written, but the used index is not yet published.
     bint untold
     Desc desc[1024]
-    # The guest is to see at once what the back shows at once.
+    # Completions that the back shows at once the guest is to see at once.
     bint whole_batches
     # Both rings are set up.
     bint attached

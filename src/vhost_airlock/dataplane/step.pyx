@@ -14,7 +14,7 @@ and only notes that a kick or a call is due: the worker sends them. A chain that
 no room waits here, and the ones behind it in the guest's ring: nothing fails, and order
 is kept.
 
-Order is what a stop rests on. Each chain of the guest takes exactly one position in the
+A stop rests on order. Each chain of the guest takes exactly one position in the
 shadow ring, in the guest's order. So when the back says how far it has fetched, that
 many chains are the back's or done, and all others are the guest's again, untouched.
 
@@ -46,9 +46,9 @@ from vhost_airlock.dataplane.shadow cimport (
 cdef enum:
     # A step ends after moving so much each way, if it may: other rings want their turn.
     BYTES_A_STEP = 1 << 20
-    # And after so many descriptors, or segments, each way: they cost time, not bytes.
+    # And after this many descriptors, or segments, each way: they cost time, not bytes.
     DESCS_A_STEP = 2048
-    # And after completing one of so many parts of what is in flight, but a few chains.
+    # And after completing one of PARTS parts of the chains in flight, but a few chains.
     PARTS = 4
     FEW_CHAINS = 4
 
@@ -74,7 +74,7 @@ cdef int run(PumpState *pump, Job job, int number) noexcept nogil:
 
 
 cdef void lose_memory(PumpState *pump) noexcept nogil:
-    """A job was cut off: end all use of both rings, and put right what it left."""
+    """A job was cut off: end all use of both rings, and put right its remains."""
     cdef int call
 
     fail(pump, MEMORY_LOST)
@@ -118,8 +118,8 @@ cdef int collect(PumpState *pump, int budget) noexcept nogil:
     """Give the guest the chains that the back has completed, and call it once if it
     wants. Returns how many were collected.
 
-    In whole batches the guest sees at once what the back has shown at once. Else it
-    gets a part, and can go on, and so can the back, while the rest is copied.
+    In whole batches the guest sees at once the chains that the back has shown at once.
+    Else it gets a part, and can go on, and so can the back, while the rest is copied.
     """
     cdef uint16_t slot
     cdef uint32_t length
@@ -401,7 +401,7 @@ cdef int look_drained(void *what, int _) noexcept nogil:
 
 cdef int64_t owed(const PumpState *pump, int64_t unfetched) noexcept nogil:
     """How many chains are not done of those that the back has fetched, if it has not
-    fetched so many. Negative if that can't be true.
+    fetched `unfetched` of them. Negative if that can't be true.
     """
     return <int64_t> load16(&pump.outstanding) - unfetched
 

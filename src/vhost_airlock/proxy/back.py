@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The connection to the back: to it, we are an ordinary front-end with a small guest.
 
-The order of messages is the one that every known back-end takes, whatever order the
-real front has: features and owner first, then memory, and a ring all at once when it
-starts. See protocol.md in the docs.
+The order of messages is the one that every known back-end takes, and does not depend on
+the order of the front's messages: features and owner first, then memory, and a ring all
+at once when it starts. See protocol.md in the docs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Link(Enum):
     """How far a connection has come."""
 
     OPEN = auto()
-    """The back has told what it offers."""
+    """The back has told the features that it offers."""
     SETTLED = auto()
     """It has its protocol features and its owner, and there is isolated memory."""
     UP = auto()
@@ -62,7 +62,7 @@ class ShadowRing(NamedTuple):
 
 @dataclass(slots=True)
 class Has:
-    """What the back has been told and has not forgotten since."""
+    """Values that the back was told and has not forgotten since."""
 
     features: int = 0
     """0: none, or forgotten."""
@@ -142,7 +142,7 @@ class Back:
             self._open_requests(accepted)
 
     def has_features(self, front: ProtocolFeature) -> bool:
-        """Does what was settled suffice for a front that has accepted these?"""
+        """Were all features settled that a front needs which has accepted these?"""
         wanted = back_protocol(front, self.offered_protocol)
         return not wanted & ~self.peer.protocol_features
 
@@ -250,7 +250,9 @@ class Back:
             self._serve_requests(self.requests)
 
     def _serve_requests(self, requests: Responder) -> None:
-        """Serve the requests that have come, and pass on once what they mean."""
+        """Serve the requests that have come; several changes of the configuration space
+        are told to the front as one.
+        """
         self._served = time.monotonic()
         try:
             for _ in range(REQUESTS_AT_ONCE):
@@ -265,7 +267,7 @@ class Back:
             self.config_changed()
 
     def _announce(self) -> None:
-        """Tell the back its memory, once: then no such message is sent for long."""
+        """Tell the back its memory, once for a connection."""
         if self.link is Link.UP:
             return
         self.link = Link.UP

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user chose for a device, in one frozen object."""
+"""The user's choices for a device, in one frozen object."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One device in the hands of one front: its memory, its rings, and the back.
 
-Handlers call this; it does what a message asks for, on both sides. It keeps what the
-front says until the back needs to know it: protocol features and owner when the first
-message goes to the back, everything about a ring when the ring starts. After each
+Handlers call this; it carries out each message, on both sides. It keeps the values that
+the front tells until the back needs to know them: protocol features and owner when the
+first message goes to the back, everything about a ring when the ring starts. After each
 message it starts the rings for which the front has told all that a start takes.
 """
 
@@ -241,10 +241,10 @@ class Device:
         """Wait for the end of the transfer, and let the back say if all of it came."""
         self._transfer.check(self.config.timeout, self.peer)
 
-    # What happens between messages.
+    # Between messages.
 
     def look(self) -> None:
-        """See to what the workers have signalled, and to what time has brought."""
+        """See to the signals of the workers, and to all that is due by now."""
         drain(self.events)
         for ring in self.rings.values():
             ring.check()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device types (virtio 1.3, section 5): which can be isolated, and with what defaults.
 
-vhost-user does not say what kind of device it carries, and the airlock does not look.
+vhost-user does not say which kind of device it carries, and the airlock does not look.
 A type that the user names only chooses defaults, or is refused: some devices' requests
 carry guest addresses in their payload, which mean nothing in isolated memory.
 """
@@ -16,7 +16,7 @@ from .config import MRG_RXBUF
 
 @dataclass(frozen=True, slots=True)
 class DeviceType:
-    """What is known of a type. `name` is the one in QEMU's vhost-user.json."""
+    """A type of device. `name` is the one in QEMU's vhost-user.json."""
 
     number: int
     name: str

@@ -2,8 +2,8 @@
 """Waiting for the chains that a back has fetched, when a ring stops.
 
 Some back-ends answer GET_VRING_BASE at once and go on working on their requests, or die
-of them later. So the first wait is before that message, by what the back's event index
-says, and the second one after it, by the base in the back's answer.
+of them later. So the first wait is before that message, by the back's event index, and
+the second one after it, by the base in the back's answer.
 """
 
 from __future__ import annotations

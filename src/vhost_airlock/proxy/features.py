@@ -16,12 +16,12 @@ DEVICE = ((1 << 24) - 1) | (((1 << 14) - 1) << 50)
 PASSED = DEVICE | Feature.VERSION_1 | Feature.ANY_LAYOUT
 """Features that the front gets if the back has them, and the other way round."""
 OWN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
-"""Features that the front gets whatever the back has."""
+"""Features that the front gets, also if the back lacks them."""
 IF_BACK = Feature.INDIRECT_DESC
 """Ours, but offered only with the back's: a chain in an indirect table may be longer
-than a ring, and only another such table can hold it."""
+than a ring, and only another indirect table can hold it."""
 DRIVEN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES | Feature.INDIRECT_DESC
-"""Features that we accept from the back, whatever the front says."""
+"""Features that we accept from the back, also if the front does not accept them."""
 
 _P = ProtocolFeature
 PASSED_PROTOCOL = (
@@ -36,15 +36,15 @@ PASSED_PROTOCOL = (
 )
 """Protocol features that the front gets if the back has them."""
 OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
-"""Protocol features that the front gets whatever the back has."""
+"""Protocol features that the front gets, also if the back lacks them."""
 DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
-"""Protocol features that we accept from the back, whatever the front says."""
+"""Protocol features that we accept from the back, also without the front."""
 
 
 def front_offer(back: int) -> int:
     """Return the features to offer the front when the back offers these.
 
-    SessionError when the back lacks what we need.
+    SessionError when the back lacks a feature that we need.
     """
     if not back & Feature.VERSION_1:
         raise SessionError(f"back: features {back:#x} lack VIRTIO_F_VERSION_1")
@@ -52,7 +52,7 @@ def front_offer(back: int) -> int:
 
 
 def front_accepts(offered: int, accepted: int) -> int:
-    """Return what the front accepted of what it was offered, or refuse it."""
+    """Return the accepted features. RequestRefused if one was not offered."""
     if surplus := accepted & ~offered:
         raise RequestRefused(f"SET_FEATURES: bits {surplus:#x} were not offered")
     return accepted
@@ -71,7 +71,7 @@ def require_modern(accepted: int) -> None:
 
 
 def back_features(front: int, back: int) -> int:
-    """Return what to accept of the back's features when the front accepted its own."""
+    """Return the back's features to accept, when the front has accepted these."""
     return back & (front & PASSED | DRIVEN)
 
 
@@ -84,13 +84,13 @@ def front_protocol_offer(back: int) -> ProtocolFeature:
 
 
 def front_accepts_protocol(offered: int, accepted: int) -> ProtocolFeature:
-    """Return what the front accepted of what it was offered, or refuse it."""
+    """Return the accepted features. RequestRefused if one was not offered."""
     if surplus := accepted & ~offered:
         raise RequestRefused(f"SET_PROTOCOL_FEATURES: {surplus:#x} were not offered")
     return ProtocolFeature(accepted)
 
 
 def back_protocol(front: ProtocolFeature, back: int) -> ProtocolFeature:
-    """Return what to accept of the back's protocol features."""
+    """Return the back's protocol features to accept."""
     wanted = front & (PASSED_PROTOCOL | _P.BACKEND_REQ) | DRIVEN_PROTOCOL
     return ProtocolFeature(back & wanted)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's memory as the front announces it: checked, mapped, looked up.
 
-Only the data plane reads and writes what is mapped here. The table that it uses is
-changed by `publish()`, which the caller calls while no worker runs; regions that went
-away are unmapped after that, by `prune()`.
+Only the data plane reads and writes the memory that is mapped here. The table that it
+uses is changed by `publish()`, which the caller calls while no worker runs; regions
+that went away are unmapped after that, by `prune()`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _END = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A region and where we see it; `file` identifies what was mapped."""
+    """A region and where we see it; `file` identifies the file that it is in."""
 
     region: MemoryRegion
     file: tuple[int, int]
@@ -88,7 +88,7 @@ class FrontMemory:
         )
 
     def prune(self) -> None:
-        """Unmap what went away."""
+        """Unmap the regions that went away."""
         for mapped in self._gone:
             mapped.mapping.close()
         self._gone.clear()

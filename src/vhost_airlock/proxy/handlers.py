@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the airlock does with each of the front's requests.
+"""The airlock's handling of each of the front's requests.
 
 `HANDLED` ends here: it is answered from our own state, or does something on both
 sides in a way of its own. `PASSED` goes to the back as it is, for it carries no

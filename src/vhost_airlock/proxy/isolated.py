@@ -26,12 +26,12 @@ from ..vhost.wire import MemoryRegion
 
 BASE = 1 << 46
 RINGS_SIZE = 128 << 20
-"""Room for shadow rings, of which only what is used costs memory: about 230 rings of
+"""Room for shadow rings; only the used part costs memory. It is for about 230 rings of
 1024 entries."""
 REGION_SIZE = 32 << 20
 """The pool grows by at least this much."""
 STEPS = 32
-"""In so many steps the pool reaches its limit, or in fewer."""
+"""The most steps in which the pool reaches its limit."""
 MAX_SLOTS = 66
 """The regions that the pool can manage, the rings' and the lone one."""
 PAGE = 4096
@@ -114,7 +114,7 @@ class IsolatedMemory:
 
     With `slots` the pool begins empty and grows region by region: grow() returns the
     region to announce. Without, it is one region of `limit` bytes from the start,
-    of which again only what is used costs memory. `shared`: by several workers.
+    of which again only the used part costs memory. `shared`: by several workers.
 
     A chain that is too large for the pool, but no larger than `lone_limit` bytes, has a
     lone region for itself. Where there is no slot for one, all of them are in the
@@ -192,7 +192,7 @@ class IsolatedMemory:
     def grow(self, wanted: int) -> Region | None:
         """Make one more region, with room for a block of `wanted` bytes.
 
-        Returns what to announce to the back; then open() it. None: the limit is
+        Returns the region to announce to the back; then open() it. None: the limit is
         reached.
         """
         room = self.limit - sum(region.size for region in self._pool_regions.values())
@@ -217,7 +217,7 @@ class IsolatedMemory:
     def withdraw(self, number: int) -> Region:
         """Take an idle region out of the pool, while no worker runs.
 
-        Returns what the back is to forget; then close() it.
+        Returns the region, which the back has to forget; then close() it.
         """
         self.pool.remove_region(number)
         return self._pool_regions.pop(number)
@@ -297,7 +297,7 @@ class IsolatedMemory:
 
 
 def _pages(size: int) -> int:
-    """The size of as many whole pages as so many bytes take."""
+    """Return a size rounded up to whole pages."""
     return -(-size // PAGE) * PAGE
 
 

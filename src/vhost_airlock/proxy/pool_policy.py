@@ -6,8 +6,8 @@ no request has used for a while. Half of its limit is split evenly among the rin
 other half is for the ring that comes first. A request that is larger than that gets a
 lone region, which is there for this request only.
 
-Nothing here waits for the back: it is told of one region at a time, and what follows
-from its answer is done when that has come. So the pool is always in one of few states:
+Nothing here waits for the back: it is told of one region at a time, and the next step
+is taken when its answer has come. So the pool is always in one of few states:
 
 | state | how it ends |
 |---|---|
@@ -51,7 +51,7 @@ class PoolPolicy:
         """When to try once more to grow the pool, after it was not possible."""
 
     def look(self, back: Back) -> None:
-        """Do what a worker has asked for, and what is due by the time."""
+        """Serve the requests of the workers, and do all that is due by now."""
         for act in (self._serve_lone, self._grow, self._check_idle, self._shrink):
             if back.busy:
                 return

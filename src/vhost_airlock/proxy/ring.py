@@ -2,7 +2,7 @@
 """A ring with all that belongs to it: the front's side, the pump, the back's side.
 
 It is made when the front first speaks of it, and lives as long as the session, with one
-pump. What happens to it, and what it does then, is the table of state.py.
+pump. The table of state.py says which events change it, and by which actions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
-    """What a ring needs of its device."""
+    """The device of a ring, as far as the ring needs it."""
 
     config: Config
     memory: FrontMemory
@@ -107,7 +107,7 @@ class Ring:
         self.pump.look_back()
         return self.pump.quarantined
 
-    # What the front tells. Each may come at any time.
+    # Messages of the front. Each may come at any time.
 
     def set_num(self, num: int) -> None:
         Vring(self.index).set_num(num)  # no reason to stop, if it is to be refused
@@ -115,7 +115,7 @@ class Ring:
         self.vring.set_num(num)
 
     def set_base(self, base: int) -> None:
-        """If it comes late, to a ring that began without, the ring begins there."""
+        """Set the base. A ring that has begun without one begins anew, there."""
         Vring(self.index).set_base(base)
         if self._guesses_base and self.pump is not None and self.attached:
             self._guesses_base = False
@@ -245,7 +245,7 @@ class Ring:
         """Let go of the ring without the back, which is gone."""
         self._happen(Event.LOST)
 
-    # What else there is to do.
+    # All else.
 
     def locate(self) -> list[tuple[int, int]] | None:
         """Return our address and the guest's of descriptors, avail and used ring.
@@ -275,7 +275,7 @@ class Ring:
             self.pump.move(parts)
 
     def set_guaranteed(self, size: int) -> None:
-        """So much of the pool, in bytes, is this ring's; while no worker runs."""
+        """Set how many bytes of the pool this ring can always have; no worker runs."""
         if self.pump is not None:
             self.pump.set_guaranteed(size)
 

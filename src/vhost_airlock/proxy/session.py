@@ -5,7 +5,7 @@ One thread waits for the front's messages, for the worker's signals and for the 
 one thing at a time: a message is answered when it has taken effect on both sides. The
 data plane runs in the workers' threads meanwhile.
 
-Whatever a peer does, and whatever the system is short of, ends the session at most.
+No deed of a peer, and no want of the system, ends more than the session.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Session:
             log.debug("where the session ended", exc_info=True)
         except (OSError, MemoryError, RuntimeError) as error:
             # RuntimeError is how Python says that there can be no more threads.
-            log.error("the system has no more of what a session takes: %s", error)
+            log.error("the system lacks a resource that a session takes: %s", error)
             log.debug("where the session ended", exc_info=True)
         return self._end()
 
@@ -108,7 +108,7 @@ class Session:
             device.look()
 
     def _wait(self, device: Device) -> set[int]:
-        """Wait for whatever comes first; return the descriptors that are ready."""
+        """Wait until a descriptor is ready, or look() is due; return the ready ones."""
         poll = select.poll()
         for waited in (self.stop, self.front, device.events):
             poll.register(waited.fileno(), select.POLLIN)
@@ -129,8 +129,9 @@ class Session:
             raise
 
     def _end(self) -> Back | None:
-        """Stop the rings, if the back is still there to end what is in flight, and let
-        go of everything; return the back, if it is to be kept.
+        """Stop the rings, if the back is still there, and let go of everything.
+
+        Returns the back, if it is to be kept.
         """
         device = self._device
         kept = None

@@ -33,7 +33,7 @@ from ..vhost.wire import VringAddr
 
 
 class State(Enum):
-    """The states of a ring; each says what its pump does."""
+    """The states of a ring; each says what the ring's pump does."""
 
     STOPPED = auto()
     """Nothing: it is on neither ring."""
@@ -52,7 +52,7 @@ class State(Enum):
 
 
 class Event(Enum):
-    """What happens to a ring."""
+    """An event in the life of a ring."""
 
     READY = auto()
     """The front has told all that a start takes, and its memory is there."""
@@ -75,7 +75,7 @@ class Event(Enum):
 
 
 class Action(Enum):
-    """What a ring does on its way to the next state."""
+    """The deed of a ring on its way to the next state."""
 
     NONE = auto()
     ATTACH = auto()
@@ -152,7 +152,7 @@ class Vring:
         return self.started and self.num > 0 and self.addr is not None
 
     def set_num(self, num: int) -> None:
-        """Set the number of entries. RequestRefused if no ring can have so many."""
+        """Set the number of entries. RequestRefused if no ring can have that number."""
         try:
             layout(num)
         except ValueError as error:

@@ -2,8 +2,8 @@
 """The transfer of a device's internal state, between two pipes (for migration).
 
 Neither side gets the other's descriptor: the back one end of a pipe of ours, and a
-thread carries the bytes over, so many at the most. What the front has to see is that
-its pipe ends when the state does, and whether all of it came.
+thread carries the bytes over, up to a limit. The front has to see that its pipe ends
+when the state does, and whether all of it came.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class StateTransfer:
             self._transfer = None
 
 
-# O_NONBLOCK is no help: it belongs to everybody who has the descriptor, the back too.
+# O_NONBLOCK is no help: it belongs to all that have the descriptor, the back too.
 
 
 def _read_some(fd: Fd) -> bytes:
-    """Read what there is, without waiting; nothing at the end."""
+    """Read the bytes that are there, without waiting; none at the end."""
     data = bytearray(CHUNK)
     try:
         count = os.preadv(fd.fileno(), [data], -1, os.RWF_NOWAIT)
@@ -149,7 +149,7 @@ def _read_some(fd: Fd) -> bytes:
 
 
 def _write_some(fd: Fd, data: memoryview) -> int:
-    """Write what there is room for, without waiting."""
+    """Write as many bytes as there is room for, without waiting."""
     try:
         return os.pwritev(fd.fileno(), [data], -1, os.RWF_NOWAIT)
     except OSError as error:

@@ -2,7 +2,7 @@
 """The threads of the data plane, of which each ring has one.
 
 A ring's own worker is paused to change that ring; all of them are paused to change
-what rings share: the guest's memory and the pool.
+the memory that rings share: the guest's, and the pool.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Workers:
             yield
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """What each has done, by its name."""
+        """The numbers of each worker, by its name."""
         return {
             f"worker {i}": worker.counters() for i, worker in enumerate(self._workers)
         }

@@ -144,6 +144,7 @@ def test_new_call_is_signalled_for_what_may_have_been_missed(serve: Serve) -> No
     queue, other = vmm.queues[0], vmm.spare[0]
     for _ in range(5):
         vmm.front.set_vring_call(0, other)
+        assert readable(other)
         drain(other)
         queue.submit(BlkType.FLUSH)
         queue.driver.arm()

@@ -232,7 +232,8 @@ def test_i6_head_may_not_be_offered_twice(
     (head,) = queue.driver.outstanding
     scene.offer(head)
     assert wait_for_errors(caplog) == [
-        "ring 0 is broken: the guest offered a head that is still in flight"
+        "ring 0 is broken: the guest offered a head that is still in flight:"
+        f" {head} of {queue.size}"
     ]
     back.complete(chain)
     await_reaped(queue)
@@ -255,9 +256,8 @@ def test_i6_table_that_was_not_negotiated_breaks_the_ring(
         scene = Scene(airlock, back, guest)
         scene.table((P, 16, 0, 0))
         (line,) = wait_for_errors(caplog)
-        assert line.endswith(
-            "an indirect descriptor is malformed or was not negotiated"
-        )
+        assert "an indirect descriptor is malformed or was not negotiated" in line
+        assert line.endswith(": head 8, flags 0x4, 16 bytes")
         assert_only_the_ring_is_broken(scene)
 
 

@@ -85,12 +85,13 @@ def test_i5_used_index_that_jumps_breaks_the_ring(
     io = submitted(back, guest)
     back.take()
     ring = back.ring().ring
-    ring.used_idx = (ring.used_idx + jump) & 0xFFFF
+    old = ring.used_idx
+    ring.used_idx = new = (old + jump) & 0xFFFF
     call(back)
     assert_broken(
         guest,
         back,
-        "the back's used index jumps by more than the ring holds",
+        f"the back's used index jumps by more than the ring holds: to {new} from {old}",
         wait_for_errors(caplog),
     )
     assert io.status is None
@@ -153,7 +154,7 @@ def test_i5_completions_of_nothing_without_end_break_the_ring(
     assert_broken(
         guest,
         back,
-        "the back completes what is not in flight, again and again",
+        "the back completes what is not in flight, again and again: id 15, 17 in a row",
         wait_for_errors(caplog),
     )
 

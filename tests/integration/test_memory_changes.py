@@ -129,8 +129,10 @@ def test_request_for_memory_that_is_gone_breaks_its_ring(
     guest.unplug(region)
     guest.queues[0].submit(BlkType.OUT, 0, [(buffer, PAGE)])
     guest.queues[0].kick()
+    (head,) = guest.queues[0].driver.outstanding
     assert wait_for_errors(caplog) == [
-        "ring 0 is broken: a descriptor points outside of the guest's memory"
+        "ring 0 is broken: a descriptor points outside of the guest's memory:"
+        f" head {head}, address {buffer:#x}, 4096 bytes"
     ]
     serve(back, guest, 1)
 

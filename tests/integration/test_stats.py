@@ -215,7 +215,7 @@ def test_broken_ring_is_named(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
     ways = [f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"]
-    reason = "the guest's avail index jumps by more than the ring holds"
+    reason = "the guest's avail index jumps by more than the ring holds: to 1000 from 0"
     with Program(*ways) as program, small_guest() as guest:
         start(guest, program, front)
         guest.queues[0].driver.ring.avail_idx = 1000

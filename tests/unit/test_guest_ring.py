@@ -232,6 +232,7 @@ class TestLimits:
         lane.offer((1 << 33, size - 1), (0, 1, True))
         lane.step()
         assert lane.fault == "a chain has more than 2^32 - 1 bytes"
+        assert lane.pump.reason == f"{lane.fault}: head 0, 4294967296 bytes"
 
     def test_2_to_32_less_one_bytes_are_a_question_of_the_pool(self):
         size = 1 << 32
@@ -438,6 +439,48 @@ BROKEN = {
 }
 
 
+FOUND_AT = {
+    "avail_jump": "to 9 from 0",
+    "avail_back": "to 65535 from 0",
+    "head_beyond": "8 of 8",
+    "head_far_beyond": "65535 of 8",
+    "head_twice": "0 of 8",
+    "next_beyond": "head 0, 8 of 8",
+    "next_beyond_table": "head 0, 2 of 2",
+    "loop_of_one": "head 0, 8 descriptors",
+    "loop_of_two": "head 0, 8 descriptors",
+    "loop_without_bytes": "head 0, 8 descriptors",
+    "loop_in_table": "head 0, 3 descriptors",
+    "table_of_0": "head 0, flags 0x4, 0 bytes",
+    "table_of_15": "head 0, flags 0x4, 15 bytes",
+    "table_of_17": "head 0, flags 0x4, 17 bytes",
+    "table_of_16400": "head 0, flags 0x4, 16400 bytes",
+    "table_of_4294967280": "head 0, flags 0x4, 4294967280 bytes",
+    "table_of_4294967295": "head 0, flags 0x4, 4294967295 bytes",
+    "indirect_with_next": "head 0, flags 0x5, 16 bytes",
+    "nested": "head 0, entry 0 of 1",
+    "nested_later": "head 0, entry 1 of 2",
+    "in_hole": "head 0, address 0x500000, 1 bytes",
+    "over_hole": "head 0, address 0x4ff000, 2147483648 bytes",
+    "last_byte_and_one": "head 0, address 0x3fffff, 2 bytes",
+    "byte_before": "head 0, address 0x7fffff, 2 bytes",
+    "last_address": "head 0, address 0xffffffffffffffff, 1 bytes",
+    "wraps_round": "head 0, address 0xffffffffffffffff, 2 bytes",
+    "wraps_into_memory": "head 0, address 0xfffffffffffff000, 8192 bytes",
+    "isolated_memory": "head 0, address 0x400000000000, 16 bytes",
+    "table_nowhere": "head 0, address 0x500000, 16 bytes",
+    "table_end_nowhere": "head 0, address 0x3ffff0, 32 bytes",
+    "table_address_nowhere": "head 0, address 0x500000, 16 bytes",
+    "read_after_write": "head 0, address 0x0, 1 bytes",
+    "read_after_write_in_table": "head 0, address 0x0, 1 bytes",
+    "read_in_table_after_write_in_ring": "head 0, address 0x0, 1 bytes",
+    "one_empty": "head 0, 1 descriptors",
+    "all_empty": "head 0, 3 descriptors",
+    "all_empty_in_table": "head 0, 4 descriptors",
+}
+"""What the message of each fault says beside the fault."""
+
+
 @pytest.mark.parametrize(
     ("fault", "break_ring"),
     [
@@ -451,6 +494,11 @@ class TestFaults:
         break_ring(lane)
         lane.step()
         assert lane.fault == fault
+
+    def test_its_message_names_head_or_index_and_value(self, lane, fault, break_ring):
+        break_ring(lane)
+        lane.step()
+        assert lane.pump.reason == f"{fault}: {FOUND_AT[break_ring.__name__]}"
 
     def test_i6_what_came_before_is_still_completed(
         self, world, lane, fault, break_ring

@@ -252,6 +252,8 @@ class TestRemoval:
         lane.complete(lane.take())
         assert lane.step() == 1
         assert lane.fault == ADDRESS
+        found = f"head 1, address {8 * MIB:#x}, {PAGE} bytes"
+        assert lane.pump.reason == f"{ADDRESS}: {found}"
         assert world.pool.used == 0
         assert lane.stop(1) == (1, 0, True)
 

@@ -234,6 +234,7 @@ class TestUsedRing:
         complete_raw(lane, (idle, 0))
         lane.step()
         assert lane.fault == USED_ID
+        assert lane.pump.reason == f"{USED_ID}: id {idle}, 5 in a row"
 
     def test_a_device_that_completes_twice_all_the_time_is_borne(self, lane):
         """vhost-device-console does so, once for each byte that it received."""
@@ -285,6 +286,8 @@ class TestUsedRing:
         lane.shadow.used_idx = (lane.shadow.used_idx + jump) & 0xFFFF
         assert lane.step() == 0
         assert lane.fault == USED_INDEX
+        found = f"to {(after + jump) & 0xFFFF} from {after}"
+        assert lane.pump.reason == f"{USED_INDEX}: {found}"
 
     @pytest.mark.parametrize("size", [32768, 1024])
     def test_an_index_that_goes_back_by_one_is_a_fault_in_large_rings(

@@ -64,7 +64,7 @@ cdef struct Slot:
 cdef int place(
     Slot *slot, const Chain *chain, bint table, PoolState *pool, Share *share
 ) noexcept nogil
-cdef bint copy_to_back(
+cdef int copy_to_back(
     Slot *slot, const Share *share, RegionTable *memory, int *hint
 ) noexcept nogil
 cdef uint64_t copy_to_guest(

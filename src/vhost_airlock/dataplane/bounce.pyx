@@ -265,13 +265,14 @@ cdef inline bint past_caches(const Slot *slot, const Share *share) noexcept nogi
     return slot.alone or (slot.pages >= LARGE and share.used >= CACHED)
 
 
-cdef bint copy_to_back(
+cdef int copy_to_back(
     Slot *slot, const Share *share, RegionTable *memory, int *hint
 ) noexcept nogil:
     """Fill the doubles: buffers to read are copied, buffers to write are zeroed.
 
-    The lone region is new for each chain, so there are zeros in it already. False: a
-    part of the guest's memory is not there any more.
+    The lone region is new for each chain, so there are zeros in it already. Returns
+    how many doubles were filled: fewer than there are if the guest's memory of the next
+    one is not there any more.
     """
     cdef bint past = past_caches(slot, share)
     cdef Buffer *buffer
@@ -284,8 +285,8 @@ cdef bint copy_to_back(
                 # The back is about to write there: that belongs into the caches.
                 memset(buffer.host, 0, buffer.len)
         elif not copy_in(memory, hint, buffer.host, buffer.guest, buffer.len, past):
-            return False
-    return True
+            return i
+    return slot.count
 
 
 cdef uint64_t copy_to_guest(

@@ -11,8 +11,8 @@ which parts a ring has, is the format's own business.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.layout cimport (
-    Avail, BAD_ADDRESS, BAD_ORDER, CHAIN_TOO_LONG, DESC_WRITE, Desc, LOOP, MAX_SEGMENTS,
-    Used,
+    Avail, BAD_ADDRESS, BAD_ORDER, Blamed, CHAIN_TOO_LONG, DESC_WRITE, Desc, LOOP,
+    MAX_SEGMENTS, Used, blame,
 )
 from vhost_airlock.dataplane.regions cimport RegionTable, mapped
 
@@ -102,6 +102,8 @@ cdef struct GuestRing:
     uint8_t *busy
     # Our copy of the indirect table at hand, MAX_SEGMENTS entries.
     Desc *table
+    # Of the fault that was found.
+    Blamed blamed
     SplitGuest split
 
 
@@ -117,13 +119,13 @@ cdef inline int add_segment(
         chain.bytes_writable += desc.len
     else:
         if chain.bytes_writable:
-            return BAD_ORDER
+            return blame(&ring.blamed, BAD_ORDER, desc.addr, desc.len)
         chain.readable += 1
         chain.bytes_readable += desc.len
     if chain.bytes_readable + chain.bytes_writable > <uint64_t> 0xffffffff:
         return CHAIN_TOO_LONG
     if not mapped(ring.memory, &ring.hint, desc.addr, desc.len):
-        return BAD_ADDRESS
+        return blame(&ring.blamed, BAD_ADDRESS, desc.addr, desc.len)
     chain.segment[chain.count] = Segment(desc.addr, desc.len)
     chain.count += 1
     return 0

@@ -18,8 +18,8 @@ from vhost_airlock.dataplane.guest cimport (
 from vhost_airlock.dataplane.layout cimport (
     AVAIL_NO_INTERRUPT, Avail, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT,
     BAD_NEXT, DESC_INDIRECT, DESC_NEXT, Desc, EMPTY_CHAIN, HEAD_IN_USE, LOOP,
-    MAX_SEGMENTS, NESTED_INDIRECT, USED_NO_NOTIFY, Used, UsedElem, fence, fetch_desc,
-    forget, load16, load16_acquire, need_event,
+    MAX_SEGMENTS, NESTED_INDIRECT, USED_NO_NOTIFY, Used, UsedElem, blame, fence,
+    fetch_desc, forget, load16, load16_acquire, need_event,
 )
 from vhost_airlock.dataplane.regions cimport (
     AS_WORD, THROUGH_CACHES, copy_in, write_guest,
@@ -113,13 +113,16 @@ cdef int take(GuestRing *ring, Chain *chain) noexcept nogil:
             return 0
         if waiting > ring.size:
             ring.split.avail_idx = ring.split.seen
-            return BAD_AVAIL_INDEX
+            return blame(
+                &ring.blamed, BAD_AVAIL_INDEX,
+                <uint16_t> (ring.split.seen + waiting), ring.split.seen,
+            )
 
     head = load16(&ring.split.avail.ring[ring.split.seen & (ring.size - 1)])
     if head >= ring.size:
-        return BAD_HEAD
+        return blame(&ring.blamed, BAD_HEAD, head, ring.size)
     if ring.busy[head]:
-        return HEAD_IN_USE
+        return blame(&ring.blamed, HEAD_IN_USE, head, ring.size)
     rc = walk(ring, chain, head)
     if rc < 0:
         return rc
@@ -150,7 +153,7 @@ cdef int walk(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
         chain.descs += 1
         if desc.flags & DESC_INDIRECT:
             if not ring.indirect or desc.flags & DESC_NEXT:
-                return BAD_INDIRECT
+                return blame(&ring.blamed, BAD_INDIRECT, desc.flags, desc.len)
             rc = walk_table(ring, chain, &desc)
             return rc if rc < 0 else check_end(chain)
         rc = add_segment(ring, chain, &desc)
@@ -160,7 +163,7 @@ cdef int walk(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
             return check_end(chain)
         index = desc.next
         if index >= ring.size:
-            return BAD_NEXT
+            return blame(&ring.blamed, BAD_NEXT, index, ring.size)
     return LOOP
 
 
@@ -173,17 +176,17 @@ cdef int walk_table(GuestRing *ring, Chain *chain, const Desc *table) noexcept n
     cdef int rc
 
     if entries == 0 or entries > MAX_SEGMENTS or table.len % sizeof(Desc):
-        return BAD_INDIRECT
+        return blame(&ring.blamed, BAD_INDIRECT, table.flags, table.len)
     if not copy_in(
         ring.memory, &ring.hint, <uint8_t *> ring.table, table.addr, table.len, False
     ):
-        return BAD_ADDRESS
+        return blame(&ring.blamed, BAD_ADDRESS, table.addr, table.len)
     forget()
     for _step in range(entries):
         desc = &ring.table[index]
         chain.descs += 1
         if desc.flags & DESC_INDIRECT:
-            return NESTED_INDIRECT
+            return blame(&ring.blamed, NESTED_INDIRECT, index, entries)
         rc = add_segment(ring, chain, desc)
         if rc < 0:
             return rc
@@ -191,7 +194,7 @@ cdef int walk_table(GuestRing *ring, Chain *chain, const Desc *table) noexcept n
             return 0
         index = desc.next
         if index >= entries:
-            return BAD_NEXT
+            return blame(&ring.blamed, BAD_NEXT, index, entries)
     return LOOP
 
 

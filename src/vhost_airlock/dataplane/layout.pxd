@@ -104,6 +104,20 @@ cdef enum Fault:
     OUT_OF_MEMORY = -65
     MEMORY_LOST = -66
 
+cdef struct Blamed:
+    # The numbers at which a fault was found, for its message.
+    uint64_t number
+    uint64_t other
+
+
+cdef inline int blame(
+    Blamed *blamed, int fault, uint64_t number, uint64_t other
+) noexcept nogil:
+    """Keep the numbers at which a fault was found. Returns the fault."""
+    blamed.number = number
+    blamed.other = other
+    return fault
+
 
 cdef inline bint back_usable(int fault) noexcept nogil:
     """May the shadow ring still be used? The guest's faults end the taking of chains

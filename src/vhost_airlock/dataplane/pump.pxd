@@ -23,3 +23,4 @@ cdef class Pump:
     cdef _grow(self, uint16_t size)
     cdef bint _goes_on(self)
     cdef _resume(self)
+    cdef str _details(self, int fault)

@@ -21,11 +21,11 @@ from vhost_airlock.dataplane.bounce cimport (
     AREA, COPY_FULL, COPY_USED, COPY_USED_TAIL, FEW, Slot, release,
 )
 from vhost_airlock.dataplane.guard cimport guarded
-from vhost_airlock.dataplane.guest cimport GuestRing, NO_BASE, Part
+from vhost_airlock.dataplane.guest cimport Chain, GuestRing, NO_BASE, Part
 from vhost_airlock.dataplane.guest_split cimport split_guest
 from vhost_airlock.dataplane.layout cimport (
     BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
-    BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
+    BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, Blamed, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
     HEAD_IN_USE, LOOP, MAX_SEGMENTS, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS,
     OUT_OF_MEMORY, PAGE, RING_UNMAPPED, back_usable, fence, load16, load32, load64,
     load_int,
@@ -71,6 +71,27 @@ FAULTS = {
     MEMORY_LOST: "a page of memory that the ring or a request is in can't be had",
 }
 """The meaning of each fault."""
+
+DETAILS = {
+    BAD_AVAIL_INDEX: "to {number} from {other}",
+    BAD_HEAD: "{number} of {other}",
+    HEAD_IN_USE: "{number} of {other}",
+    BAD_NEXT: "head {head}, {number} of {other}",
+    LOOP: "head {head}, {descs} descriptors",
+    BAD_INDIRECT: "head {head}, flags {number:#x}, {other} bytes",
+    NESTED_INDIRECT: "head {head}, entry {number} of {other}",
+    BAD_ADDRESS: "head {head}, address {number:#x}, {other} bytes",
+    BAD_ORDER: "head {head}, address {number:#x}, {other} bytes",
+    EMPTY_CHAIN: "head {head}, {descs} descriptors",
+    CHAIN_TOO_LONG: "head {head}, {bytes} bytes",
+    NEVER_FITS: "head {head}, {bytes} bytes, {descs} descriptors",
+    BAD_USED_INDEX: "to {number} from {other}",
+    BAD_USED_ID: "id {number}, {other} in a row",
+}
+"""What a fault was found at, for its message: words of the ring, never of a buffer.
+
+`head`, `descs` and `bytes` are of the chain at hand, `number` and `other` are Blamed.
+"""
 
 BACK_SIGNALLED = BACK_ERROR
 """The fault to set when the back says by its descriptor that a ring is broken."""
@@ -400,15 +421,31 @@ cdef class Pump:
 
     @property
     def reason(self):
-        """Why the ring stopped, in words; None if it did not."""
+        """Why the ring stopped, in words, and at which numbers; None if it did not."""
         cdef uint64_t refused = self.state.share.refused
+        cdef int fault = load_int(&self.state.fault)
 
-        if self.state.fault == NEVER_FITS and refused:
+        if fault == NEVER_FITS and refused:
             return (
                 f"a request has {refused} bytes, and those with more than"
                 f" {self.state.pool.largest_chain} are not placed: see --request-limit"
             )
-        return FAULTS.get(self.state.fault)
+        if fault in DETAILS:
+            return f"{FAULTS[fault]}: {self._details(fault)}"
+        return FAULTS.get(fault)
+
+    cdef str _details(self, int fault):
+        """The numbers at which a fault of the guest or the back was found."""
+        cdef const Chain *chain = &self.state.chain
+        cdef Blamed blamed = self.state.shadow.blamed
+
+        if back_usable(fault):
+            blamed = self.state.guest.blamed
+        return DETAILS[fault].format(
+            head=chain.head, descs=chain.descs,
+            bytes=chain.bytes_readable + chain.bytes_writable,
+            number=blamed.number, other=blamed.other,
+        )
 
     @property
     def drained(self):

@@ -14,7 +14,7 @@ is then.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from vhost_airlock.dataplane.layout cimport Avail, Desc, Used
+from vhost_airlock.dataplane.layout cimport Avail, Blamed, Desc, Used
 
 cdef enum SlotState:
     FREE = 0
@@ -99,6 +99,8 @@ cdef struct ShadowRing:
     uint32_t violations
     # As many of them came since the last good one.
     uint32_t strikes
+    # Of the fault that was found.
+    Blamed blamed
     SplitShadow split
 
 

@@ -13,8 +13,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.layout cimport (
     AVAIL_NO_INTERRUPT, Avail, BAD_USED_ID, BAD_USED_INDEX, DESC_NEXT, Desc,
-    USED_NO_NOTIFY, Used, UsedElem, fence, load16, load16_acquire, load32, need_event,
-    store16, store16_release,
+    USED_NO_NOTIFY, Used, UsedElem, blame, fence, load16, load16_acquire, load32,
+    need_event, store16, store16_release,
 )
 from vhost_airlock.dataplane.shadow cimport (
     FOLLOWER, IN_FLIGHT, RingForBack, ShadowOps, ShadowRing, is_with_back, take_slot,
@@ -129,7 +129,10 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
                 return 0
             if waiting > ring.size:
                 ring.split.used_idx = ring.split.used_seen
-                return BAD_USED_INDEX
+                return blame(
+                    &ring.blamed, BAD_USED_INDEX,
+                    <uint16_t> (ring.split.used_seen + waiting), ring.split.used_seen,
+                )
 
         id = load32(&ring.split.used.ring[ring.split.used_seen & (ring.size - 1)].id)
         length[0] = load32(
@@ -143,7 +146,7 @@ cdef int reap(ShadowRing *ring, uint16_t *slot, uint32_t *length) noexcept nogil
         ring.violations += 1
         ring.strikes += 1
         if ring.strikes > ring.size:
-            return BAD_USED_ID
+            return blame(&ring.blamed, BAD_USED_ID, id, ring.strikes)
 
 
 cdef void arm(ShadowRing *ring) noexcept nogil:

@@ -32,11 +32,11 @@ gone: a fault too, which ends all use of both rings. The pool's mutex is not hel
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.bounce cimport (
-    Slot, copy_to_back, copy_to_guest, describe, is_same, place, release,
+    Buffer, Slot, copy_to_back, copy_to_guest, describe, is_same, place, release,
 )
 from vhost_airlock.dataplane.guard cimport Job, guarded
 from vhost_airlock.dataplane.layout cimport (
-    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, back_usable, load16,
+    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, back_usable, blame, load16,
 )
 from vhost_airlock.dataplane.pool cimport leave_queue
 from vhost_airlock.dataplane.shadow cimport (
@@ -258,6 +258,7 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     cdef uint16_t needed = 1 if table else pump.chain.count
     cdef uint16_t number
     cdef Slot *slot
+    cdef const Buffer *missing
     cdef int rc
 
     if needed > pump.shadow.size:
@@ -273,11 +274,14 @@ cdef int bounce(PumpState *pump) noexcept nogil:
         pump.stalled = rc == 0
         return rc
     pump.at_hand = slot
-    if not copy_to_back(slot, &pump.share, pump.memory, &pump.hint):
+    rc = copy_to_back(slot, &pump.share, pump.memory, &pump.hint)
+    if rc < slot.count:
+        missing = &slot.buffer[rc]
+        rc = blame(&pump.guest.blamed, BAD_ADDRESS, missing.guest, missing.len)
         pump.at_hand = NULL
         release(slot, pump.pool, &pump.share)
         give_slot(&pump.shadow, number)
-        return BAD_ADDRESS
+        return rc
     pump.shadow.ops.offer(
         &pump.shadow, number, pump.desc, describe(slot, pump.desc)
     )

@@ -23,6 +23,7 @@ from vhost_airlock.proxy import pool_policy
 from vhost_airlock.proxy.isolated import BASE, REGION_SIZE, RINGS_SIZE, ROUNDING
 from vhost_airlock.vhost.wire import MemoryRegion, ProtocolFeature, Request
 
+P = ProtocolFeature
 R = Request
 MEMORY = (R.SET_MEM_TABLE, R.ADD_MEM_REG, R.REM_MEM_REG)
 BIG = 8 * MIB
@@ -288,9 +289,11 @@ def test_large_buffer_makes_idle_regions_go(play: Play) -> None:
     assert max(region.size for region in scene.regions()[1:]) >= 64 * MIB
 
 
-def test_back_without_slots_gets_one_table(play: Play) -> None:
-    """For good, though all of the pool is used."""
-    features = PROTOCOL_FEATURES & ~ProtocolFeature.CONFIGURE_MEM_SLOTS
+@pytest.mark.parametrize("lacks", [P.CONFIGURE_MEM_SLOTS, P.REPLY_ACK])
+def test_back_without_slots_or_acks_gets_one_table(play: Play, lacks: P) -> None:
+    """For good, though all of the pool is used: without acks nobody would know when
+    the back has a region more."""
+    features = PROTOCOL_FEATURES & ~lacks
     scene = play(ScriptedBack(protocol_features=features), pool_limit=96 * MIB)
     assert scene.memory_messages() == [R.SET_MEM_TABLE]
     rings, pool = scene.regions()

@@ -119,7 +119,7 @@ def test_features_are_accepted_all_or_none(offered: int, bits: int) -> None:
 
 def test_protocol_feature_is_offered_by_its_rule() -> None:
     def accept(front: int, back: int) -> int:
-        return back_protocol(ProtocolFeature(front), back)
+        return back_protocol(ProtocolFeature(front), back | ProtocolFeature.REPLY_ACK)
 
     bits = sorted(PROTOCOL_FEATURES.keys() - {5})
     found = {
@@ -138,6 +138,14 @@ def test_a_socket_for_requests_of_the_back_is_for_changes_of_the_configuration()
     assert not front_protocol_offer(p.BACKEND_REQ) & p.BACKEND_REQ
     assert back_protocol(p.BACKEND_REQ, p.BACKEND_REQ) == p.BACKEND_REQ
     assert not back_protocol(p.CONFIG, p.BACKEND_REQ)
+
+
+def test_regions_are_added_only_where_acks_tell_that_the_back_has_them() -> None:
+    p = ProtocolFeature
+    assert back_protocol(p(0), p.CONFIGURE_MEM_SLOTS | p.REPLY_ACK) == (
+        p.CONFIGURE_MEM_SLOTS | p.REPLY_ACK
+    )
+    assert not back_protocol(p(0), p.CONFIGURE_MEM_SLOTS)
 
 
 @given(MASKS, MASKS)

@@ -91,6 +91,12 @@ def front_accepts_protocol(offered: int, accepted: int) -> ProtocolFeature:
 
 
 def back_protocol(front: ProtocolFeature, back: int) -> ProtocolFeature:
-    """Return the back's protocol features to accept."""
+    """Return the back's protocol features to accept.
+
+    Without acks there is no knowing when the back has a region of the pool, so it gets
+    all of the pool at the start.
+    """
     wanted = front & (PASSED_PROTOCOL | _P.BACKEND_REQ) | DRIVEN_PROTOCOL
+    if not back & _P.REPLY_ACK:
+        wanted &= ~_P.CONFIGURE_MEM_SLOTS
     return ProtocolFeature(back & wanted)

@@ -15,6 +15,7 @@ from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.proxy.features import PASSED_PROTOCOL
 from vhost_airlock.proxy.handlers import PASSED
 from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import (
     U64,
@@ -24,6 +25,7 @@ from vhost_airlock.vhost.wire import (
     Payload,
     ProtocolFeature,
     Request,
+    VringState,
 )
 
 R = Request
@@ -207,4 +209,29 @@ def test_status_comes_with_features_that_are_known(
         guest.start()
         guest.front.set_status(15)
         assert len(back.got(R.SET_FEATURES)) == 1
+        guest.disconnect()
+
+
+def test_status_before_the_protocol_features_stays_here(
+    airlock: Airlock, back: ScriptedBack
+) -> None:
+    """DPDK's virtio-user begins so when it connects again, and waits for the acks that
+    it had before. What it tells later reaches the back."""
+    with small_guest(also=[OFFERED]) as guest:
+        channel = airlock.channel()
+        early = Frontend(channel)
+        early.protocol_features = ProtocolFeature(OFFERED)
+        early.exchange(R.SET_VRING_ENABLE, VringState(0, 0), need_reply=False)
+        assert early.get_vring_base(0) == 0
+        assert early.get_status() == 0
+        for status in (1, 3):
+            early.set_status(status)
+            assert early.get_status() == status
+        assert back.requests() == []
+        guest.connect(channel)
+        guest.start()
+        guest.front.set_status(15)
+        (told,) = back.got(R.SET_STATUS)
+        assert told.payload == U64(15)
+        serve(back, guest)
         guest.disconnect()

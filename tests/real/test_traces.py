@@ -20,7 +20,6 @@ from tests.real.programs import Programs, new_folder
 from tests.real.storage import Disk, storage_daemon
 from tests.real.testpmd import Testpmd, vhost
 from tests.traces.guests import BlkGuest, FsGuest, Guest, NetGuest
-from tests.traces.known import expect_failure
 from tests.traces.player import Player
 from tests.traces.vmms import VMMS, Vmm
 from vhost_airlock.vhost.channel import Channel
@@ -147,9 +146,7 @@ def test_whole_life(server: Server, vmm: Vmm, request: pytest.FixtureRequest) ->
     if server.kind not in vmm.kinds:
         pytest.skip(f"{vmm.name} drives no such device")
     reason = DIRECT_FAILS.get((server.kind, vmm.name))
-    if server.via == "airlock":
-        expect_failure(request, server.kind, vmm.name)
-    elif reason is not None:
+    if server.via == "direct" and reason is not None:
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     try:
         with GUESTS[server.kind]() as guest, Player(vmm, guest, server.dial) as player:

@@ -8,7 +8,6 @@ import pytest
 from tests.support.airlock import Airlock
 from tests.support.backs import DiskBack
 from tests.traces.guests import BlkGuest
-from tests.traces.known import expect_failure
 from tests.traces.player import Player
 from tests.traces.vmms import VMMS, Vmm
 from vhost_airlock.errors import RequestRefused
@@ -52,9 +51,8 @@ class ForgetfulBack(DiskBack):
 
 
 @pytest.mark.parametrize("vmm", VMMS, ids=lambda vmm: vmm.name)
-def test_whole_life(vmm: Vmm, request: pytest.FixtureRequest) -> None:
+def test_whole_life(vmm: Vmm) -> None:
     """From the connection to its end, with requests wherever the rings run."""
-    expect_failure(request, "forgetful", vmm.name)
     back = ForgetfulBack(num_queues=BlkGuest.all)
     with Airlock(back) as airlock:
 

@@ -160,6 +160,19 @@ def test_an_ack_is_sent_if_it_was_asked_for_and_agreed(front, features, flags):
     assert front.ask(R.SET_OWNER, flags=flags) == expected
 
 
+def test_what_a_front_end_remembers_is_served_and_acked_until_it_asks_anew():
+    with Front(remembered=ProtocolFeature.STATUS) as front:
+        front.handlers |= {R.SET_STATUS: done, R.SET_OWNER: done}
+        flags = VERSION | NEED_REPLY
+        acked = reply(R.SET_STATUS, U64(0))
+        assert front.ask(R.SET_STATUS, U64(3), flags=flags) == acked
+        assert front.ask(R.SET_STATUS, U64(3)) == b""
+        assert front.ask(R.SET_OWNER, flags=flags) == b""
+        front.negotiate(ProtocolFeature.MQ)
+        with pytest.raises(ProtocolError, match=r"SET_STATUS needs .* STATUS"):
+            front.ask(R.SET_STATUS, U64(3), flags=flags)
+
+
 @pytest.mark.parametrize("features", [ProtocolFeature(0), ProtocolFeature.REPLY_ACK])
 def test_need_reply_changes_nothing_for_a_request_with_a_reply(front, features):
     front.negotiate(features)

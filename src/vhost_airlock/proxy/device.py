@@ -49,6 +49,8 @@ class Device:
         self.memory = FrontMemory()
         self.features: int | None = None
         self.protocol_features = ProtocolFeature(0)
+        self._early_status = 0
+        """The status that the front has told before it has accepted STATUS."""
         self.rings: dict[int, Ring] = {}
         self._events = eventfd()
         self.events: HasFileno = self._events
@@ -156,6 +158,23 @@ class Device:
         if self.back.settled and not self.back.has_features(accepted):
             raise RequestRefused("SET_PROTOCOL_FEATURES: others are in use already")
         self.protocol_features = accepted
+
+    def set_status(self, status: int) -> None:
+        """Tell the back the status of the device.
+
+        It stays here if the front has not accepted STATUS: it is about the connection
+        before, of which this back knows nothing.
+        """
+        if ProtocolFeature.STATUS in self.protocol_features:
+            self.peer.set_status(status)
+        else:
+            self._early_status = status
+
+    def get_status(self) -> int:
+        """Return the status that the back has, or the one that stayed here."""
+        if ProtocolFeature.STATUS in self.protocol_features:
+            return self.peer.get_status()
+        return self._early_status
 
     def _is_modern(self) -> bool:
         try:

@@ -148,11 +148,11 @@ def close_crypto_session(device: Device, session: U64, fds: Fds) -> None:
 
 
 def set_status(device: Device, status: U64, fds: Fds) -> None:
-    device.peer.set_status(status.value)
+    device.set_status(status.value)
 
 
 def get_status(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.peer.get_status())
+    return U64(device.get_status())
 
 
 def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:

@@ -19,6 +19,7 @@ from ..errors import AirlockError, FrontLost, SessionError, Stopped
 from ..vhost.backend import Backend
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
+from ..vhost.wire import ProtocolFeature
 from .back import Back
 from .config import Config
 from .device import Device
@@ -95,7 +96,7 @@ class Session:
 
     def _serve(self, device: Device) -> None:
         """Serve the front first, then the back, then see to the workers."""
-        backend = Backend(self.front, bind(device))
+        backend = Backend(self.front, bind(device), ProtocolFeature.STATUS)
         while True:
             ready = self._wait(device)
             if self.stop.fileno() in ready:

@@ -205,15 +205,31 @@ class Backend(Responder):
     It learns which protocol features are offered and in use from the messages that go
     through it. SET_PROTOCOL_FEATURES is acked by the features that it sets, as real
     back-ends do: it is the message that switches acks on.
+
+    `remembered` are protocol features that a front-end may use before that, since it
+    has negotiated them on an earlier connection: DPDK's virtio-user tells its status
+    first when it connects again. It waits for the acks that it had then.
     """
 
-    def __init__(self, channel: Channel, handlers: Mapping[Request, Handler]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        handlers: Mapping[Request, Handler],
+        remembered: ProtocolFeature = NOTHING,
+    ) -> None:
         super().__init__(channel, handlers, RULES)
+        self.offered = self._remembered = remembered
 
     def _perform(self, request: AnyRequest, payload: Any, fds: list[Fd]) -> Result:
         result = super()._perform(request, payload, fds)
         if request is Request.GET_PROTOCOL_FEATURES and isinstance(result, U64):
             self.offered = ProtocolFeature(result.value)
+            self._remembered = NOTHING
         elif request is Request.SET_PROTOCOL_FEATURES:
             self.protocol_features = ProtocolFeature(payload.value)
+            self._remembered = NOTHING
         return result
+
+    def _due(self, message: Message, rule: Rule | None) -> bool:
+        remembers = rule is not None and bool(rule.needs & self._remembered)
+        return super()._due(message, rule) or (message.need_reply and remembers)

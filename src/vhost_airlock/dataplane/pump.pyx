@@ -222,6 +222,7 @@ cdef class Pump:
         pump.shadow.ops.start(&pump.shadow, <uint8_t *> shadow)
         pump.whole_batches = whole_batches
         pump.fault = 0
+        pump.silent = False
         pump.attached = True
         run(pump, begin, 0)
         self._resume()
@@ -371,6 +372,15 @@ cdef class Pump:
     def call(self):
         """Let the worker call the guest, with its next round."""
         self.state.call_due = True
+
+    def silence(self):
+        """Ask the back for no calls until the next start; completions are taken still.
+
+        A back that has stopped a ring has no call descriptor for it, and libvhost-user
+        gives the connection up when it calls without one.
+        """
+        self.state.silent = True
+        run(&self.state, silence, 0)
 
     def set_draining(self, bint draining):
         """While set, the worker signals its events when this pump is drained."""
@@ -535,6 +545,13 @@ cdef int begin(void *what, int _) noexcept nogil:
     cdef PumpState *pump = <PumpState *> what
 
     pump.guest.ops.begin(&pump.guest)
+    return 0
+
+
+cdef int silence(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
+    pump.shadow.ops.silence(&pump.shadow)
     return 0
 
 

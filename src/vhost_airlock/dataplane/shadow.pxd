@@ -60,6 +60,8 @@ cdef struct ShadowOps:
     # Ask for a call with the next completion. A fence, then pending() must follow.
     void (*arm)(ShadowRing *) noexcept nogil
     void (*disarm)(ShadowRing *) noexcept nogil
+    # Ask for no call until the ring is armed again, whatever is completed.
+    void (*silence)(ShadowRing *) noexcept nogil
     # Is there a completion to take?
     bint (*pending)(ShadowRing *) noexcept nogil
     # How many chains that were offered the back has not fetched: by its event index, -1

@@ -165,6 +165,13 @@ cdef void disarm(ShadowRing *ring) noexcept nogil:
     ring.armed = False
 
 
+cdef void silence(ShadowRing *ring) noexcept nogil:
+    disarm(ring)
+    if ring.event_idx:
+        # Further away than the back can get: no ring has so many entries.
+        store16(&ring.split.avail.ring[ring.size], ring.split.used_seen + 0x7fff)
+
+
 cdef int64_t unfetched(const ShadowRing *ring) noexcept nogil:
     """avail_event says it: exactly for libvhost-user, late for others."""
     if not ring.event_idx:
@@ -185,6 +192,7 @@ OPS.reap = reap
 OPS.amid = amid
 OPS.arm = arm
 OPS.disarm = disarm
+OPS.silence = silence
 OPS.pending = pending
 OPS.unfetched = unfetched
 OPS.unfetched_at = unfetched_at

@@ -68,6 +68,8 @@ cdef struct PumpState:
     bint taking
     # The control plane waits for the chains in flight.
     bint draining
+    # The back is asked for no calls: it has no descriptor for them any more.
+    bint silent
     int fault
     bint kick_due
     bint call_due

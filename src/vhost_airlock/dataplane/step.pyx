@@ -358,7 +358,7 @@ cdef int arm(void *what, int _) noexcept nogil:
 
     if pump.fault == 0 and pump.taking and not pump.stalled and not pump.guest.armed:
         pump.guest.ops.arm(&pump.guest)
-    if not pump.shadow.armed and pump.fault != MEMORY_LOST:
+    if not pump.shadow.armed and not pump.silent and pump.fault != MEMORY_LOST:
         pump.shadow.ops.arm(&pump.shadow)
     return True
 

@@ -160,15 +160,19 @@ class Back:
             self.has.features = 0
 
     def start_ring(self, ring: ShadowRing, *, kick: Fd, call: Fd, err: Fd) -> None:
-        """Start a ring; it is not enabled yet."""
+        """Start a ring; it is not enabled yet.
+
+        The back gets its descriptors before the ring: it may complete chains there, of
+        before a stop, as soon as it has the addresses.
+        """
         self._announce()
         self.peer.set_vring_num(ring.number, ring.size)
         self.peer.set_vring_base(ring.number, ring.base)
+        self.peer.set_vring_call(ring.number, call)
+        self.peer.set_vring_err(ring.number, err)
         self.peer.set_vring_addr(
             VringAddr(ring.number, 0, ring.desc, ring.used, ring.avail)
         )
-        self.peer.set_vring_call(ring.number, call)
-        self.peer.set_vring_err(ring.number, err)
         self.peer.set_vring_kick(ring.number, kick)
 
     def stop_ring(self, index: int) -> int:

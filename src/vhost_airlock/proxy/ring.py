@@ -384,6 +384,9 @@ class Ring:
     def _detach(self) -> None:
         pump, owner = self.pump, self.owner
         assert pump is not None
+        if pump.drains:
+            with self.worker.pause():
+                pump.silence()
         base = owner.back.stop_ring(self.index)
         if pump.drains:
             await_done(pump, owner.back, self.worker, base, owner.drain_deadline())

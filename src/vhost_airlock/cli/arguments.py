@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the command lines' arguments: text to a value within bounds, or why not."""
+"""Types of the command lines' arguments: text to a value within bounds, or an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def size(least: str, most: str) -> Callable[[str], int]:
-    """A number of bytes, as 512, 64K or 1GiB."""
+    """Return a parser of a number of bytes, as 512, 64K or 1GiB, within bounds."""
 
     low, high = _bytes(least), _bytes(most)
 
@@ -27,7 +27,7 @@ def size(least: str, most: str) -> Callable[[str], int]:
 
 
 def number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number."""
+    """Return a parser of a whole number within bounds; None: there is no upper one."""
 
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"\d{1,18}", text, re.ASCII) else -1
@@ -40,7 +40,7 @@ def number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def seconds(text: str) -> float:
-    """A positive number of seconds up to an hour."""
+    """Return a positive number of seconds up to an hour."""
     value = _float(text)
     if not 0 < value <= 3600:
         raise ArgumentTypeError(f"{text}: no number of seconds up to 3600")
@@ -48,7 +48,7 @@ def seconds(text: str) -> float:
 
 
 def interval(text: str) -> float:
-    """A number of seconds from a hundredth to a day."""
+    """Return a number of seconds from a hundredth to a day."""
     value = _float(text)
     if not 0.01 <= value <= 86400:
         raise ArgumentTypeError(f"{text}: no number of seconds up to a day")
@@ -56,7 +56,7 @@ def interval(text: str) -> float:
 
 
 def cpus(text: str) -> tuple[int, ...]:
-    """Numbers of processors that may be used, as 2,4-6: in that order."""
+    """Return the numbers of a list of processors, as 2,4-6, in their order."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
@@ -70,14 +70,14 @@ def cpus(text: str) -> tuple[int, ...]:
 
 
 def switch(text: str) -> bool:
-    """Whether it is on."""
+    """Return True for "on", False for "off"."""
     if text not in ("on", "off"):
         raise ArgumentTypeError(f"{text}: neither on nor off")
     return text == "on"
 
 
 def _bytes(text: str) -> int:
-    """Less than any size, if it is none."""
+    """Return a number of bytes; -1: the text is no size."""
     match = re.fullmatch(r"(\d{1,18})([KMGT]?)i?B?", text, re.IGNORECASE)
     return int(match[1]) * UNITS[match[2].upper()] if match else -1
 

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " [-- COMMAND ...]"
     )
     parser.epilog = (
-        "After --, the command that starts the program: it is started once more when"
-        " an attack ended it. Only attack a disk whose data you don't need."
+        "After --, the command that starts the program: it is started again when"
+        " an attack has ended it. Only attack a disk whose data you don't need."
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="attacks, or patterns such as 'race-*'"
@@ -79,10 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=TIMEOUT,
         metavar="S",
-        help="what the program has to serve a good request; more than its own"
-        " time-outs (default: %(default)s s)",
+        help="seconds that the program has to serve a good request; more than its own"
+        " time-outs (default: %(default)s)",
     )
-    parser.add_argument("--log", metavar="FILE", help="where COMMAND's output goes")
+    parser.add_argument("--log", metavar="FILE", help="file for COMMAND's output")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         print(listing(GROUPS))
         return 0
     chosen = _chosen(options)
-    # Our own peers complain of what we do to them.
+    # The peers of this command log the errors that the attacks cause.
     logging.getLogger("vhost_airlock").setLevel(logging.CRITICAL)
     report = Report(chosen, None if options.json else sys.stdout)
     with ending_on_signals():

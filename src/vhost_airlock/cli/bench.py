@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a vhost-user block device, or two of them side by side.
 
-A guest that does nothing but ask (peers/blk_load.py) connects to a socket and keeps
-requests in flight. With a second socket, such as that of the back-end itself next to an
-airlock's, both get each load in turn, and what is compared was measured right after
-each other. Never both at once: they may lead to the same device.
+A guest that only makes requests (peers/blk_load.py) connects to a socket and keeps them
+in flight. With a second socket, for example the back-end's own beside an airlock's,
+each load runs on one socket right after the other, and these two runs are compared.
+Never both at once: they may lead to the same device.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vhost-airlock bench`."""
     parser.description = (
         "Put loads on a vhost-user block device and measure it. Modes that write"
-        " destroy what is on the disk."
+        " destroy the data on the disk."
     )
     parser.add_argument(
         "--socket-path", required=True, metavar="PATH", help="the device to measure"
     )
     parser.add_argument(
-        "--compare", metavar="PATH", help="another way to it, which ratios refer to"
+        "--compare",
+        metavar="PATH",
+        help="another way to it: ratios are to the rate there",
     )
     plan = LoadPlan()
     parser.add_argument(
@@ -41,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=modes,
         default=[plan.mode],
         metavar="MODE,...",
-        help=f"of {', '.join(MODES)} (default: {plan.mode})",
+        help=f"some of {', '.join(MODES)} (default: {plan.mode})",
     )
     parser.add_argument(
         "--size",
         type=sizes,
         default=[4096, 65536],
         metavar="SIZE,...",
-        help="of a request (default: 4K,64K)",
+        help="sizes of a request (default: 4K,64K)",
     )
     parser.add_argument(
         "--depth",
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=0.5,
         metavar="S",
-        help="of each measurement (default: %(default)s)",
+        help="time of each measurement (default: %(default)s)",
     )
     parser.add_argument(
         "--no-indirect",
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=SIZE,
         default=0,
         metavar="SIZE",
-        help="cut requests into these",
+        help="cut requests into segments of this size",
     )
     parser.add_argument(
         "--span",
@@ -91,7 +93,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " cache (default: as little as they need)",
     )
     parser.add_argument(
-        "--ram", type=SIZE, default=0, metavar="SIZE", help="of the guest, untouched"
+        "--ram",
+        type=SIZE,
+        default=0,
+        metavar="SIZE",
+        help="memory of the guest that is there and not used",
     )
     parser.add_argument(
         "--json", action="store_true", help="print all measurements as JSON"
@@ -99,14 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print what came of it."""
+    """Measure, and print the results; returns the exit status."""
     plans = plans_of(options)
     paths = [options.socket_path, *([options.compare] if options.compare else [])]
     measured: list[Measured] = []
     try:
         for done in range(options.rounds * len(plans)):
             number, at = divmod(done, len(plans))
-            # What comes first may have it harder: it's another one each time.
+            # The first run of a pair may have it harder, so paths take turns at it.
             for path in paths if (number + at) % 2 == 0 else reversed(paths):
                 _progress(f"{done}/{options.rounds * len(plans)} {path}")
                 result = measure(path, plans[at])
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plans_of(options: argparse.Namespace) -> list[LoadPlan]:
-    """All loads that these options mean."""
+    """Return the loads of these options: all combinations."""
     names = [field.name for field in dataclasses.fields(LoadPlan)]
     common = {name: getattr(options, name) for name in names if name in options}
     try:
@@ -137,7 +143,7 @@ def plans_of(options: argparse.Namespace) -> list[LoadPlan]:
 
 
 def modes(text: str) -> list[str]:
-    """Return modes that are apart by commas."""
+    """Return modes that are separated by commas."""
     found = text.split(",")
     for mode in found:
         if mode not in MODES:
@@ -146,16 +152,16 @@ def modes(text: str) -> list[str]:
 
 
 def sizes(text: str) -> list[int]:
-    """Return sizes that are apart by commas."""
+    """Return sizes that are separated by commas."""
     return [SIZE(part) for part in text.split(",")]
 
 
 def numbers(text: str) -> list[int]:
-    """Return numbers that are apart by commas."""
+    """Return numbers that are separated by commas."""
     return [NUMBER(part) for part in text.split(",")]
 
 
 def _progress(text: str) -> None:
-    """Show on a terminal how far we are, in a line that is overwritten."""
+    """Show the progress on a terminal, in a line that is overwritten."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vhost-airlock bench` measured, as people and machines want to see it."""
+"""The results of `vhost-airlock bench`, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..peers.blk_load import LoadPlan, LoadResult
 KIB, MIB = 1 << 10, 1 << 20
 
 NAMES = ("device", "compared")
-"""What the table calls the sockets, which may have long paths."""
+"""Names of the sockets in the table, for their paths may be long."""
 
 HEAD = (
     f"{'load':<18} {'':<9}{'IOPS':>9} {'MB/s':>8} {'p50':>9} {'p99':>9}"
@@ -39,7 +39,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement: which load, on which device, in which round."""
+    """One measurement: its load, its device, its round, its result."""
 
     plan: LoadPlan
     path: str
@@ -65,12 +65,12 @@ def unit(size: int) -> str:
 
 
 def label(plan: LoadPlan) -> str:
-    """What the table calls a load."""
+    """Return the name of a load in the table."""
     return f"{plan.mode} {unit(plan.size)} x {plan.depth}"
 
 
 def heading(paths: Sequence[str]) -> str:
-    """Which is which."""
+    """Return the lines that say which path has which name."""
     lines = [f"{name}: {path}" for name, path in zip(NAMES, paths, strict=False)]
     return "\n".join(lines) + "\n"
 
@@ -80,8 +80,8 @@ def ratios(
 ) -> Spread:
     """IOPS of the first device to those of the second, round by round.
 
-    What is compared was measured one after the other, so that slow changes of the
-    machine cancel out.
+    The two runs of a round were measured one after the other, so that slow changes of
+    the machine cancel out.
     """
     first, second = (
         {each.round: each.result for each in measured if (each.plan, each.path) == key}

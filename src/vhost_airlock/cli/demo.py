@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See it work: a guest, the airlock and a block back-end, and nothing else needed.
+"""See it work: a guest, the airlock and a block back-end, and no other program.
 
-The back-end and the airlock are processes of their own, as they would be in earnest;
-the guest, with its driver and its VMM, is in this one. First the guest writes a disk
-full and reads all of it back. Then comes the proof: a random marker that stands in
-guest memory is searched in all that the back-end's process holds, once when the guest
-is connected to it through the airlock, and once when it's connected directly. Another
-marker, which the guest writes to the disk, shows that the search finds what is there.
+The back-end and the airlock are processes of their own, as in real use; the guest, with
+its driver and its VMM, is in this one. First the guest fills a disk and reads all of it
+back. Then comes the proof: all memory and descriptors of the back-end's process are
+searched for a random marker that stands in guest memory, once when the guest is
+connected to it through the airlock, and once when it's connected directly. The search
+also has to find another marker, which the guest writes to the disk.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .demo_report import Display, Proof, Report
 QUEUES = 2
 MARKER_SIZE = 64
 BLOCK = 4096
-"""What the disk has beyond the workload's part, for the marker that is written."""
+"""Bytes of the disk beyond the workload's part, for the marker that is written."""
 COUNTERS = "counters: "
-"""What the airlock's log says before the counters, when a session ends."""
+"""The text before the counters in the airlock's log, when a session ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo; the exit status says whether all was as it should be."""
+    """Run the demo; returns the exit status: 0 if the proof holds, 1 otherwise."""
     report = Report()
     display = Display(silent=options.json)
     started = time.monotonic()
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _demo(report: Report, display: Display) -> None:
     with contextlib.ExitStack() as stack:
-        # A disk in memory needs no cleaning up, and no real disk has a say in the time.
+        # A disk in memory needs no cleaning up, and is as fast on every machine.
         disk = stack.enter_context(Fd(os.memfd_create("disk", os.MFD_CLOEXEC)))
         os.ftruncate(disk.fileno(), disk_size(STAGES) + BLOCK)
         image = f"/proc/{os.getpid()}/fd/{disk.fileno()}"
@@ -131,7 +131,7 @@ def _work(guest: BlkGuest, report: Report, display: Display) -> None:
 
 
 def _write_marker(guest: BlkGuest) -> bytes:
-    """Write another marker to the end of the disk, which the back-end has to get."""
+    """Write another marker to the end of the disk; return it. The back-end gets it."""
     marker = secrets.token_bytes(MARKER_SIZE)
     block = guest.ram.alloc(BLOCK)
     guest.ram.view(block, MARKER_SIZE)[:] = marker
@@ -142,8 +142,8 @@ def _write_marker(guest: BlkGuest) -> bytes:
 class _Airlock:
     """`vhost-airlock run` as a process of its own.
 
-    When its guest leaves, or anything else ends the with block, it's told to end. If it
-    was to blame, its last words are in the error.
+    At the end of the with block it's told to end. If the session failed, or it ends
+    with an error itself, the exception has its last line of log.
     """
 
     def __init__(self, backend: str, folder: str) -> None:
@@ -157,7 +157,7 @@ class _Airlock:
             command = [sys.executable, "-m", "vhost_airlock", "run"]
             command += [f"--fd={listener.fileno()}", f"--backend={backend}"]
             if not available():
-                command.append("--sandbox=off")  # what is shown does not rest on it
+                command.append("--sandbox=off")  # the proof does not rest on it
             self.process = subprocess.Popen(
                 [*command, "--log-level=info"],
                 pass_fds=[listener.fileno()],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo found, and how that is shown to people and to machines."""
+"""The results of the demo, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REDRAW = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the back-end's process held, behind the airlock and without it."""
+    """The markers in the back-end's process, behind the airlock and without it."""
 
     marker: bytes
-    """It stands in guest memory, in places that no request is about."""
+    """The marker in guest memory, in places that no request is about."""
     written: bytes
-    """This one the guest wrote to the disk."""
+    """The marker that the guest wrote to the disk."""
     planted: int
-    """In how many places of guest memory the first one stands."""
+    """The number of places of guest memory in which `marker` stands."""
     direct: Scan
     isolated: Scan
     holds: Sequence[Holding]
@@ -36,7 +36,7 @@ class Proof:
 
     @property
     def blind(self) -> list[Holding]:
-        """What could not be searched behind the airlock, but for the kernel's pages."""
+        """Memory that could not be searched behind the airlock, except the kernel's."""
         return [each for each in self.isolated.unreadable if each.name[:2] != "[v"]
 
     @property
@@ -55,7 +55,7 @@ def finds(scan: Scan, marker: bytes) -> list[Found]:
 
 @dataclass(slots=True)
 class Report:
-    """All that the demo found out; a part that it didn't come to is empty."""
+    """All results of the demo; a part that it did not reach is empty."""
 
     written: list[Result] = field(default_factory=list)
     read: list[Result] = field(default_factory=list)
@@ -122,9 +122,9 @@ def _scan(proof: Proof, scan: Scan) -> dict[str, Any]:
 
 
 class Display:
-    """Prints lines, and on a terminal what is going on at the moment.
+    """Prints lines, and on a terminal the progress of the step that is under way.
 
-    When silent, it prints no lines, and the rest goes to stderr.
+    When silent, it prints no lines, and the progress goes to stderr.
     """
 
     def __init__(self, *, silent: bool = False) -> None:
@@ -135,7 +135,7 @@ class Display:
         self._next = 0.0
 
     def progress(self, text: str, part: float | None = None) -> None:
-        """Show what is going on, and how far it is; not each time, that would cost."""
+        """Show the step and its done part; at most once in REDRAW, to save time."""
         now = time.monotonic()
         if not self._live or (part is not None and now < self._next):
             return
@@ -149,7 +149,7 @@ class Display:
         self._shown = True
 
     def clear(self) -> None:
-        """Remove what progress() has shown."""
+        """Remove the line of progress()."""
         if self._shown:
             print("\r\x1b[K", end="", file=self._terminal, flush=True)
             self._shown = False
@@ -160,7 +160,7 @@ class Display:
             print(text, flush=True)
 
     def result(self, result: Result) -> None:
-        """Tell how a stage went."""
+        """Print the rates of a stage."""
         self.line(
             f"  {result.stage!s:>12}  {result.stage.total // MIB:3} MiB"
             f"  {result.mib_per_second:6,.0f} MiB/s"
@@ -168,7 +168,7 @@ class Display:
         )
 
     def conclude(self, report: Report) -> None:
-        """Tell all that is known at the end."""
+        """Print all results, at the end."""
         self._throughput(report)
         self._counters(report)
         if report.proof:
@@ -192,7 +192,7 @@ class Display:
         self.line("(The guest and the back-end are plain Python, which sets the pace.)")
 
     def _counters(self, report: Report) -> None:
-        """A column for each ring, and a line for each other thing that counts."""
+        """Print a column for each ring, and a line for each worker and the pool."""
         rings = {k: v for k, v in report.counters.items() if k.startswith("ring ")}
         self.line()
         self.line(f"{'The airlock counted:':22}{''.join(map('{:>15}'.format, rings))}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: which command is meant, and the status that it ends with.
+"""The command line: the choice of the command, and its exit status.
 
 Only the module of that command is imported: `run`, which is trusted with a guest's
 memory, loads nothing of the demo, the benchmark or the attacks.
@@ -17,17 +17,17 @@ from ..errors import AirlockError, UsageError
 
 COMMANDS = {
     "run": "stand between a VMM and a back-end",
-    "demo": "see it work, nothing else needed",
-    "stats": "what a running airlock is doing",
+    "demo": "see it work, without any other program",
+    "stats": "show the state of a running airlock",
     "bench": "measure a block device",
-    "attack": "be a hostile guest, VMM or back-end, and see what holds",
+    "attack": "be a hostile guest, VMM or back-end, and see if a program holds",
 }
 """Each command with its help text; the module of the same name has add_arguments() and
 run()."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and how to learn more."""
+    """A parser whose errors are one line, which names the help."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")

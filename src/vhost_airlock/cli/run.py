@@ -31,22 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     front = parser.add_argument_group("the VMM's side, one of")
     front.add_argument("--socket-path", metavar="PATH", help="listen here for the VMM")
     front.add_argument(
-        "--fd", type=int, metavar="N", help="a socket, listening or connected to it"
+        "--fd",
+        type=int,
+        metavar="N",
+        help="an inherited socket, listening or connected",
     )
     front.add_argument(
         "--front-connect", metavar="PATH", help="connect to the VMM, which listens here"
     )
     back = parser.add_argument_group(
         "the back-end's side, one of",
-        f"Or, after --, the command that starts it, with {CONNECTED_FD} where it wants"
-        f" the number of a connected socket, or {LISTENING_FD} of a listening one.",
+        f"Or, after --, the command that starts it, with {CONNECTED_FD} in place of the"
+        f" number of a connected socket, or {LISTENING_FD} of a listening one.",
     )
     back.add_argument("--backend", metavar="PATH", help="connect to it here")
     back.add_argument("--backend-listen", metavar="PATH", help="wait for it here")
     parser.add_argument(
         "--no-wait",
         action="store_true",
-        help="fail at the start if the back-end is not there, instead of waiting",
+        help="fail at the start if the back-end is not there, and do not wait for it",
     )
     parser.add_argument(
         "--keep-backend",
@@ -61,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
-        help="what is copied back of a request's writable part"
-        f" (default: {Config.copy}, or what fits the device type)",
+        help="the part of a request's writable buffers that is copied back"
+        f" (default: {Config.copy}, or the device type's)",
     )
     parser.add_argument(
         "--device-type",
@@ -96,28 +99,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=size("0", "4G"),
         default=Config.request_limit,
         metavar="SIZE",
-        help="the largest single request that the pool need not hold (default: 1G)",
+        help="the largest single request, also beyond the pool limit (default: 1G)",
     )
     parser.add_argument(
         "--poll-us",
         type=number(0, 1_000_000),
         default=Config.poll_us,
         metavar="N",
-        help="poll so long before sleeping, where it pays (default: %(default)s)",
+        help="microseconds to poll at most before sleeping (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=Config.timeout,
         metavar="S",
-        help="what the back-end has to answer a message (default: %(default)s s)",
+        help="seconds that the back-end has to answer all that one message of the VMM"
+        " makes necessary (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-timeout",
         type=seconds,
         default=Config.drain_timeout,
         metavar="S",
-        help="what requests have to end when a ring stops (default: %(default)s s)",
+        help="seconds that requests have to end when rings stop (default: %(default)s)",
     )
     parser.add_argument(
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
@@ -128,17 +132,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=switch,
         default=ProcessConfig.sandbox,
         metavar="on|off",
-        help="give up all rights that are not needed (default: on)",
+        help="drop all rights that serving does not need (default: on)",
     )
     parser.add_argument(
         "--print-capabilities",
         action="store_true",
-        help="print what a management layer wants to know, as JSON, and exit",
+        help="print JSON for management layers, and exit",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """The main job."""
+    """Serve until a signal comes; returns the exit status."""
     if options.print_capabilities:
         return print_capabilities(options)
     logging.basicConfig(
@@ -148,7 +152,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def config_of(options: argparse.Namespace) -> ProcessConfig:
-    """Return the options as one object, or say which don't go together."""
+    """Return the options as one object. UsageError if some don't go together."""
     kind = options.device_type
     if kind is not None and kind.refused:
         raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
@@ -164,13 +168,13 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
 
 
 def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """Return those options that this class of config has."""
+    """Return the options that are fields of this class, by name."""
     names = {field.name for field in dataclasses.fields(kind)}
     return {name: value for name, value in vars(options).items() if name in names}
 
 
 def print_capabilities(options: argparse.Namespace) -> int:
-    """Print the back-end's own capabilities if we start it, else the type we are told.
+    """Print the started back-end's own capabilities, else the type in the options.
 
     The convention of vhost-user back-end programs: JSON on stdout, all other options
     ignored.

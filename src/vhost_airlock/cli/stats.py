@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vhost-airlock stats`: asks a running airlock what it is doing, and shows that."""
+"""`vhost-airlock stats`: gets the state of a running airlock, and shows it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 PATIENCE = 5.0
 """Seconds that the airlock has to answer."""
 LARGEST = 16 * MIB
-"""Bytes of an answer that can't be an airlock's any more."""
+"""The most bytes of an answer: an airlock's is shorter."""
 COLUMNS = 4
 """Rings that stand side by side."""
 HEADING = 20
@@ -36,7 +36,7 @@ GAUGES = {
 
 @dataclass(frozen=True)
 class Document:
-    """What the airlock says of itself at one moment."""
+    """The state of an airlock at one moment, by its own account."""
 
     version: str
     uptime: float
@@ -48,7 +48,9 @@ class Document:
 
     @classmethod
     def of(cls, data: Any) -> Self:
-        """Choose what we know. ValueError, KeyError, TypeError: it is no such thing."""
+        """Take the known fields. ValueError, KeyError, TypeError: one is missing or of
+        a wrong type.
+        """
         document = cls(**{name: data[name] for name in cls.__dataclass_fields__})
         groups: list[dict[str, Any]] = [document.rings, document.counters]
         if not all(
@@ -58,21 +60,21 @@ class Document:
         return document
 
     def total(self, kind: str, name: str) -> int:
-        """A counter of all rings, or all workers, together."""
+        """Return the sum of a counter over all rings, or over all workers."""
         groups = self.counters.items()
         return sum(each.get(name, 0) for key, each in groups if key.startswith(kind))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What went on between two documents, for each second or each request."""
+    """The rates between two documents, for each second or each request."""
 
     requests: float
     mib_in: float
     """From the guest to the back-end."""
     mib_out: float
     kicks: float | None
-    """For each request; None: there were none."""
+    """For each request; None: there were no requests."""
     calls: float | None
     sleeps: float
     polling: float
@@ -81,7 +83,7 @@ class Rates:
 
     @classmethod
     def between(cls, before: Document, after: Document) -> Self:
-        """A new session, or a new process, has counted from zero."""
+        """Return the rates. A new session, or a new process, has counted from zero."""
         seconds = after.uptime - before.uptime
         restarted = seconds <= 0
         fresh = restarted or after.sessions != before.sessions
@@ -110,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vhost-airlock stats`."""
     parser.add_argument("path", metavar="PATH", help="its --stats-path")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print what it says as it is")
+    form.add_argument("--json", action="store_true", help="print its answer unchanged")
     form.add_argument(
         "--prometheus", action="store_true", help="print the text format of Prometheus"
     )
@@ -118,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interval", type=interval, metavar="S", help="print rates, every S seconds"
     )
     parser.add_argument(
-        "--count", type=number(1), metavar="N", help="so many times; default: for ever"
+        "--count", type=number(1), metavar="N", help="print N times (default: for ever)"
     )
 
 
@@ -156,7 +158,7 @@ def _watch(path: str, interval: float, count: int | None) -> None:
 
 
 def ask(path: str) -> str:
-    """Return what the airlock at this path answers. StartError: there is none."""
+    """Return the answer of the airlock at this path. StartError: there is none."""
     until = time.monotonic() + PATIENCE
     data = bytearray()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -175,7 +177,7 @@ def ask(path: str) -> str:
 
 
 def _connect(sock: socket.socket, path: str, until: float) -> None:
-    """Connect; while others stand in line, wait for them."""
+    """Connect; while the queue of the socket is full, try again until a time."""
     while True:
         try:
             sock.connect(path)
@@ -187,7 +189,7 @@ def _connect(sock: socket.socket, path: str, until: float) -> None:
 
 
 def parse(text: str, path: str) -> Document:
-    """Read what was answered. StartError: that was no airlock."""
+    """Return the document in an answer. StartError: it is no airlock's."""
     try:
         return Document.of(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -195,7 +197,7 @@ def parse(text: str, path: str) -> Document:
 
 
 def table(document: Document) -> str:
-    """For people: a column for each ring, a line for each other thing that counts."""
+    """Return a table: a column for each ring, a line for each worker and the pool."""
     up = timedelta(seconds=int(document.uptime))
     vmm = "VMM connected" if document.vmm_connected else "no VMM"
     back = "back-end connected" if document.backend_connected else "no back-end"
@@ -224,7 +226,7 @@ def table(document: Document) -> str:
 
 
 def prometheus(document: Document) -> str:
-    """For Prometheus: a sample for each number, by metric."""
+    """Return the text format of Prometheus: a sample for each number, by metric."""
     metrics: dict[str, list[str]] = {
         "info": [f'{{version="{document.version}"}} 1'],
         "uptime_seconds": [f" {document.uptime}"],

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What belongs to a process: sockets, signals, its sessions, how it gets a back-end."""
+"""The process: its sockets, signals and sessions, and its connections to back-ends."""

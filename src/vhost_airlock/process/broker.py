@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that opens the outside for the airlock, and does nothing else.
+"""The broker: a process that connects, starts and removes for the airlock.
 
-The airlock locks itself in and can connect to nothing, start nothing and remove nothing
-from then on; and what it starts must not be locked in with it, since back-ends have
-sandboxes of their own. So this process is forked before. It has the user's rights
-still, but no sockets of the airlock, no memory of a guest, and no choice: the paths
-and the command are fixed when it starts, and no request has an argument.
+The airlock locks itself in, and from then on can connect to nothing, start nothing and
+remove nothing; and a program that it started would be locked in with it, though
+back-ends have sandboxes of their own. So this process is forked before. It still has
+the user's rights, but no sockets of the airlock, no memory of a guest, and no choice:
+the paths and the command are fixed when it starts, and no request has an argument.
 
-They talk over a pair of sockets, a datagram a message, one request at a time:
+Airlock and broker talk over a pair of sockets, one packet a message, one request at a
+time. The requests, and the answers to them:
 
-    back     a socket that is connected to the back-end: at its path, or to the program
-             that was started for it, with its process number as text
-    front    a socket that is connected to the front, which listens
-    end      the program's status as text, as soon as it is gone
+    back     a socket connected to the back-end's path; or one connected to the program
+             that was started, and the program's process number as text
+    front    a socket connected to the path on which the front listens
+    end      the program's status as text, as soon as it has ended
 
-An answer without a socket says why there is none. When the pair of sockets is no more,
-which is when the airlock ends, however that happens, the broker removes the sockets
+An answer without a socket is the reason why there is none. When the airlock's socket
+is closed, which happens however the airlock ends, the broker removes the sockets
 that the airlock has made, ends the program, and ends itself.
 """
 
@@ -37,7 +38,7 @@ from .program import GRACE, PATIENCE, Program
 from .sockets import Listener, SocketFile, reason_of
 
 ANSWER = 10.0
-"""Seconds that the broker has for what takes no time, beside those for a program."""
+"""Seconds that the broker has to answer, beside those that a program has to end."""
 
 _BACK, _FRONT, _END = b"back", b"front", b"end"
 _SIZE = 4096
@@ -47,11 +48,12 @@ _GONE = "the broker is gone"
 
 
 class Broker:
-    """The airlock's handle on it. It runs from start() to close().
+    """The airlock's handle on the broker, which runs from start() to close().
 
     `back` and `front` are paths to connect to, `command` starts the back-end instead.
-    `stop` ends every wait with Stopped; the broker is of no more use then. Without it
-    nothing can be served any more: AirlockError, which ends the process.
+    `stop` ends every wait with Stopped; the broker is of no more use then. If the
+    broker is gone, methods raise AirlockError, which ends the process: without it no
+    session can be served any more.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Broker:
         self._listeners.append(listener)
 
     def start(self) -> None:
-        """Fork it, while this process has one thread. StartError if that can't be."""
+        """Fork the broker, while this process has one thread. StartError if that
+        fails.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -96,30 +100,32 @@ class Broker:
     def connect_back(self) -> tuple[socket.socket | None, str]:
         """Connect to the back-end, or start it.
 
-        Returns the socket and the program's number, or None and what was wrong.
-        OSError: this process has no room for a socket.
+        Returns (socket, text): the connected socket, and the process number of a
+        program that was started; or None, and the reason. OSError: this process has no
+        descriptor left for a socket.
         """
         with self._room():
             self._ask(_BACK)
         return self._answer()
 
     def connect_front(self) -> tuple[socket.socket | None, str]:
-        """Connect to the front; returns the socket, or None and what was wrong.
+        """Connect to the front.
 
-        OSError: this process has no room for a socket.
+        Returns (socket, text): the connected socket; or None, and the reason. OSError:
+        this process has no descriptor left for a socket.
         """
         with self._room():
             self._ask(_FRONT)
         return self._answer()
 
     def end_back(self) -> int | None:
-        """Wait until the program is gone, or see to that; its status, if known."""
+        """End the program; returns its exit status, None if that is not known."""
         self._ask(_END)
         _, text = self._answer()
         return int(text) if text.lstrip("-").isdigit() else None
 
     def close(self) -> None:
-        """End it, and the program; the paths that were entrusted to it are gone."""
+        """End the broker and the program; the entrusted paths are removed then."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -128,19 +134,22 @@ class Broker:
 
     @property
     def _connected(self) -> socket.socket:
-        """The socket to it."""
+        """The socket to the broker. AirlockError if it does not run."""
         if self._sock is None:
             raise AirlockError(_GONE)
         return self._sock
 
     def _room(self) -> Fd:
-        """Return a descriptor whose place is for the one that an answer brings."""
+        """Return a descriptor to close before the answer: its number is for the socket
+        that comes with that.
+        """
         return Fd(os.dup(self._connected.fileno()))
 
     def _ask(self, request: bytes) -> None:
-        """Send a request, and wait for the answer.
+        """Send a request, and wait until the answer is there.
 
-        It is received at once: a late answer would be taken for the next request's.
+        After Stopped or a time-out no more answers are received: a late one would be
+        taken for the answer to the next request.
         """
         sock = self._connected
         try:
@@ -158,7 +167,7 @@ class Broker:
             raise Stopped("stopped while the broker was at work")
 
     def _answer(self) -> tuple[socket.socket | None, str]:
-        """Receive an answer: its socket, if it has one, and its text."""
+        """Receive an answer; returns (its socket, or None, its text)."""
         fds = array.array("i")
         room = socket.CMSG_SPACE(fds.itemsize)
         try:
@@ -178,20 +187,20 @@ class Broker:
         return None, data.decode()
 
 
-# What follows runs in the process itself.
+# The code from here on runs in the broker's process.
 
 
 def _run(server: _Server, sock: socket.socket) -> NoReturn:
-    """Be the process. Nothing of the airlock's is closed, freed or flushed here."""
+    """Be the broker. Nothing of the airlock's is closed, freed or flushed here."""
     status = 1
     try:
-        # The signals of a terminal or of a service manager are not for us, nor for the
-        # back-end, which is needed until the rings are drained. To ignore them would be
-        # inherited by the back-end; a handler is not.
+        # The signals of a terminal or of a service manager are not for the broker, nor
+        # for the back-end, which is needed until the rings are drained. The back-end
+        # would inherit SIG_IGN; it does not inherit a handler.
         os.setpgid(0, 0)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _pass_over)
-        # Whoever holds the airlock's sockets keeps them from ending with it.
+        # If the broker kept the airlock's sockets, they would not end with the airlock.
         kept = os.dup2(sock.fileno(), 3, inheritable=False)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
         server.serve(socket.socket(fileno=kept))
@@ -205,7 +214,7 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 
 
 class _Server:
-    """What the process does: the three requests, and the end."""
+    """Serves the three requests, and cleans up at the end."""
 
     def __init__(self, plan: Broker, made: Sequence[SocketFile]) -> None:
         self.plan = plan
@@ -213,9 +222,9 @@ class _Server:
         self.program: Program | None = None
 
     def serve(self, sock: socket.socket) -> None:
-        """Do what the airlock asks for until it is gone, and clean up after it."""
+        """Serve the airlock's requests until it is gone, and clean up after it."""
         try:
-            with contextlib.suppress(OSError):  # it went while it was answered
+            with contextlib.suppress(OSError):  # the airlock ended before the answer
                 while asked := sock.recv(_SIZE):
                     self._answer(asked, sock)
         finally:
@@ -236,7 +245,7 @@ class _Server:
             socket.send_fds(sock, [text.encode()], [connected.fileno()])
 
     def _connect(self, asked: bytes) -> tuple[str, socket.socket]:
-        """Return a text and a connected socket for one of the fixed requests."""
+        """Return (text, connected socket) for one of the fixed requests."""
         if asked == _FRONT and self.plan.front is not None:
             return _CONNECTED, _dial(self.plan.front)
         if asked == _BACK and self.plan.back is not None:
@@ -248,13 +257,15 @@ class _Server:
         raise OSError("this is nothing that the broker does")
 
     def _end(self, grace: float, hurry: socket.socket | None) -> int | None:
-        """End the program, if there is one; returns its status, if it is known."""
+        """End the program, if there is one; returns its exit status, None if that is
+        not known.
+        """
         program, self.program = self.program, None
         return None if program is None else program.end(grace, hurry)
 
 
 def _dial(path: str) -> socket.socket:
-    """Return a socket that is connected to a path, without waiting for anybody."""
+    """Return a socket that is connected to a path. OSError instead of a wait."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

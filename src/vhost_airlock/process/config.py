@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user chose for the process, in one frozen object, and for its device."""
+"""The user's options for the process and for its device, in one frozen object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..proxy.config import Config
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """Where front and back are, and what the process does beside serving its device.
+    """The ways to front and back, and the options of the process beside its device.
 
     Exactly one of `socket_path`, `fd` and `front_connect` is set, and exactly one of
     `backend`, `backend_listen` and `command`.
@@ -19,7 +19,7 @@ class ProcessConfig:
     socket_path: str | None = None
     """Where to listen for the front."""
     fd: int | None = None
-    """A socket for the front that we were given, listening or connected."""
+    """The number of an inherited socket for the front, listening or connected."""
     front_connect: str | None = None
     """Where the front listens for us."""
     backend: str | None = None
@@ -27,7 +27,8 @@ class ProcessConfig:
     backend_listen: str | None = None
     """Where to wait for the back to connect."""
     command: tuple[str, ...] = ()
-    """What starts the back, with a place for a socket's number, see program.py."""
+    """The command that starts the back, with a place for a socket's number, see
+    program.py."""
     no_wait: bool = False
     """The back-end must be there at the start; otherwise the first one is awaited."""
     keep_backend: bool = False
@@ -35,9 +36,9 @@ class ProcessConfig:
     exit_with_backend: bool = False
     """End when the back goes away; otherwise wait for the next front."""
     stats_path: str | None = None
-    """Where to answer who wants to know the counters."""
+    """Where to listen for readers of the counters."""
     log_level: str = "warning"
     sandbox: bool = True
-    """Give up what the running process does not need; off is for debugging."""
+    """Give up the rights that the running process does not need; False to debug it."""
     device: Config = field(default_factory=Config)
     """How the device is treated."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the airlock comes by its back-end: it connects, waits to be called, or starts it.
+"""Connections to the back-end: made, awaited, or to a program that is started.
 
 A connector gives one connected socket at a time. A back-end that was started lives as
-long as its connection; the others are nobody's children.
+long as its connection; one that was not started is independent of it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAUSE = 0.05
 
 
 class Connector(ABC):
-    """A way to the back-end. `stop` ends the wait for one to come, with Stopped."""
+    """A way to the back-end. `stop` ends the wait for a back-end, with Stopped."""
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         self.config = config
@@ -51,7 +51,7 @@ class Connector(ABC):
 
         A back-end that is away is waited for until `deadline`, a time of
         time.monotonic(); with None for as long as it takes. OSError: there is no
-        descriptor left for it.
+        descriptor left for the socket.
         """
 
     def disconnected(self) -> None:  # noqa: B027 (most have nothing to do)
@@ -124,7 +124,7 @@ class Waiter(Connector):
 
 
 class Starter(Connector):
-    """Starts the back-end's program with a socket of its own."""
+    """Has the broker start the back-end's program with a socket of its own."""
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
@@ -140,7 +140,7 @@ class Starter(Connector):
         self.pid: int | None = None
         """The program's process number, while there is one."""
         self.status: int | None = None
-        """How the last one ended, as far as is known."""
+        """The exit status of the last program that ended; None: not known."""
 
     def connect(self, deadline: float | None) -> Channel:
         sock, text = self.broker.connect_back()
@@ -150,7 +150,7 @@ class Starter(Connector):
         return self._channel(sock)
 
     def disconnected(self) -> None:
-        """The program shall end. When we are to end, the broker sees to that."""
+        """End the program. If the process ends meanwhile, the broker ends it."""
         if self.pid is not None:
             self.pid = self.status = None
             with contextlib.suppress(AirlockError):

@@ -3,9 +3,10 @@
 
 It serves one front at a time, as a vhost-user back-end does; the next one waits to be
 accepted. So does a front that comes while the back-end is away: it is accepted when the
-back-end was reached, or was not in time. SIGTERM and SIGINT end the process: rings are
-drained first, within the time for that. Before it serves anybody it locks itself in,
-see sandbox/enter.py; what opens the outside from then on is the broker.
+back-end was reached, or, to be closed at once, when it was not reached in time. SIGTERM
+and SIGINT end the process: rings are drained first, within the drain time-out. Before
+the process serves a front it locks itself in, see sandbox/enter.py; from then on only
+the broker can connect, start and remove.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PAUSE = 0.1
 """Seconds until the next try, when the system has no room for another session."""
 
 WANT = (OSError, MemoryError)
-"""What is raised for want of descriptors or memory."""
+"""Raised for want of descriptors or memory."""
 
 
 class Daemon:
@@ -56,7 +57,7 @@ class Daemon:
         self._session: Session | None = None
         self._sessions = 0
         self._stats: Stats | None = None
-        # From here on there may be something to clean away.
+        # From here on there may be sockets and processes to clean away.
         for number in (signal.SIGTERM, signal.SIGINT):
             old = signal.signal(number, self._on_signal)
             self._open.callback(signal.signal, number, old)
@@ -68,7 +69,7 @@ class Daemon:
                 front=config.front_connect,
                 command=config.command,
             )
-            # The last to be closed: it removes what the others listened at.
+            # The broker is closed last: it removes the paths of the other sockets.
             self._open.callback(broker.close)
             self.connector = make_connector(config, self.stop, broker)
             self._open.callback(self.connector.close)
@@ -82,7 +83,7 @@ class Daemon:
             undo.pop_all()
 
     def run(self) -> int:
-        """Lock the process in, serve until told to stop; returns the exit status."""
+        """Lock the process in, serve until a signal comes; returns the exit status."""
         with contextlib.closing(self):
             if self.config.sandbox:
                 sandbox.enter()
@@ -98,7 +99,7 @@ class Daemon:
         return 0
 
     def describe(self) -> dict[str, object]:
-        """What the process is doing, as JSON can hold it. Any thread may ask."""
+        """Return the state of the process, as JSON can hold it. Any thread may ask."""
         session = self._session
         idle = {
             "backend_connected": (self._kept or self._reached) is not None,
@@ -112,12 +113,12 @@ class Daemon:
         }
 
     def close(self) -> None:
-        """Close everything; nothing is left of the sockets that were made."""
+        """Close everything, and remove the sockets that were made."""
         self._drop_back()
         self._open.close()
 
     def _serve_next(self) -> bool:
-        """Serve the front that waits; returns whether it was the back that was lost."""
+        """Serve the front that waits; returns True if the back was lost."""
         try:
             reached = self._reach()
             sock = self._fronts.take()
@@ -141,7 +142,7 @@ class Daemon:
             return self._serve(front) if reached else True
 
     def _serve(self, front: Channel) -> bool:
-        """Serve a front to its end; returns whether it was the back that was lost."""
+        """Serve a front to its end; returns True if the back was lost."""
         try:
             session = Session(
                 front,
@@ -168,8 +169,8 @@ class Daemon:
     def _reach(self) -> bool:
         """Have a back for the next session; False: there is none, and the log says why.
 
-        No connection is made for nothing: one that a session had no need of is there
-        for the next, since some back-ends end with their first connection.
+        A connection that the last session did not need is used by the next, since some
+        back-ends end with their first connection.
         """
         if self._kept is not None and not self._kept.usable:
             self._drop_back()
@@ -204,9 +205,8 @@ class Daemon:
             raise
 
     def _refresh(self, back: Back) -> None:
-        """Make a kept device as new for the next front, as far as it can be.
-
-        No bytes of requests of this front are in isolated memory any more then.
+        """Reset a kept back for the next front, if it can be reset, and empty its
+        isolated memory of bytes of this front's requests.
         """
         try:
             back.reset_device()
@@ -218,7 +218,9 @@ class Daemon:
             back.memory.clear()
 
     def _tidy(self) -> None:
-        """After a session: its back is gone, or is made ready for the next."""
+        """After a session: make a kept back ready for the next session, or tell the
+        connector that the connection is closed.
+        """
         if self._kept is not None:
             self._refresh(self._kept)
         elif self._reached is None:

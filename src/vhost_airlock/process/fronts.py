@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fronts come to the airlock, one after the other: they connect, or it does.
+"""Connections to fronts, one after the other: accepted, inherited, or made.
 
-wait() tells that a front is there; take() is called once the airlock can serve it.
+wait() returns when a front is there; take() is called once the airlock can serve it.
 Until then a front that connects is in the kernel's queue: its connect() has succeeded,
 and its first message waits.
 """
@@ -29,7 +29,7 @@ class Fronts(ABC):
 
     @abstractmethod
     def wait(self) -> bool:
-        """Wait for the next front. False: there is none, or we were told to stop."""
+        """Wait for the next front. False: there is none, or `stop` was signalled."""
 
     @abstractmethod
     def take(self) -> socket.socket:
@@ -62,7 +62,7 @@ class Accepted(Fronts):
 
 
 class Given(Fronts):
-    """One front, whose connection we have."""
+    """One front, whose connection is there already."""
 
     def __init__(self, sock: socket.socket | None) -> None:
         self._sock = sock
@@ -81,7 +81,7 @@ class Given(Fronts):
 
 
 class Dialled(Given):
-    """Fronts that listen: connected to again and again, as they may come back."""
+    """A path on which fronts listen: connected to again each time one has left."""
 
     def __init__(self, path: str, stop: HasFileno, broker: Broker) -> None:
         super().__init__(None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The back-end's program: started with a socket of its own, and ended.
 
-It leads a process group, so that what it starts itself ends with it. Most programs end
-when their connection does; the others get SIGTERM, and at last SIGKILL.
+It leads a process group, so that processes that it starts end with it. Most programs
+end when their connection does; the others get SIGTERM, and at last SIGKILL.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Program:
         self.pid = self._process.pid
 
     def end(self, grace: float, hurry: socket.socket | None = None) -> int | None:
-        """See to its end; returns its status, None if it can't be ended.
+        """End the program; returns its exit status, None if it can't be ended.
 
         It has `grace` seconds to end by itself, or until the peer of `hurry` hangs up.
         """
@@ -76,7 +76,7 @@ class Program:
         return status
 
     def _end_rest(self) -> None:
-        """End what it has started and left behind."""
+        """End the processes that the program has started and left behind."""
         deadline = time.monotonic() + PATIENCE
         left = self._signal(signal.SIGTERM)
         while left and time.monotonic() < deadline:
@@ -86,8 +86,8 @@ class Program:
             self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> bool:
-        """Send a signal to the whole group; returns whether there is a group."""
-        with contextlib.suppress(PermissionError):  # it has become another user
+        """Send a signal to the whole group; returns False if there is no group."""
+        with contextlib.suppress(PermissionError):  # the program has changed its user
             try:
                 os.killpg(self.pid, number)
             except ProcessLookupError:
@@ -96,7 +96,7 @@ class Program:
 
 
 def _ready(pidfd: Fd, seconds: float, hurry: socket.socket | None) -> bool:
-    """Wait for the end of a process; returns whether it has come."""
+    """Wait for the end of a process; returns False if it has not ended."""
     poll = select.poll()
     poll.register(pidfd.fileno(), select.POLLIN)
     if hurry is not None:
@@ -105,7 +105,7 @@ def _ready(pidfd: Fd, seconds: float, hurry: socket.socket | None) -> bool:
 
 
 def _listening_pair() -> tuple[socket.socket, socket.socket]:
-    """Return a connected socket, and the listening one that it waits to be taken by."""
+    """Return (connected socket, listening socket whose queue has that connection)."""
     folder = tempfile.mkdtemp(prefix="vhost-airlock-")
     path = os.path.join(folder, "back.sock")
     theirs = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends on signals that clean up, for commands that have started processes."""
+"""Signals raise SystemExit in a command, so that it ends processes that it started."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Clean up when we're told to end, which a signal alone wouldn't do.
+    """Let signals unwind the stack, which by default they would not do.
 
     The first of SIGINT, SIGTERM, SIGHUP raises SystemExit with the status that a shell
-    would see; further ones are passed over.
+    would see; further ones are ignored.
     """
 
     def on_signal(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix sockets to listen on: made, and cleaned away, without harm to anybody else's."""
+"""Unix sockets to listen on: made and removed, without harm to those of others."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..errors import StartError
 
 @dataclass(frozen=True)
 class SocketFile:
-    """A socket at a path, and what tells it from another one that takes its place."""
+    """A socket at a path, with the numbers that tell it from a later one there."""
 
     path: str
     device: int
     inode: int
     modified: int
-    """When it was made, in nanoseconds: numbers of inodes are used again."""
+    """Time when it was made, in nanoseconds: numbers of inodes are used again."""
 
     @classmethod
     def at(cls, path: str) -> Self:
-        """Return what is at this path now. OSError if nothing is."""
+        """Return the file at this path now. OSError if there is none."""
         found = os.lstat(path)
         return cls(path, found.st_dev, found.st_ino, found.st_mtime_ns)
 
@@ -37,11 +37,11 @@ class SocketFile:
 
 
 class Listener:
-    """A listening socket at a path, which only its owner can connect to.
+    """A listening socket at a path, to which only its owner can connect.
 
-    A stale socket, one that nobody listens on, is replaced. One that is in use, and
-    anything else at that path, is left alone: StartError. close() removes the path,
-    unless that was left to somebody else.
+    A stale socket, on which no process listens, is replaced. A socket that is in use,
+    or another file at that path, is left alone: StartError. close() removes the path,
+    unless disown() was called.
     """
 
     def __init__(self, path: str) -> None:
@@ -75,7 +75,7 @@ class Listener:
             self.file.remove()
 
     def disown(self) -> None:
-        """Leave it to somebody else to remove the path."""
+        """Leave it to the broker to remove the path."""
         self._owned = False
 
 
@@ -97,7 +97,7 @@ def require_socket(path: str, *, may_come: bool = False) -> str:
 
 
 def inherited(fd: int) -> tuple[socket.socket, bool]:
-    """Return the stream socket behind a number that we were given; does it listen?"""
+    """Return (the stream socket with this inherited number, does it listen?)."""
     try:
         sock = socket.socket(fileno=fd)
     except (OSError, ValueError, OverflowError) as error:
@@ -145,5 +145,5 @@ def _remove_stale(path: str) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what was wrong, in the words of the system."""
+    """Return the system's text for an error."""
     return getattr(error, "strerror", None) or str(error)

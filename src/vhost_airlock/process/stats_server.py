@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells whoever connects what the airlock is doing: one JSON document, and no more.
+"""Answers each connection with the state of the airlock: one JSON document.
 
-The thread that serves a session may wait for its back for as long as the back may take,
-which is just when one wants to look. So this is a thread of its own. It only reads:
-counters that the workers write are read word by word while they run, and nothing that
-the control plane has is changed. Nobody ever waits for it.
+The main thread may be waiting for its back, up to the time-out, just when an operator
+wants to look. So this is a thread of its own. It only reads: counters that the workers
+write are read word by word while they run, and no object of the control plane is
+changed. No other thread ever waits for it.
 
-Readers are answered one at a time, and have little time to read: what one of them does
-is of no more consequence than that the next has to wait for so long.
+Readers are answered one at a time, and have READ_TIME to read: a slow reader can only
+make the next one wait for this time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PAUSE = 0.1
 
 
 class Stats:
-    """Listens at a path, from now on until close(). StartError when it can't.
+    """Listens at a path, from now on until close(). StartError if it can't.
 
     Readers are answered from start() on, by a thread that calls `describe` for each.
     It has the sandbox of the thread that starts it.
@@ -60,7 +60,7 @@ class Stats:
         }
 
     def close(self) -> None:
-        """Stop listening; the path is gone."""
+        """Stop listening, and remove the path."""
         if self._thread.ident is not None:
             notify(self._stop)
             self._thread.join()
@@ -90,8 +90,8 @@ class Stats:
 
 
 def version() -> str:
-    """Of vhost-airlock, if it was installed."""
-    from importlib import metadata  # takes longer than all else at start
+    """Return the version of vhost-airlock, "unknown" if it was not installed."""
+    from importlib import metadata  # takes longer than all other imports
 
     try:
         return metadata.version("vhost-airlock")

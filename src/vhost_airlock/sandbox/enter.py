@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process locks itself in, once it has all that takes the rights of its user.
+"""The process drops its rights, once each socket and file that needs them is open.
 
-From then on it has its sockets and descriptors and what peers send it, and can't start
-programs, open files, or get more rights, whoever might have taken it over by then:
+From then on it has its sockets and descriptors, and descriptors that peers send, and
+can't start programs, open files, or get more rights, even if an attacker has taken it
+over:
 
 - no_new_privs, so that no program gives it rights;
 - bounds for descriptors, and no core dumps, which would have the guest's memory;
@@ -10,8 +11,9 @@ programs, open files, or get more rights, whoever might have taken it over by th
 - Landlock: it can do nothing with files, as far as the kernel can deny that;
 - seccomp: the system calls of syscalls.py, and no others.
 
-All of this binds this process and its threads. What connects, starts back-ends and
-removes sockets is another process (process/broker.py), which was there before.
+All of this binds this process and its threads. Another process, the broker
+(process/broker.py), connects, starts back-ends and removes sockets; it was forked
+before.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 
 def enter() -> None:
-    """Lock this process in, while it has one thread. StartError if that can't be."""
+    """Lock this process in, while it has one thread. StartError if that fails."""
     try:
         library = load()
         _load_what_is_loaded_late()
@@ -56,7 +58,7 @@ def enter() -> None:
 
 
 def _load_what_is_loaded_late() -> None:
-    """Modules and libraries can't be opened any more when they are needed first."""
+    """Load modules and libraries that would be opened later, when no file can be."""
     try:
         raise StartError("")
     except StartError:
@@ -66,7 +68,7 @@ def _load_what_is_loaded_late() -> None:
 
 
 def _limit() -> None:
-    """Bound what a process may have; no more than it may have anyway."""
+    """Set limits for core dumps and descriptors, never above those in force."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_FDS if hard == resource.RLIM_INFINITY else min(hard, MAX_FDS)

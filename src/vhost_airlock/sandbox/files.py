@@ -2,11 +2,11 @@
 """Landlock: the process may do nothing with files any more (landlock(7)).
 
 A right that a ruleset handles is denied wherever no rule grants it, and here are no
-rules. Which rights there are is asked of the kernel, one by one: so whatever it can
-deny is denied, also what was not known when this was written. (Version 9 has connecting
-to a socket by its path, version 6 signals and abstract sockets.)
+rules. The kernel is asked for each possible right if it knows it: so all rights that
+the kernel can deny are denied, also those that are newer than this code. (Version 9
+has connecting to a socket by its path, version 6 signals and abstract sockets.)
 
-The C library has no functions for it, so these are bare system calls.
+The C library has no functions for Landlock, so these are bare system calls.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..vhost.fds import Fd
 CREATE_RULESET, RESTRICT_SELF = 444, 446
 """Numbers of system calls, the same on every architecture."""
 CREATE_RULESET_VERSION = 1
-"""A flag: tell the version, and make nothing."""
+"""A flag: return the version, and make no ruleset."""
 
 KINDS = 3
-"""Of rights in a ruleset's attributes: for files, for the network, and scopes."""
+"""Kinds of rights in a ruleset's attributes: for files, for the network, and scopes."""
 BITS = 64
 
 _UNKNOWN = (errno.EINVAL, errno.E2BIG)
-"""The kernel does not know a right; or none of that kind."""
+"""Errors of a kernel that does not know a right, or no right of that kind."""
 
 
 def version() -> int:
-    """Return which version of Landlock the kernel has; 0: none, or none for us."""
+    """Return the version of Landlock; 0: the kernel has none, or it is disabled."""
     try:
         return _call(CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
     except OSError as error:
@@ -42,7 +42,7 @@ def version() -> int:
 
 
 def restrict_files() -> bool:
-    """Deny this thread all that can be denied. False: there is no Landlock.
+    """Deny this thread all rights that can be denied. False: there is no Landlock.
 
     The thread must have no_new_privs.
     """
@@ -54,7 +54,7 @@ def restrict_files() -> bool:
 
 
 def known_rights() -> list[int]:
-    """Return all rights that this kernel can deny, as a mask for each kind."""
+    """Return the rights that this kernel can deny: a mask for each of the KINDS."""
     masks = [0] * KINDS
     for kind in range(KINDS):
         for bit in range(BITS):

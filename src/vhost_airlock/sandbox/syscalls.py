@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """seccomp: the system calls that the running process makes, and no others.
 
-What is in none of these lists ends the process. Some calls just fail, as on a kernel
-that lacks them: libraries try them, and do without. Where a call can do more than we
-need, its arguments are checked; what lies in memory can't be, so there is no clone3.
+A call that is in none of these lists ends the process. Some calls just fail, as on a
+kernel that lacks them: libraries try them, and do without. Where a call can do more
+than the airlock needs, its arguments are checked. Arguments in memory can't be checked,
+so clone3 is not allowed.
 
 libseccomp makes the filter. It is on every Debian, and is loaded when it's needed.
 """
@@ -43,21 +44,22 @@ _FAILING = {
     errno.EPERM: "sysinfo uname getrlimit mlock mbind get_mempolicy",
     errno.ENOSYS: "clone3 membarrier",
 }
-"""What libraries try. The C library makes threads by clone where clone3 isn't there."""
+"""Calls that libraries try. Where clone3 fails with ENOSYS, the C library makes threads
+by clone."""
 
 _PROT_EXEC = 4
 _NEW_THREAD = 0x00010100
-"""CLONE_THREAD and CLONE_VM, of clone's flags."""
+"""Flags of clone: CLONE_THREAD and CLONE_VM."""
 _NEW_NAMESPACE = 0x7E020080
-"""All of CLONE_NEW..., of clone's flags."""
+"""Flags of clone: all of CLONE_NEW..."""
 _SET_NAME, _SET_VMA = 15, 0x53564D41
 _TERMINAL = (0x5401, 0x802C542A, 0x5413)
 """TCGETS, TCGETS2 and TIOCGWINSZ: is this a terminal, and how large?"""
 _SOCKET_TYPE = 0xF
-"""Of a socket's type, without flags."""
+"""The bits of a socket's type, without flags."""
 _FIONBIO, _FIOCLEX, _FIONCLEX = 0x5421, 0x5451, 0x5450
 
-# Of libseccomp.
+# Numbers of libseccomp.
 _KILL_PROCESS, _FAIL, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000
 _BAD_ARCH, _ALL_THREADS, _RAW_ERRORS = 2, 4, 9
 _EQUAL, _MASKED_EQUAL = 4, 7
@@ -74,7 +76,7 @@ class Only:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of a call, if all conditions hold."""
+    """The action for a call, if all conditions hold."""
 
     call: str
     action: int
@@ -91,7 +93,7 @@ class _Comparison(ctypes.Structure):
 
 
 def rules() -> Iterator[Rule]:
-    """Return all that does not end this process."""
+    """Return a rule for each call that does not end this process."""
     for call in _PLAIN.split():
         yield _allow(call)
     for error, calls in _FAILING.items():
@@ -150,7 +152,9 @@ def load() -> ctypes.CDLL:
 
 
 def restrict_calls(library: ctypes.CDLL) -> None:
-    """Admit only the calls above, for all threads. OSError if that can't be."""
+    """Admit only the calls above, for all threads. OSError if the filter can't be made
+    or loaded.
+    """
     library.seccomp_init.restype = ctypes.c_void_p
     found = library.seccomp_init(ctypes.c_uint32(_KILL_PROCESS))
     if not found:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vhost-user protocol as a library: both roles, and what they are made of.
+"""The vhost-user protocol as a library: both roles, and their parts.
 
-`Frontend` asks a back-end, `Backend` serves a front-end. Messages are declared in
-`wire`, what may come with them in `rules`.
+`Frontend` sends requests to a back-end, `Backend` serves a front-end. Messages are
+declared in `wire`, the rule for each message in `rules`.
 """
 
 from .backend import Backend, Handler, Responder

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The back-end's role: a handler for each request, and the loop that calls them.
 
-A back-end that has nothing to tell but its features:
+A back-end that has features, and no device:
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("/tmp/vhost.sock")
@@ -15,9 +15,9 @@ A back-end that has nothing to tell but its features:
 
 A handler gets the payload as its `wire` class, checked against the request's rule, and
 the list of descriptors that came with it. It takes a descriptor by taking it out of the
-list; what it leaves is closed. It returns the reply's payload, an `Answer` when
-descriptors go with it, or None when the request has no reply of its own. Acks are not
-its business. It raises `RequestRefused` when it can't do what was asked.
+list; descriptors left there are closed. It returns the reply's payload, an `Answer`
+when descriptors go with that, or None when the request has no reply of its own. The
+loop sends acks. A handler raises `RequestRefused` when it can't do the request.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Responder:
     `Backend` serves a front-end. With BACKEND_RULES and the protocol features that were
     negotiated on the main channel, this class serves a back-end's own requests.
 
-    What happens to a request that is refused, because there is no handler or it says
-    so, because nobody knows the request, because it needs a feature that was not
-    offered, or because its values make no sense:
+    A request is refused if it has no handler or the handler refuses it, if its number
+    is unknown, if it needs a feature that was not offered, or if its values make no
+    sense. Then:
 
-    - It gets the reply that says no, if it has a reply that can (GET_CONFIG: nothing).
+    - It gets the reply that says no, if its rule has one (GET_CONFIG: an empty one).
     - It gets the ack 1, if its sender asked for an ack.
-    - Otherwise its sender can't be told, and would go on as if all were well: that ends
-      the connection, with `ProtocolError`.
+    - Otherwise its sender can't be told, and would go on as if the request had taken
+      effect: that ends the connection, with `ProtocolError`.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Responder:
         self.protocol_features = features
         """The features in use."""
         self.offered = features
-        """The features that requests can need: front-ends ask before they accept."""
+        """The features that requests can need: front-ends send such requests before
+        they accept the features."""
         self._requests: dict[int, AnyRequest] = {int(name): name for name in rules}
         self._refused: set[int] = set()
         self._limit = payload_limit(rules)
@@ -104,7 +105,7 @@ class Responder:
         """Serve one request if it has come whole; False if it has not. Never waits.
 
         The beginning of a request is kept until the rest comes. Raises
-        `DeadlineExceeded` if there is no room for what is due in return.
+        `DeadlineExceeded` if there is no room in the socket for its reply or ack.
         """
         message = self.channel.recv_now(self._limit)
         if message is None:
@@ -113,7 +114,7 @@ class Responder:
         return True
 
     def _serve(self, message: Message, deadline: float | None) -> None:
-        """Serve a request; what is due in return leaves by the deadline."""
+        """Serve a request; its reply or ack is sent by the deadline."""
         rule = self.rules.get(message.request)
         with message:
             try:
@@ -128,7 +129,7 @@ class Responder:
                     self._send(message, reply, answer.fds, deadline)
 
     def _accept(self, message: Message, rule: Rule | None) -> tuple[AnyRequest, Any]:
-        """Check a message: which request is it, and what is its payload?"""
+        """Check a message; return (its request, its payload)."""
         if message.reply:
             raise ProtocolError(
                 f"{self.channel.peer}: sent a reply ({message.request}) to nothing"
@@ -145,7 +146,7 @@ class Responder:
         return request, payload
 
     def _perform(self, request: AnyRequest, payload: Any, fds: list[Fd]) -> Result:
-        """Let the handler do it."""
+        """Call the request's handler; return its result."""
         handler = self.handlers.get(request)
         if handler is None:
             raise RequestRefused(f"{request.name} isn't supported")
@@ -167,7 +168,7 @@ class Responder:
         self, message: Message, rule: Rule | None, refused: RequestRefused
     ) -> Payload:
         """Return the reply or ack that says no. ProtocolError if there is none."""
-        # Once each, or a peer could fill the log; those that nobody knows are one.
+        # One line a request, or a peer could fill the log; unknown ones share a line.
         kind = message.request if message.request in self._requests else -1
         level = logging.DEBUG if kind in self._refused else logging.WARNING
         self._refused.add(kind)
@@ -180,7 +181,7 @@ class Responder:
         return refusal
 
     def _due(self, message: Message, rule: Rule | None) -> bool:
-        """Does the sender of this message wait for something?"""
+        """Does the sender of this message wait for a reply or ack?"""
         if rule is not None and rule.answered:
             return True
         return message.need_reply and (
@@ -202,9 +203,9 @@ class Responder:
 class Backend(Responder):
     """Serves a front-end.
 
-    It learns which protocol features are offered and in use from the messages that go
-    through it. SET_PROTOCOL_FEATURES is acked by the features that it sets, as real
-    back-ends do: it is the message that switches acks on.
+    It learns the protocol features that are offered and in use from the messages that
+    go through it. SET_PROTOCOL_FEATURES is acked if REPLY_ACK is among the features
+    that it sets, as by real back-ends.
 
     `remembered` are protocol features that a front-end may use before that, since it
     has negotiated them on an earlier connection: DPDK's virtio-user tells its status

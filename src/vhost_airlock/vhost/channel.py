@@ -4,16 +4,17 @@
 A channel doesn't know what messages mean. It guarantees:
 
 - A message leaves in one sendmsg() with its descriptors, which go with its first byte,
-  as the specification wants (and libvhost-user asserts). What doesn't fit into the
-  socket at once follows without descriptors.
-- A message arrives whole or not at all. Nothing is read beyond it, and no more is
-  allocated than its sender may send. Descriptors that come in the middle of a message,
-  and more of them than a message can have, are closed.
-- All waiting is done in `wait()`. What has begun has a deadline. Waiting for a message
-  that nobody is bound to send has none, and ends with the stop event.
-- `recv_now()` never waits: what has come of a message is kept until the rest comes.
+  as the specification wants (and libvhost-user asserts). Bytes that don't fit into the
+  socket at once follow without descriptors.
+- A message arrives whole or not at all. No byte is read beyond it, and no more memory
+  is allocated than its sender may send. Descriptors that come in the middle of a
+  message, and more of them than a message can have, are closed.
+- All waiting is done in `wait()`. Sending a message, and receiving the rest of one that
+  has begun, has a deadline. Waiting for the peer's next message, which it may never
+  send, has none, and ends with the stop event.
+- `recv_now()` never waits: the beginning of a message is kept until the rest comes.
 - When a message was left half sent, or was not whole at its deadline, the channel is of
-  no use any more, and says so.
+  no use any more: each further use raises `lost`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .message import Incoming, Limit, Message, any_payload
 from .wire import MAX_FDS, Header, HeaderFlag
 
 TIMEOUT = 10.0
-"""Seconds that a peer has for one message, unless we are told otherwise."""
+"""Seconds that a peer has for one message by default."""
 
 _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array("i").itemsize)
 
@@ -46,10 +47,10 @@ _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array("i").itemsize)
 class Channel:
     """One end of a connected vhost-user socket, which it owns.
 
-    `peer` is what error messages call the other end, and `lost` what is raised when it
-    is gone. `timeout` is for a message that has begun to come, or that we send.
-    `stop`, an eventfd, ends waits that have no deadline, with `Stopped`, once it is
-    signalled; set it to None to go on after that.
+    `peer` is the name of the other end in error messages, and `lost` the exception that
+    is raised when it is gone. `timeout` is for a message that has begun to come, or
+    that is sent. `stop`, an eventfd, ends waits that have no deadline, with `Stopped`,
+    once it is signalled; set it to None to go on after that.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Channel:
         return self._sock.fileno()
 
     def close(self) -> None:
-        """Close the socket, and what has come of a message; again does nothing."""
+        """Close the socket, and descriptors of a message that has begun to come. A
+        second call does nothing.
+        """
         self._sock.close()
         self._incoming.close()
 
@@ -109,9 +112,10 @@ class Channel:
     def wait(self, events: int, deadline: float | None = None) -> None:
         """Wait until the socket is ready: every wait for a peer ends up here.
 
-        `deadline` is a time of time.monotonic(). Without one, nobody owes anything, and
-        `stop` ends it: with `Stopped` even when the socket is ready too, or a peer that
-        never rests could keep us from stopping.
+        `deadline` is a time of time.monotonic(), at which DeadlineExceeded is raised.
+        Without a deadline the peer owes no message, and `stop` ends the wait: with
+        `Stopped` even when the socket is ready too, or a peer that sends without pause
+        could keep the caller from stopping.
         """
         poll = select.poll()
         poll.register(self._sock, events)
@@ -128,9 +132,9 @@ class Channel:
             raise Stopped(f"stopped while waiting for the {self.peer}")
 
     def pending(self) -> bool:
-        """Is there something to receive, or was some of it received already?
+        """Has a message come, or the beginning of one?
 
-        Raises `Disconnected` if the peer has closed its end.
+        Raises `lost` if the peer has closed its end.
         """
         self._require_whole()
         if self._incoming.begun:
@@ -156,7 +160,8 @@ class Channel:
     ) -> None:
         """Send a message. The descriptors stay the caller's.
 
-        A deadline that is over does not wait: what fits into the socket is sent.
+        `flags` are the header's. With a `deadline` that is over, the message is sent
+        if it fits into the socket, and otherwise DeadlineExceeded is raised.
         """
         self._require_whole()
         data = memoryview(Header(request, flags, len(payload)).pack() + payload)
@@ -184,6 +189,7 @@ class Channel:
         """Receive a message, or the rest of one that has begun to come.
 
         Without a deadline, its first byte may take for ever, and the rest `timeout`.
+        `limit` says how large a payload may be.
         """
         self._require_whole()
         if deadline is None:
@@ -200,9 +206,10 @@ class Channel:
         return message
 
     def recv_now(self, limit: Limit = any_payload) -> Message | None:
-        """Receive what has come, without waiting; return the message if it is whole.
+        """Receive the bytes that have come, without waiting; return the message if it
+        is whole.
 
-        None: its rest has yet to come. What has come is kept for the next call.
+        None: its rest has yet to come. Its beginning is kept for the next call.
         """
         self._require_whole()
         incoming = self._incoming
@@ -219,7 +226,9 @@ class Channel:
         return incoming.message()
 
     def _read(self, size: int) -> tuple[bytes, list[Fd]] | None:
-        """Read at most `size` bytes and their descriptors; None if there are none."""
+        """Read at most `size` bytes; return (bytes, their descriptors), or None if no
+        byte has come.
+        """
         try:
             data, control, flags, _ = self._sock.recvmsg(
                 size, _CONTROL_SIZE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -230,7 +239,7 @@ class Channel:
             self._fail(error)
         fds = _descriptors(control)
         if flags & socket.MSG_CTRUNC:
-            # Either there were too many, or this process has no room for them.
+            # Either there were too many, or this process can't open so many.
             close_all(fds)
             raise ProtocolError(f"{self.peer}: sent more fds than we can take")
         if not data:
@@ -239,7 +248,7 @@ class Channel:
         return data, fds
 
     def _tear(self) -> None:
-        """Give up the message that has begun to come: nothing can follow it."""
+        """Give up the message that has begun to come: no other can follow it."""
         self._torn = True
         self._incoming.close()
 
@@ -248,7 +257,7 @@ class Channel:
             raise self.lost(f"{self.peer}: was cut off in the middle of a message")
 
     def _fail(self, error: OSError | None) -> NoReturn:
-        """Raise what the end of the stream, or an error, means."""
+        """Raise the exception for the end of the stream (None) or for an error."""
         if error is None or error.errno in (errno.EPIPE, errno.ECONNRESET):
             amid = self._torn or self._incoming.begun
             where = " in the middle of a message" if amid else ""
@@ -257,7 +266,7 @@ class Channel:
 
 
 def _descriptors(control: list[tuple[int, int, bytes]]) -> list[Fd]:
-    """Own what came in control messages, all of them, cut off ones too."""
+    """Return an owner for each descriptor in control messages, cut off ones too."""
     fds = []
     for level, kind, data in control:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -4,13 +4,13 @@
 Descriptors reach us from peers that we don't trust, at times that they choose. So a
 number is wrapped in an `Fd` the moment it arrives, and from then on has one owner:
 
-- A received message owns its descriptors and closes what is left in it.
-- Whoever wants to keep one takes the `Fd` out of the message's list, or takes the bare
-  number with `release()` when something else (an mmap, the data plane) will close it.
-- Sending borrows: the sender still owns what it passed on.
+- A received message owns its descriptors and closes those that are left in it.
+- A handler that keeps a descriptor takes the `Fd` out of the message's list, or the
+  bare number with `release()` if another owner (an mmap, the data plane) will close it.
+- Sending borrows: the sender still owns the descriptors that it passed on.
 
-An `Fd` that nobody closed is a bug. The garbage collector closes it nevertheless, and
-says so with a ResourceWarning, which our tests turn into a failure.
+An `Fd` that was never closed is a bug. The garbage collector closes it nevertheless,
+with a ResourceWarning, which the tests turn into a failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Protocol, Self
 
 
 class HasFileno(Protocol):
-    """What has a descriptor: an `Fd`, a socket, a file."""
+    """An object that has a descriptor: an `Fd`, a socket, a file."""
 
     def fileno(self) -> int: ...
 
@@ -41,11 +41,11 @@ class Fd:
 
     @classmethod
     def dup(cls, other: int | HasFileno) -> Self:
-        """Own a copy of a descriptor that somebody else will close."""
+        """Own a copy of a descriptor that another owner will close."""
         return cls(os.dup(number_of(other)))
 
     def fileno(self) -> int:
-        """Return the number, which stays ours; ValueError when it's closed."""
+        """Return the number, which this `Fd` still owns; ValueError if it's closed."""
         if self._number < 0:
             raise ValueError("the file descriptor is closed")
         return self._number
@@ -63,8 +63,8 @@ class Fd:
         """Close the descriptor; does nothing when it's closed or released."""
         number, self._number = self._number, -1
         if number >= 0:
-            # Linux frees the number whatever close() says (a late EIO, for instance),
-            # so there is nothing to retry and nobody to tell.
+            # Linux frees the number whatever close() returns (a late EIO, for
+            # instance), so a retry could close another owner's descriptor.
             with contextlib.suppress(OSError):
                 os.close(number)
 
@@ -86,7 +86,7 @@ class Fd:
 
 
 def number_of(fd: int | HasFileno) -> int:
-    """Return the number of what is a descriptor or has one."""
+    """Return the number of a descriptor, or of an object that has one."""
     return fd if isinstance(fd, int) else fd.fileno()
 
 
@@ -104,7 +104,7 @@ def eventfd(count: int = 0) -> Fd:
 def notify(fd: int | HasFileno) -> None:
     """Add one to an eventfd's count.
 
-    A full count is as good as one more: whoever waits for it sees it either way.
+    A full count stays as it is: the reader that waits for it is woken either way.
     """
     with contextlib.suppress(BlockingIOError):
         os.eventfd_write(number_of(fd), 1)
@@ -113,8 +113,8 @@ def notify(fd: int | HasFileno) -> None:
 def drain(fd: int | HasFileno) -> int:
     """Return an eventfd's count and set it to 0, without ever waiting.
 
-    The flag O_NONBLOCK is shared with everybody who holds the same eventfd, and a peer
-    can clear it. So each read asks for itself not to wait.
+    All holders of an eventfd share the flag O_NONBLOCK, and a peer can clear it. So
+    each read has a flag of its own not to wait.
     """
     count = bytearray(8)
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The front-end's role: a method for each request.
 
-Ask a back-end what it offers:
+Ask a back-end for its features, and for its configuration space:
 
     with Frontend.connect("/tmp/vhost.sock") as back:
         features = back.get_features()
@@ -10,9 +10,9 @@ Ask a back-end what it offers:
         back.set_owner()
         config = back.get_config(0, 8)
 
-The peer isn't trusted. There is at most one request outstanding, a reply must be the
-one that is due to the last byte, and each exchange has a deadline. Descriptors that are
-passed to methods stay the caller's; those that methods return are the caller's too.
+The peer isn't trusted. At most one request is outstanding, a reply must be exactly the
+one that is due, and each exchange has a deadline. Descriptors that are passed to
+methods stay the caller's; descriptors that methods return are the caller's too.
 
 Several exchanges for one purpose can have one deadline together:
 
@@ -21,7 +21,7 @@ Several exchanges for one purpose can have one deadline together:
     back.set_mem_table(table)
     back.until = None
 
-A request whose reply nobody can wait for just now is posted. Its reply is collected
+A request can be posted, if its caller can't wait for the reply. The reply is collected
 when the socket is readable, or by the next exchange:
 
     back.post(Request.ADD_MEM_REG, region, [fd], lambda answer: use(region))
@@ -75,14 +75,14 @@ Done = Callable[[Answer], None]
 
 @dataclass(slots=True)
 class Owed:
-    """A reply or ack that the peer owes us."""
+    """A reply or ack that the peer owes."""
 
     request: AnyRequest
     rule: Rule
     until: float
     """Its deadline, of time.monotonic()."""
     done: Done | None = None
-    """None: an exchange waits for it, or has waited in vain."""
+    """None: an exchange waits for the reply, or has waited in vain."""
 
     def limit(self, request: int) -> int:
         """The size of the largest payload that it may have."""
@@ -90,7 +90,7 @@ class Owed:
 
 
 class Requester:
-    """Sends requests on one channel and receives what is due in return.
+    """Sends requests on one channel and receives their replies and acks.
 
     `Frontend` talks to a back-end. With BACKEND_RULES and the protocol features that
     were negotiated on the main channel, this class lets a back-end ask its front-end.
@@ -110,9 +110,9 @@ class Requester:
         self.timeout = timeout
         """Seconds that the peer has for one request."""
         self.until: float | None = None
-        """A time of time.monotonic() beyond which no exchange waits, if there is one.
+        """A time of time.monotonic() beyond which no exchange waits; None: no bound.
 
-        Once it is over, an exchange raises `DeadlineExceeded` before anything is sent.
+        Once it is over, an exchange raises `DeadlineExceeded` before a byte is sent.
         """
         self._owed: Owed | None = None
 
@@ -127,12 +127,13 @@ class Requester:
     ) -> Answer:
         """Send a request, wait for the reply or ack that is due, and return it.
 
-        Without REPLY_ACK, or need_reply, and when the request has no reply of its own,
-        there is nothing to wait for, and the answer is `Empty`. Waits for the reply to
-        a posted request first, within the same time.
+        If the request has no reply of its own, and REPLY_ACK or `need_reply` is
+        missing, no answer is due, and this returns an `Empty` one. Waits for the reply
+        to a posted request first, within the same time.
 
-        Raises `PeerRefused` when the peer says no, `RequestRefused` when it may not be
-        asked, for want of a feature. Any other exception leaves the channel useless.
+        Raises `PeerRefused` when the peer says no, `RequestRefused` when the request
+        needs a feature that is not in use. Any other exception leaves the channel
+        useless.
         """
         permit(request, self.rules[request], self.protocol_features)
         deadline = self._deadline(timeout)
@@ -161,9 +162,9 @@ class Requester:
         `ProtocolError` instead if the peer says no. If no ack is due, `done` is called
         at once. The caller collects before `owed_until`, which is `timeout` from now.
 
-        Raises `RequestRefused` when the peer may not be asked, for want of a feature or
-        since it owes a reply already, and `DeadlineExceeded` when the socket is full.
-        In both cases nothing was sent.
+        Raises `RequestRefused` when the request needs a feature that is not in use, or
+        when the peer owes a reply already, and `DeadlineExceeded` when the socket is
+        full. In both cases no byte was sent.
         """
         permit(request, self.rules[request], self.protocol_features)
         if self._owed is not None:
@@ -188,7 +189,7 @@ class Requester:
         """Take the reply to a posted request if it has come whole. Never waits.
 
         To be called when the socket is readable between exchanges, and at `owed_until`.
-        Raises `DeadlineExceeded` if it's that late, and the reply has not come.
+        Raises `DeadlineExceeded` if it is `owed_until`, and the reply has not come.
         """
         owed = self._owed
         if owed is None or owed.done is None:
@@ -203,17 +204,17 @@ class Requester:
             )
 
     def unsolicited(self) -> None:
-        """Raise if the peer sent something, or hung up, while nothing was asked of it.
+        """Raise if the peer sent a byte, or hung up, while no request was outstanding.
 
-        To be called when the socket is readable between exchanges, by those that post
-        nothing. `exchange()` does it too, so that nothing that was sent before a
-        request is taken for its reply.
+        To be called when the socket is readable between exchanges, by callers that
+        never post. `exchange()` calls it too, so that bytes that were sent before a
+        request are not taken for its reply.
         """
         if self.channel.pending():
             raise ProtocolError(f"{self.channel.peer}: sent what nobody asked for")
 
     def _deadline(self, timeout: float | None) -> float:
-        """When an exchange that begins now has to be over."""
+        """Return the time when an exchange that begins now has to be over."""
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
         return deadline if self.until is None else min(deadline, self.until)
 
@@ -226,7 +227,9 @@ class Requester:
         deadline: float,
         until: float,
     ) -> Owed | None:
-        """Send a request by a deadline; return what is owed `until` another, if any."""
+        """Send a request by a deadline; return the answer that is owed `until` another
+        time, None if none is.
+        """
         self.unsolicited()
         rule = self.rules[request]
         can_ack = ProtocolFeature.REPLY_ACK in self.protocol_features
@@ -262,18 +265,20 @@ class Requester:
             raise DeadlineExceeded(f"{error} ({owed.request.name})") from None
 
     def _finish(self, owed: Owed, message: Message) -> None:
-        """Give the reply to a posted request to the one that waits for it."""
+        """Call `done` of a posted request with its reply."""
         assert owed.done is not None
         try:
             answer = self._take(owed, message)
         except PeerRefused as error:
-            # Whoever asks something now must not take it for the answer to that.
+            # An exchange that is under way must not take it for its own answer.
             raise ProtocolError(str(error)) from None
         with answer:
             owed.done(answer)
 
     def _take(self, owed: Owed, message: Message) -> Answer:
-        """Return the answer that is owed, which this message has to be."""
+        """Return the owed answer. ProtocolError if the message is another one,
+        PeerRefused if it says no.
+        """
         try:
             reply = self._check(owed, message)
         except BaseException:
@@ -287,7 +292,7 @@ class Requester:
         return Answer(reply, message.fds)
 
     def _check(self, owed: Owed, message: Message) -> Any:
-        """Return the payload of a reply if it is the one that is due."""
+        """Return the payload of a reply. ProtocolError if it isn't the due one."""
         request = owed.request
         if message.request != request or message.flags != REPLY_FLAGS:
             raise ProtocolError(
@@ -315,8 +320,8 @@ class Requester:
 class Frontend(Requester):
     """Talks to a back-end. Each method is the request of the same name in `wire`.
 
-    With REPLY_ACK negotiated, each method returns when the back-end has done what was
-    asked; without it, `barrier()` waits for all that went before.
+    With REPLY_ACK negotiated, each method returns when the request has taken effect;
+    without it, `barrier()` waits until all earlier requests have taken effect.
     """
 
     def __init__(self, channel: Channel, *, timeout: float = TIMEOUT) -> None:
@@ -335,12 +340,12 @@ class Frontend(Requester):
         return cls(channel, timeout=timeout)
 
     def _number(self, request: Request) -> int:
-        """Ask for a number."""
+        """Send a request whose reply is a number; return that."""
         value: int = self._ask(request).value
         return value
 
     def _ask(self, request: Request, payload: Payload = Empty()) -> Any:  # noqa: B008
-        """Ask for a payload. The caller knows its class from the rule."""
+        """Send a request, and return the reply's payload, of the class in its rule."""
         return self.exchange(request, payload).payload
 
     # Features.
@@ -355,18 +360,20 @@ class Frontend(Requester):
         return ProtocolFeature(self._number(Request.GET_PROTOCOL_FEATURES))
 
     def set_protocol_features(self, features: int) -> None:
-        """Acks begin with the next request: this one switches them on."""
+        """Use these protocol features. Acks begin with the next request."""
         self.exchange(Request.SET_PROTOCOL_FEATURES, U64(features), need_reply=False)
         self.protocol_features = ProtocolFeature(features)
 
     def negotiate(self, wanted: int) -> ProtocolFeature:
-        """Use the protocol features that we want and the back-end offers."""
+        """Use those of the wanted protocol features that the back-end offers, and
+        return them.
+        """
         features = self.get_protocol_features() & wanted
         self.set_protocol_features(features)
         return features
 
     def barrier(self) -> None:
-        """Wait until all that went before has taken effect."""
+        """Wait until all earlier requests have taken effect."""
         self.get_features()
 
     # The device.
@@ -387,10 +394,11 @@ class Frontend(Requester):
         self.exchange(Request.SET_STATUS, U64(status))
 
     def get_config(self, offset: int, size: int, flags: int = 0) -> bytes:
-        """Raises `RequestRefused` when the back-end hasn't got what was asked for.
+        """Return a piece of the configuration space.
 
-        Back-ends say so in several ways: with no payload, as they should, with no data,
-        or with another piece.
+        Raises `RequestRefused` when the back-end has no such piece. Back-ends say so in
+        several ways: with no payload, as they should, with no data, or with another
+        piece.
         """
         asked = Config(offset, size, flags, bytes(size))
         try:
@@ -417,7 +425,7 @@ class Frontend(Requester):
         self._offer(Request.NET_SET_MTU, U64(mtu))
 
     def _offer(self, request: Request, payload: Payload) -> None:
-        """Send what a back-end may say no to without being broken."""
+        """Send a request; RequestRefused if a sound back-end says no to it."""
         try:
             self.exchange(request, payload)
         except PeerRefused as error:
@@ -484,7 +492,7 @@ class Frontend(Requester):
         self.exchange(Request.SET_VRING_BASE, VringState(index, base))
 
     def get_vring_base(self, index: int, *, timeout: float | None = None) -> int:
-        """Stop a vring; return where it stopped. It can take as long as a request."""
+        """Stop a vring; return its base. It may take as long as a request in flight."""
         answer = self.exchange(
             Request.GET_VRING_BASE, VringState(index), timeout=timeout
         )
@@ -500,11 +508,11 @@ class Frontend(Requester):
         self._vring_fd(Request.SET_VRING_KICK, index, fd)
 
     def set_vring_call(self, index: int, fd: AnyFd | None) -> None:
-        """None: we poll for used buffers."""
+        """None: the front-end polls for used buffers."""
         self._vring_fd(Request.SET_VRING_CALL, index, fd)
 
     def set_vring_err(self, index: int, fd: AnyFd | None) -> None:
-        """None: nobody wants to know."""
+        """None: errors of the vring are not signalled."""
         self._vring_fd(Request.SET_VRING_ERR, index, fd)
 
     def _vring_fd(self, request: Request, index: int, fd: AnyFd | None) -> None:
@@ -520,7 +528,7 @@ class Frontend(Requester):
     def vring_kick(self, index: int) -> None:
         self.exchange(Request.VRING_KICK, VringState(index))
 
-    # Migration, and what survives a restart.
+    # Migration, and recovery after a restart.
 
     def set_log_base(self, size: int, offset: int, fd: AnyFd) -> None:
         self.exchange(Request.SET_LOG_BASE, Log(size, offset), [fd])
@@ -540,7 +548,7 @@ class Frontend(Requester):
     def set_device_state_fd(
         self, direction: int, fd: AnyFd, phase: int = 0
     ) -> Fd | None:
-        """Returns the back-end's own fd when it wants that one to be used instead."""
+        """Return the back-end's own fd, to be used instead; None: `fd` is used."""
         asked = DeviceState(direction, phase)
         answer = self.exchange(Request.SET_DEVICE_STATE_FD, asked, [fd])
         value: int = answer.payload.value
@@ -554,7 +562,7 @@ class Frontend(Requester):
         return self._only_fd(Request.SET_DEVICE_STATE_FD, answer)
 
     def check_device_state(self) -> None:
-        """Raises `PeerRefused` when not all of the state was transferred."""
+        """Raise `PeerRefused` if not all of the state was transferred."""
         self.exchange(Request.CHECK_DEVICE_STATE)
 
     def _only_fd(self, request: Request, answer: Answer) -> Fd:

@@ -27,14 +27,14 @@ def any_payload(request: int) -> int:
 
 
 class OwnsFds:
-    """Has a list of descriptors, and closes those that nobody took out of it."""
+    """Has a list of descriptors, and closes those that were not taken out of it."""
 
     __slots__ = ()
 
     fds: list[Fd]
 
     def close(self) -> None:
-        """Close the descriptors that nobody took."""
+        """Close the descriptors that were not taken."""
         close_all(self.fds)
         self.fds.clear()
 
@@ -65,15 +65,15 @@ class Message(OwnsFds):
 
 @dataclass(slots=True)
 class Answer(OwnsFds):
-    """What a handler returns, or a request got: a decoded payload and descriptors."""
+    """A reply that a handler returns, or that a request got, with its descriptors."""
 
     payload: Any
-    """The reply's payload, of the class that the request's rule says."""
+    """The reply's payload, of the class in the request's rule."""
     fds: list[Fd] = field(default_factory=list)
 
 
 class Incoming(OwnsFds):
-    """A message as far as it has come. `peer` is the name of its sender in errors."""
+    """The part of a message that has come. `peer` is its sender's name in errors."""
 
     __slots__ = ("_data", "_header", "fds", "peer")
 
@@ -90,9 +90,9 @@ class Incoming(OwnsFds):
 
     @property
     def wanted(self) -> int:
-        """How many bytes may be read next; 0 when the message is whole.
+        """The number of bytes that may be read next; 0 when the message is whole.
 
-        The first byte is read alone: one read of more would not tell with which byte
+        The first byte is read alone: a longer read would not tell with which byte
         descriptors came.
         """
         if not self._data:
@@ -101,7 +101,10 @@ class Incoming(OwnsFds):
         return Header.LAYOUT.size + payload - len(self._data)
 
     def add(self, data: bytes, fds: list[Fd], limit: Limit) -> None:
-        """Add what came next, at most `wanted` bytes. ProtocolError if it can't be."""
+        """Add the bytes that came next, at most `wanted`, and their descriptors.
+
+        ProtocolError if no message can begin like this.
+        """
         if fds and self._data:
             close_all(fds)
             raise ProtocolError(f"{self.peer}: sent fds in the middle of a message")
@@ -123,7 +126,7 @@ class Incoming(OwnsFds):
         return header
 
     def message(self) -> Message:
-        """Return the message, which is whole, and owns the descriptors from now on."""
+        """Return the message, which is whole. It owns the descriptors from now on."""
         assert self._header is not None
         payload = bytes(self._data[Header.LAYOUT.size :])
         fds, self.fds = self.fds, []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may come with each request, and what is due in return: the one place for both.
+"""The rule for each request: its payload, its descriptors, and its reply or ack.
 
-`RULES` is the front-end's requests, `BACKEND_RULES` the back-end's own, on its socket.
-Whoever receives a message checks it against its rule before anything else looks at it:
+`RULES` is for the front-end's requests, `BACKEND_RULES` for the back-end's own, on
+their socket. The receiver of a message checks it against its rule before any other code
+looks at it:
 
 - `check()` finds out whether a request has the form that it must have: size, number of
   descriptors, and lengths that fit together. If not, its sender is not to be relied on.
@@ -10,7 +11,7 @@ Whoever receives a message checks it against its rule before anything else looks
   of range. If not, this one request is refused.
 - `check_reply()` is for replies.
 
-Two kinds of message are not what we could want them to be:
+Two forms that the specification allows are not supported:
 
 - SET_LOG_BASE without LOG_SHMFD, a bare address: there is no way to share that memory.
 - SET_MEM_TABLE and ADD_MEM_REG in post-copy have a reply of their own; PAGEFAULT is not
@@ -53,14 +54,14 @@ from .wire import (
 
 
 class Ack(Enum):
-    """What the sender of a request gets back."""
+    """The kind of reply or ack to a request."""
 
     ASKED = auto()
     """A number, 0 for success, if the sender set need_reply and has REPLY_ACK."""
     ALWAYS = auto()
     """A number, 0 for success."""
     ECHO = auto()
-    """The payload that it sent. Programs differ on this, so nobody looks at it."""
+    """The request's payload. Programs differ on this, so receivers don't look at it."""
     REPLY = auto()
     """A payload of its own."""
 
@@ -70,7 +71,7 @@ MAYBE_FD = range(2)
 ONE_FD = range(1, 2)
 
 MIN_MTU, MAX_MTU = 68, 65535
-"""Of a network device, in the virtio specification."""
+"""The bounds of a network device's MTU, in the virtio specification."""
 
 SUCCESS = U64(0)
 FAILURE = U64(1)
@@ -87,34 +88,32 @@ def _any_value(payload: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What comes with one request, and what is due in return."""
+    """The parts of one request, and of its reply or ack."""
 
     payload: type[Payload] = Empty
     reply: type[Payload] = U64
     """The payload of the ack, or of the reply of its own."""
     ack: Ack = Ack.ASKED
     fds: range | None = NO_FDS
-    """How many may come; None when `valid` says it."""
+    """The numbers of descriptors that may come; None: `valid` says it."""
     reply_fds: range = NO_FDS
     refusal: Payload | None = FAILURE
-    """The ack or reply that says no; None when there is none that does."""
+    """The ack or reply that says no; None: there is none."""
     needs: ProtocolFeature = _NOTHING
     """Without this feature, the request is refused."""
     valid: Callable[[Any, int], bool] = _any_form
     """Is a payload, with this number of fds, possible at all?"""
     wrong: Callable[[Any], str] = _any_value
-    """What is wrong with the values of a payload? Names the field and its value.
-
-    Empty if nothing is.
+    """Return a text that names a wrong field of a payload and its value; "": none is.
     """
 
     @property
     def answered(self) -> bool:
-        """Does something come back whether or not the sender asked for it?"""
+        """Is a reply or ack due even if the sender did not ask for one?"""
         return self.ack is not Ack.ASKED
 
     def refuses(self, reply: Payload, fds: int) -> bool:
-        """Does this reply, with so many fds, say no?"""
+        """Does this reply, with this number of fds, say no?"""
         if isinstance(reply, U64) and self.ack in (Ack.ASKED, Ack.ALWAYS):
             return reply.value != 0
         return reply == self.refusal and not fds
@@ -154,7 +153,7 @@ def _data(payload: Config, fds: int) -> bool:
 
 
 def _outside(field: str, value: int, low: int, high: int) -> str:
-    """Return what is wrong with a number, unless it is from `low` to `high`."""
+    """Return "", or if a number is not from `low` to `high`, a text that says so."""
     if low <= value <= high:
         return ""
     return f"{field} is {value}, not {low} to {high}"
@@ -259,7 +258,7 @@ RULES: dict[Request, Rule] = {
     Request.VRING_KICK: Rule(VringState, needs=_F.INBAND_NOTIFICATIONS, wrong=_vring),
     Request.GET_MAX_MEM_SLOTS: _reply(U64, needs=_F.CONFIGURE_MEM_SLOTS),
     Request.ADD_MEM_REG: Rule(MemoryRegion, fds=ONE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
-    # Some front-ends send an fd with it, which is for nothing.
+    # Some front-ends send an fd with it, which has no use.
     Request.REM_MEM_REG: Rule(MemoryRegion, fds=MAYBE_FD, needs=_F.CONFIGURE_MEM_SLOTS),
     Request.SET_STATUS: Rule(U64, needs=_F.STATUS, wrong=_status),
     Request.GET_STATUS: _reply(U64, needs=_F.STATUS),
@@ -315,7 +314,7 @@ AnyRules = Mapping[Any, Rule]
 
 
 def payload_limit(rules: AnyRules) -> Callable[[int], int]:
-    """Return what limits the payloads of requests, by their number."""
+    """Return a function from a request's number to its largest payload's size."""
 
     def limit(request: int) -> int:
         rule = rules.get(request)
@@ -325,13 +324,13 @@ def payload_limit(rules: AnyRules) -> Callable[[int], int]:
 
 
 def permit(request: AnyRequest, rule: Rule, features: ProtocolFeature) -> None:
-    """Raise `RequestRefused` if a request needs a feature that isn't there."""
+    """Raise `RequestRefused` if a request needs a feature that is missing here."""
     if missing := rule.needs & ~features:
         raise RequestRefused(f"{request.name} needs protocol feature {missing.name}")
 
 
 def check(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:
-    """Return the payload of a request, or raise `ProtocolError` if it can't be one."""
+    """Return the payload of a request. ProtocolError if its form is wrong."""
     payload = _unpack(request, rule.payload, data)
     if rule.fds is not None and fds not in rule.fds:
         raise ProtocolError(f"{request.name}: {fds} fds, not {_count(rule.fds)}")
@@ -347,9 +346,8 @@ def examine(request: AnyRequest, rule: Rule, payload: Any) -> None:
 
 
 def check_reply(request: AnyRequest, rule: Rule, data: bytes, fds: int) -> Any:
-    """Return the payload of a reply, or raise `ProtocolError`.
-
-    Where the rule has a refusal, that can be what this returns.
+    """Return the payload of a reply, which may be the rule's refusal. ProtocolError if
+    its form is wrong.
     """
     if fds not in rule.reply_fds:
         raise ProtocolError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on the wire: requests, flags, feature bits, the header and the payloads.
+"""The bytes on the wire: requests, flags, feature bits, the header and the payloads.
 
-Declarations only, after the vhost-user specification that comes with QEMU 11.1. What
-may be sent with what stands in `rules`; sockets are the business of `channel`.
+Declarations only, after the vhost-user specification that comes with QEMU 11.1. The
+rule for each request is in `rules`; `channel` has the sockets.
 
 All numbers are in the byte order of the machine.
 """
@@ -28,9 +28,9 @@ class Request(IntEnum):
     """The front-end's requests."""
 
     NONE = 0
-    """Nothing. Nobody sends it, and some back-ends exit when they get it."""
+    """No request. No front-end sends it, and some back-ends exit when they get it."""
     GET_FEATURES = 1
-    """Which features do you offer? Also a barrier: all before it has taken effect."""
+    """Which features do you offer? Also a barrier: earlier requests took effect."""
     SET_FEATURES = 2
     """These features are in use now."""
     SET_OWNER = 3
@@ -42,7 +42,7 @@ class Request(IntEnum):
     SET_LOG_BASE = 6
     """The bitmap in which to log the guest pages that you write."""
     SET_LOG_FD = 7
-    """The eventfd to signal when something was logged."""
+    """The eventfd to signal when a page was logged."""
     SET_VRING_NUM = 8
     """How many entries a vring has."""
     SET_VRING_ADDR = 9
@@ -104,7 +104,7 @@ class Request(IntEnum):
     ADD_MEM_REG = 37
     """One more region of guest memory, with its fd."""
     REM_MEM_REG = 38
-    """One less. Afterwards nothing touches it any more."""
+    """One region less. After the ack the back-end touches it no more."""
     SET_STATUS = 39
     """The virtio device status, as the driver wrote it."""
     GET_STATUS = 40
@@ -169,7 +169,7 @@ REPLY_FLAGS = HeaderFlag.VERSION | HeaderFlag.REPLY
 
 
 class ProtocolFeature(IntFlag):
-    """What GET_PROTOCOL_FEATURES offers, as bit masks."""
+    """The features that GET_PROTOCOL_FEATURES offers, as bit masks."""
 
     __invert__ = _invert  # type: ignore[assignment]
 
@@ -200,7 +200,7 @@ class ProtocolFeature(IntFlag):
 
 
 class Feature(IntFlag):
-    """What GET_FEATURES offers beside the bits of the device type, as bit masks.
+    """The features that GET_FEATURES offers, as bit masks, but for the device type's.
 
     Bits 0 to 23 and from 50 on belong to the device type, and 41 and 42 may.
     """
@@ -238,7 +238,7 @@ class VringFlag(IntFlag):
 
 
 class IotlbType(IntEnum):
-    """What an IOTLB message says."""
+    """The types of an IOTLB message."""
 
     MISS = 1
     UPDATE = 2
@@ -254,7 +254,7 @@ class StateDirection(IntEnum):
 
 
 class Payload:
-    """What comes after the header. `Fixed` ones have one size, the others a range."""
+    """The bytes after the header. `Fixed` payloads have one size, others a range."""
 
     __slots__ = ()
 
@@ -301,14 +301,14 @@ class Fixed(Payload):
 
 @dataclass(frozen=True, slots=True)
 class Header(Fixed):
-    """What each message begins with."""
+    """The beginning of each message."""
 
     LAYOUT: ClassVar = struct.Struct("=III")
 
     request: int
     flags: int
     size: int
-    """Of the payload."""
+    """The payload's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,8 +439,8 @@ class Iotlb(Fixed):
 class Config(Payload):
     """A piece of the configuration space.
 
-    Programs differ on whether the data, which GET_CONFIG asks for, is in the question
-    already, and in an answer that says no. So `size` and the data's length can differ.
+    Programs differ on whether a GET_CONFIG request, and a reply that says no, has room
+    for the data. So `size` and the data's length can differ.
     """
 
     HEAD: ClassVar = struct.Struct("=III")
@@ -484,14 +484,14 @@ class DeviceState(Fixed):
 
     direction: int
     phase: int = 0
-    """0: the vrings are stopped. There is no other."""
+    """0: the vrings are stopped. There is no other phase."""
 
 
 @dataclass(frozen=True, slots=True)
 class CryptoSession(Payload):
-    """A crypto session, with its keys. No address is in it, so we don't look inside.
+    """A crypto session, with its keys. No address is in it, so it is not decoded.
 
-    Programs differ on what is in it, but for the number of the session, of 64 bits.
+    Programs differ on its content, but for the number of the session, of 64 bits.
     """
 
     MIN_SIZE: ClassVar = 8

@@ -3,9 +3,10 @@
 
 Data that the caches don't hold is better written past them, by non-temporal stores: no
 line is read only to be overwritten, and the data of guest and back stays in the caches.
-The source is asked for a KiB ahead, beyond its end too: that is no access. Such stores
-are ordered with no others. So a fence ends each of these copies: an index that is
-published later is seen later. Where there are no such stores, it is memcpy().
+The source is prefetched a KiB ahead, beyond its end too: a prefetch is no access.
+Non-temporal stores are ordered with no other stores, so a store fence ends each of
+these copies: an index that is published later is seen later. On processors without
+non-temporal stores, all copies are memcpy().
 """
 
 from libc.stdint cimport uint8_t, uint64_t

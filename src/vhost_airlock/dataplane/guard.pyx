@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Survive that a page of shared memory is not there.
 
-Whoever owns a file can cut it short while it is mapped here, and the kernel can be
-without a page for a hole in it (huge pages above all). An access then is a SIGBUS. In
-a job that was called by guarded(), it is the job that ends, wherever it was: control
-goes back to guarded(), which says so. Anywhere else, what was to happen happens.
+The owner of a file can cut it short while it is mapped here, and the kernel can be
+without a page for a hole in it (huge pages above all). An access then raises SIGBUS. In
+a job that was called by guarded(), only the job ends, wherever it was: guarded()
+returns False. A SIGBUS outside a job goes to the previous handler.
 
-A job that is cut off runs nothing more, so whatever has to be put right must be found
-in memory. That its stores before the access are there is certain: shared memory could
-be anything for all that the compiler knows (-fno-strict-aliasing), so it can't put them
-off. And a job must hold no lock while it touches shared memory.
+A job that is cut off runs no further, so all state that has to be put right then must
+be in memory. Its stores before the access are there: for all that the compiler knows,
+shared memory could be any of our memory (-fno-strict-aliasing), so it can't delay these
+stores. And a job must hold no lock while it touches shared memory.
 
-A SIGSEGV is not caught: what is mapped here can be read and written, so it is a bug.
+A SIGSEGV is not caught: mapped memory can be read and written, so it is a bug.
 """
 
 from libc.errno cimport errno
@@ -38,7 +38,7 @@ cdef extern from * nogil:
         (void)context;
         if (airlock_way_back && info->si_code > 0)
             siglongjmp(*airlock_way_back, 1);
-        /* Not ours. The access is repeated, with the handler that was there before. */
+        /* Outside a job: the access is repeated, now with the previous handler. */
         sigaction(number, &airlock_before, NULL);
         if (info->si_code <= 0)
             raise(number);

@@ -15,10 +15,10 @@ from vhost_airlock.dataplane.sys cimport (
 cdef class Mapping:
     """`size` bytes of the file behind `fd` from byte `offset`, read and write.
 
-    The offset may be any number: the pages around are mapped with it (huge pages, if
-    the file is made of them). The memory is left out of core dumps. With `huge_pages`
-    the kernel is asked for such, which it heeds as it is set up. OSError when it
-    refuses to map the file.
+    The offset may be any number: the mapping begins with its page (its huge page, if
+    the file is made of these). The memory is left out of core dumps. `huge_pages` asks
+    the kernel for transparent huge pages; its settings decide. OSError when it refuses
+    to map the file.
     """
 
     cdef void *_start
@@ -31,7 +31,7 @@ cdef class Mapping:
         cdef uint64_t before = offset % page
         cdef void *start
 
-        # Rounded up, it would wrap round and be less than what was asked for.
+        # Rounded up, the length would wrap round and be less than `size`.
         if size > UINT64_MAX - before - page:
             raise OSError(ENOMEM, f"cannot map {size} bytes at offset {offset}")
         self._length = (before + size + page - 1) // page * page
@@ -49,9 +49,10 @@ cdef class Mapping:
             madvise(start, self._length, MADV_HUGEPAGE)
 
     def empty(self, uint64_t start=0):
-        """Give the memory from byte `start` on back to the system; whole pages of it.
+        """Give the memory from byte `start` on back to the system, in whole pages.
 
-        The file keeps its size, and is zeros there. OSError when the kernel refuses.
+        The file keeps its size, and reads as zeros there. OSError when the kernel
+        refuses.
         """
         cdef int rc
 
@@ -65,7 +66,8 @@ cdef class Mapping:
             raise OSError(errno, f"cannot empty a mapping from byte {start} on")
 
     def close(self):
-        """Unmap. Nothing may use the memory any more; a second call does nothing."""
+        """Unmap the memory, which no code may use any more. A second call does nothing.
+        """
         if self._start != NULL:
             munmap(self._start, self._length)
             self._start = NULL
@@ -76,7 +78,7 @@ cdef class Mapping:
 
 
 cdef uint64_t page_size(int fd) except 0:
-    """What the file's mappings must be multiples of."""
+    """Return the page size of the file: its mappings must be multiples of it."""
     cdef statfs_t fs
 
     if fstatfs(fd, &fs) != 0:

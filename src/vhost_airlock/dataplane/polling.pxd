@@ -2,12 +2,12 @@
 from libc.stdint cimport uint64_t
 
 cdef enum:
-    # The two ways: before it sleeps the worker polls, or it does not.
+    # The two modes: before it sleeps the worker polls, or it does not.
     POLL = 0
     SLEEP = 1
 
 cdef struct Tally:
-    # Chains that were moved, and the nanoseconds that it took.
+    # Chains that were moved in a mode, and its time in nanoseconds.
     uint64_t moved
     uint64_t time
 
@@ -16,19 +16,19 @@ cdef class Polling:
     cdef uint64_t longest
     cdef uint64_t window
     cdef int way
-    """The one at present; in a trial not always the better one."""
+    """The mode at present; in a trial not always the better one."""
     cdef int better
     cdef Tally tally[2]
-    """What the trial has found so far, of each way."""
+    """The trial's results so far, of each mode."""
     cdef int slices
-    """So many are left of the trial; 0: there is none."""
+    """The slices that are left of the trial; 0: there is no trial."""
     cdef uint64_t since
-    """When the slice began, and what had been moved by then."""
+    """The time when the slice began, and in `before` the chains moved by then."""
     cdef uint64_t before
     cdef uint64_t until
-    """When the slice ends, or the next trial begins."""
+    """The time when the slice ends, or the next trial begins."""
     cdef uint64_t rest
-    """How long after a trial the next one begins."""
+    """The time from the end of a trial to the next one."""
 
     cpdef void learn(self, uint64_t slept) noexcept nogil
     cpdef bint pays(self, uint64_t now, uint64_t moved) noexcept nogil

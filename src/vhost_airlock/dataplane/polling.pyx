@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a worker that has nothing to do polls before it sleeps, and for how long.
+"""The decision if and how long a worker polls before it sleeps.
 
-For how long is learned from its sleeps: one that ended within the longest time which
-polling may take would have been spared by polling, so the window grows; after a longer
-one it is zero again. An idle device is never polled.
+The time to poll, the window, is learned from the worker's sleeps: after a sleep of at
+most `longest`, which polling would have saved, the window grows; after a longer sleep
+it is zero again. An idle device is never polled.
 
-Whether at all is tried out, for it depends on the host and on who else is busy. Where
-a core takes long to wake from idleness, polling more than doubles the rate; where VMM
-or back poll as well and there is no core for each, it keeps them from working. So from
-time to time the worker does both in turns, and goes on with what has moved more.
+Trials decide if the worker polls at all, for that depends on the host and on its other
+busy processes. Where a core takes long to wake from idleness, polling more than doubles
+the rate. Where VMM and back poll as well, and there is no core for each, polling takes
+processor time from them. So in a trial the worker alternates both modes for 120 ms, and
+keeps the faster. The next trial is after a rest, which grows while the mode stays.
 """
 
 cimport cython
@@ -17,23 +18,23 @@ from libc.stdint cimport uint64_t
 from vhost_airlock.dataplane.layout cimport load64, load_int
 
 cdef enum:
-    # Nanoseconds of polling to start from.
+    # The smallest window but zero, in nanoseconds.
     FIRST_WINDOW = 20_000
-    # A trial is so many slices of so many nanoseconds. One that took much longer says
-    # nothing, for then the guest had nothing to do.
+    # A trial has SLICES slices of SLICE nanoseconds. A slice that took TOO_LONG is not
+    # counted, for then the guest had no requests for a while.
     SLICES = 12
     SLICE = 10_000_000
     TOO_LONG = 40_000_000
-    # Less than so many chains in all say nothing either.
+    # A trial with fewer chains in all changes nothing.
     ENOUGH = 200
-    # Nanoseconds from a trial to the next, which double as long as nothing changes.
+    # Nanoseconds from a trial to the next, doubled as long as the mode stays.
     REST = 200_000_000
 cdef uint64_t LONGEST_REST = 8_000_000_000
 
 
 @cython.final
 cdef class Polling:
-    """What one worker has learned. Times are in nanoseconds.
+    """The polling of one worker: its window, mode and trials. Times in nanoseconds.
 
     `longest` is the most that it may poll before it sleeps; 0: never.
     """
@@ -44,7 +45,7 @@ cdef class Polling:
         self.rest = REST
 
     cpdef void learn(self, uint64_t slept) noexcept nogil:
-        """Something moved again, after so much sleep: would polling have spared it?"""
+        """A chain moved again, after this time of sleep: adapt the window to it."""
         if slept > self.longest:
             self.window = 0
         else:
@@ -53,18 +54,18 @@ cdef class Polling:
             )
 
     cpdef bint pays(self, uint64_t now, uint64_t moved) noexcept nogil:
-        """Is it time to poll? By now so many chains were moved in all."""
+        """Shall the worker poll? `moved`: chains that it has moved in all by `now`."""
         if now >= self.until:
             self.end_slice(now, moved)
         return self.way == POLL and self.window != 0
 
     @property
     def now(self):
-        """How long to poll at present. Any thread may ask."""
+        """The time to poll at present; 0: none. Any thread may ask."""
         return load64(&self.window) if load_int(&self.way) == POLL else 0
 
     cdef void end_slice(self, uint64_t now, uint64_t moved) noexcept nogil:
-        """Begin the next one, or a trial, or end it."""
+        """End a slice or a rest: begin the next slice, or judge the trial and rest."""
         cdef uint64_t time = now - self.since
 
         if self.slices == 0:
@@ -86,7 +87,7 @@ cdef class Polling:
             self.until = now + self.rest
 
     cdef void judge(self) noexcept nogil:
-        """Change to the other way if it was faster, by a tenth: not for noise."""
+        """Change to the other mode if it was faster by a tenth: less may be noise."""
         cdef Tally *better = &self.tally[self.better]
         cdef Tally *other = &self.tally[1 - self.better]
 

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A thread that runs pumps: epoll, or polling for as long as that pays.
 
-While there is work, the worker goes round its pumps and needs no notification from
-anybody, so both sides are left unarmed and send none. When a round moves nothing, it
-polls for a while, if that pays (polling.pyx), then arms both sides of every ring, looks
-once more (else a chain that came in between would be slept over) and sleeps.
+As long as rounds move chains, the worker goes round its pumps and needs no
+notifications, so both sides are left unarmed and send none. When a round moves no
+chain, the worker polls for a while, if that pays (polling.pyx). Then it arms both sides
+of every ring, passes a fence, looks once more and sleeps: a chain that became available
+or used before the other side saw the arming comes without a notification, and only this
+last look finds it. In short:
+
+    repeat:
+        step each pump, and send the notifications that are due
+        if no chain moved, and none comes while the worker polls:
+            arm both sides of each ring; fence; if no chain is pending: sleep
 
 The control plane changes pumps, pool and guest memory only under pause(): the worker
 stands still between two rounds then, and has seen the change when it goes on.
 
-A ring of another worker that waits for room in the pool is told by the pool's eventfd,
-which all of the pool's workers watch.
+When a worker frees room in the pool for which another one's ring waits, the pool's
+eventfd tells it, which all of the pool's workers watch.
 
-Who notifies without end, and for nothing, wakes the worker once a millisecond only:
-after a number of such wake-ups without a single chain it is deaf for so long.
+Notifications without end, and without a chain, wake the worker only once a millisecond:
+after STORM such wake-ups, one after the other, it ignores notifications for NAP.
 
-Eventfds are registered edge-triggered and never read: each write is an edge. Writing
-is another matter: the back shares our kick's open file description and can make it
-blocking and full, in which case a kick waits. That stalls this device only; a pause
-interrupts it with a signal whose handler does nothing.
+Eventfds are registered edge-triggered and never read: each write is an edge. A write to
+the kick eventfd can block: the back shares its open file description, and can make it
+blocking and full. That stalls this device only; a pause interrupts the write with a
+signal whose handler does nothing.
 """
 
 from contextlib import contextmanager
@@ -52,21 +59,21 @@ cdef enum:
     # Chains that a ring may move each way before the next one's turn.
     BUDGET = 256
     MAX_EVENTS = 64
-    # Wake-ups in vain, one after the other, that are taken for a storm; and for how
-    # many milliseconds the worker then is deaf to notifications.
+    # After more than STORM wake-ups in vain, one after the other, the worker ignores
+    # notifications for NAP milliseconds before each sleep.
     STORM = 64
     NAP = 1
-    # Nanoseconds after which who got the core is taken to poll on it; and for how long
-    # then nobody is given way to.
+    # If sched_yield() took longer than TURN nanoseconds, another thread is assumed to
+    # poll on this core: give_way() does not yield again for RIVALRY nanoseconds.
     TURN = 2_500_000
     RIVALRY = 100_000_000
-    # Nanoseconds that a worker has to stand still before it is interrupted.
+    # Nanoseconds that a worker has to come to rest before a signal interrupts it.
     PATIENCE = 100_000_000
 
 cdef uint64_t STOP_TIME = 5_000_000_000
 
 cdef struct Route:
-    # What the loop needs of a pump, beside its state.
+    # A pump, and the descriptors and reports that the loop has of it.
     PumpState *pump
     int kick_out
     int call_out
@@ -88,7 +95,7 @@ cdef class Worker:
     cdef pthread_mutex_t mutex
     cdef pthread_cond_t changed
     cdef int paused
-    """How many pauses are wanted; read by the loop without the mutex."""
+    """The number of pauses that are wanted; read by the loop without the mutex."""
     cdef int stopping
     cdef bint running
     cdef pthread_t thread
@@ -97,20 +104,20 @@ cdef class Worker:
     cdef int events
     cdef Polling polling
     cdef uint64_t moved
-    """Chains, each way."""
+    """Chains moved, both ways together."""
     cdef uint64_t sleeps
     cdef uint64_t rounds
     cdef uint64_t spins
     cdef uint64_t polled
     cdef uint64_t vain
     cdef uint64_t vain_since
-    """Of these, how many there were when a chain last moved."""
+    """The number of `vain` when a chain last moved."""
     cdef bint woken
-    """It was notified, and has moved nothing since."""
+    """A notification woke it, and no chain has moved since."""
     cdef uint64_t slept
-    """For so long, in ns, since something moved the last time."""
+    """Nanoseconds that it has slept since a chain last moved."""
     cdef uint64_t rivalry
-    """Until then, by the clock, somebody on our core is taken to poll."""
+    """The time until which another thread is assumed to poll on this core."""
     cdef Route *route
     cdef int routes
     cdef list pumps
@@ -165,7 +172,7 @@ cdef class Worker:
         let_go(self)
 
     def close(self):
-        """Give back its descriptors, when run() has returned or never was called."""
+        """Close its descriptors, when run() has returned or never was called."""
         close_both(self)
 
     @contextmanager
@@ -199,7 +206,7 @@ cdef class Worker:
             self.routes += 1
         route = &self.route[self.pumps.index(pump)]
         if route.err_out == pump.err_out:
-            fault = route.fault     # else it is told at the new descriptor
+            fault = route.fault     # else it is signalled at the new descriptor
         route[0] = Route(
             &pump.state, pump.kick_out, pump.call_out, pump.err_out, fault, False
         )
@@ -220,16 +227,16 @@ cdef class Worker:
             at += 1
 
     def watch(self, int fd):
-        """Wake up for this eventfd. ValueError when it is of no kind to wait for."""
+        """Wake up for this eventfd. ValueError if epoll can't wait for its kind."""
         self._watch(fd, <uint32_t> EPOLLIN | <uint32_t> EPOLLET)
 
     def unwatch(self, int fd):
-        """Stop that, before the descriptor is closed."""
+        """Wake up for this eventfd no more; called before it is closed."""
         if epoll_ctl(self.epoll, EPOLL_CTL_DEL, fd, NULL) != 0 and errno != ENOENT:
             raise OSError(errno, f"cannot stop to wait for descriptor {fd}")
 
     def counters(self):
-        """What the loop has done, by name; times in ns. Any thread may ask."""
+        """Return the loop's counters by name; times in ns. Any thread may ask."""
         return {
             "rounds": load64(&self.rounds),
             "sleeps": load64(&self.sleeps),
@@ -257,7 +264,9 @@ cdef void close_both(Worker worker) noexcept:
 
 
 cdef int go_round(Worker worker) noexcept nogil:
-    """Give every pump its turn and send what is due; how many chains moved."""
+    """Step every pump and send the notifications that are due; returns the number of
+    chains that moved, both ways together.
+    """
     cdef Route *route
     cdef PumpState *pump
     cdef int moved = 0
@@ -292,7 +301,7 @@ cdef int go_round(Worker worker) noexcept nogil:
             pump.stalled and load64(&pump.pool.wanted)
             and load_int(&pump.pool.may_grow)
         ):
-            # Told once; the control plane sets it again.
+            # The control plane is told once, and sets it again.
             store_int(&pump.pool.may_grow, 0)
             tell = True
         if load_int(&pump.pool.news):
@@ -311,15 +320,15 @@ cdef int go_round(Worker worker) noexcept nogil:
 
 
 cdef void idle(Worker worker) noexcept nogil:
-    """Nothing moved: poll for as long as that pays, then sleep."""
+    """No chain moved: poll for as long as that pays, then sleep."""
     cdef epoll_event events[MAX_EVENTS]
     cdef uint64_t start = now_ns()
     cdef uint64_t count
     cdef int i, n
 
     if worker.woken:
-        # By a notification of something that we had found by looking. That says
-        # nothing of how long to poll: what we sleep is still the same sleep.
+        # The notification was for a chain that a look had found before. It says
+        # nothing about the time to poll: the sleep goes on as the same one.
         worker.woken = False
         worker.vain += 1
         if worker.vain - worker.vain_since > STORM:
@@ -332,8 +341,8 @@ cdef void idle(Worker worker) noexcept nogil:
 
     for i in range(worker.routes):
         rest(worker.route[i].pump)
-    # We arm and then look; the others move their index and then look whether we are
-    # armed. Without a full fence both could miss the other.
+    # The worker arms and then looks for chains; the other sides publish their index and
+    # then look if the worker is armed. Without a full fence each could miss the other.
     fence()
     if is_pending(worker) or must_look(worker):
         return
@@ -343,14 +352,16 @@ cdef void idle(Worker worker) noexcept nogil:
     worker.woken = n > 0
     for i in range(n):
         if events[i].data.u64:
-            worker.woken = False    # by the control plane
+            worker.woken = False    # the control plane woke it
             while read(worker.wake, &count, sizeof(count)) > 0:
                 pass
     worker.slept += now_ns() - start
 
 
 cdef void nap(Worker worker) noexcept nogil:
-    """Somebody notifies without end, for nothing: let it wait, unlike a pause."""
+    """Ignore notifications, which come without end and without a chain, for NAP. A
+    pause ends it earlier.
+    """
     cdef uint64_t start = now_ns()
     cdef pollfd wake = pollfd(worker.wake, POLLIN, 0)
 
@@ -359,7 +370,7 @@ cdef void nap(Worker worker) noexcept nogil:
 
 
 cdef bint poll(Worker worker, uint64_t start) noexcept nogil:
-    """Look for work as long as the window is. False: there was none in that time."""
+    """Look for chains until the window is over. False: none came in that time."""
     cdef uint64_t now = start
     cdef bint found = False
 
@@ -367,8 +378,8 @@ cdef bint poll(Worker worker, uint64_t start) noexcept nogil:
         worker.spins += 1
         found = is_pending(worker) or must_look(worker)
         if not found:
-            # Whoever is runnable on this core goes first: most often it is the one
-            # that we wait for, or that we have just woken.
+            # Runnable threads on this core go first: most often it is the peer that the
+            # worker waits for, or that it has just woken.
             sched_yield()
             now = now_ns()
     worker.polled += now - start
@@ -376,10 +387,11 @@ cdef bint poll(Worker worker, uint64_t start) noexcept nogil:
 
 
 cdef bint give_way(Worker worker, uint64_t start) noexcept nogil:
-    """Let who is runnable on this core go first: that may spare a sleep. True: it did.
+    """Let runnable threads on this core go first, which may spare a sleep. True: a
+    chain is pending now.
 
-    But who polls there keeps the core for as long as it may: it is better asked for a
-    notification, which wakes us sooner.
+    But a thread that polls on this core keeps it for its whole time slice: then it is
+    better to sleep at once, for a notification wakes the worker sooner.
     """
     cdef uint64_t now
 
@@ -393,7 +405,7 @@ cdef bint give_way(Worker worker, uint64_t start) noexcept nogil:
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:
-    """Is there anything for a round to do? A look at a ring may have found a fault."""
+    """Is a chain pending, or a fault that a look at a ring has found?"""
     cdef PumpState *pump
     cdef int i
 
@@ -419,7 +431,8 @@ cdef void stand_still(Worker worker) noexcept nogil:
 
 
 cdef void set_running(Worker worker, bint running) noexcept nogil:
-    """Note whether the worker runs, in its pumps and their pools too: see CHECKS."""
+    """Note if the worker runs, in debug builds in its pumps and pools too: see CHECKS.
+    """
     cdef PumpState *pump
     cdef int i
 
@@ -432,7 +445,7 @@ cdef void set_running(Worker worker, bint running) noexcept nogil:
 
 
 cdef bint hold(Worker worker, uint64_t until) noexcept:
-    """Ask the worker to stand still and wait for it. False: it did not in time."""
+    """Ask the worker to stand still and wait until it does. False: not in time."""
     cdef timespec deadline
     cdef uint64_t next_try
     cdef bint running
@@ -465,7 +478,7 @@ cdef void ignore(int number) noexcept nogil:
 
 
 cdef interrupt_by_signal():
-    """Let SIGURG, which otherwise does nothing, end a system call that waits."""
+    """Let SIGURG, which by default is ignored, interrupt a system call that waits."""
     cdef sigaction_t action
 
     memset(&action, 0, sizeof(action))

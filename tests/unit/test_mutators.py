@@ -220,6 +220,8 @@ class Arena:
             lane.renew()
             lane.pump.set_guaranteed(4 * MIB)
             assert self.world.pool.used == 0
+            # A driver that begins anew has nothing in flight.
+            lane.ring.used_idx = lane.ring.avail_idx
             lane.start(lane.ring.avail_idx)
             self.worker.add(lane.pump)
         assert fault in {0, *allowed}, FAULTS.get(fault)

@@ -452,6 +452,33 @@ def test_c9_signal_while_the_back_owes_an_answer_drains_the_rings(
     assert airlock.session.stopped
 
 
+def test_i3_guest_is_called_for_completions_at_the_end_of_the_session(
+    airlock: Airlock, back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """The back completes a request after it was told to stop, and the airlock ends."""
+    queue = guest.queues[0]
+    (io,) = submit(guest)
+    (chain,) = take(back, 1)
+    usual = back.stop_ring
+
+    def stop_ring(state: VringState, fds: list[Fd]) -> VringState:
+        if state.index == 0:
+            back.complete(chain)
+        return usual(state, fds)
+
+    back.instead[R.GET_VRING_BASE] = stop_ring
+    if back.features & Feature.EVENT_IDX:
+        # It seems to be done with all that it has taken.
+        back.ring().ring.avail_event = 0
+    drain(queue.call_fd)
+    queue.driver.arm()
+    notify(airlock.stop)
+    assert hung_up(guest.front.channel)
+    assert readable(queue.call_fd, 0)
+    queue.reap()
+    assert io.status == BlkStatus.OK
+
+
 def test_i8_front_that_is_gone_is_not_waited_for_by_its_memory(
     airlock: Airlock, back: ScriptedBack, guest: BlkGuest
 ) -> None:

@@ -841,3 +841,20 @@ class TestDescriptors:
             if spare is not None:
                 os.dup2(spare, 0)
                 os.close(spare)
+
+
+def test_call_that_is_due_is_sent_though_the_worker_is_to_end():
+    """A ring that was drained at the end of its session: its guest may sleep."""
+    world = World()
+    worker = Worker(-1)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    lane = Wired(world, worker)
+    with worker.pause():
+        lane.pump.call()
+        lane.stop(0)
+        worker.stop()
+    thread.join()
+    assert count(lane.call_out) == 1
+    lane.close()
+    worker.close()

@@ -147,6 +147,8 @@ cdef class Worker:
 
     def run(self):
         """Move chains until stop() is called. The target of the worker's thread."""
+        cdef int i
+
         pthread_mutex_lock(&self.mutex)
         self.thread = pthread_self()
         set_running(self, True)
@@ -156,6 +158,8 @@ cdef class Worker:
                 if load_int(&self.paused):
                     stand_still(self)
                 if load_int(&self.stopping):
+                    for i in range(self.routes):
+                        notify(&self.route[i])
                     break
                 if not go_round(self):
                     idle(self)
@@ -278,14 +282,7 @@ cdef int go_round(Worker worker) noexcept nogil:
         route = &worker.route[i]
         pump = route.pump
         moved += step(pump, BUDGET)
-        if pump.call_due:
-            pump.call_due = False
-            if route.call_out >= 0:
-                signal_fd(route.call_out)
-        if pump.kick_due:
-            pump.kick_due = False
-            if route.kick_out >= 0:
-                signal_fd(route.kick_out)
+        notify(route)
         tell_room(pump.pool)
         if pump.fault != route.fault:
             route.fault = pump.fault
@@ -317,6 +314,18 @@ cdef int go_round(Worker worker) noexcept nogil:
             worker.polling.learn(worker.slept)
             worker.slept = 0
     return moved
+
+
+cdef void notify(Route *route) noexcept nogil:
+    """Send the call and the kick that are due. A call may be due after a ring's end."""
+    if route.pump.call_due:
+        route.pump.call_due = False
+        if route.call_out >= 0:
+            signal_fd(route.call_out)
+    if route.pump.kick_due:
+        route.pump.kick_due = False
+        if route.kick_out >= 0:
+            signal_fd(route.kick_out)
 
 
 cdef void idle(Worker worker) noexcept nogil:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vhost-airlock attack`: hostile guests, VMMs and back-ends against any program.
 
-`guest_chains`, `guest_requests` and `guest_races` hold what a guest can do with a ring,
-`vmm` what a front-end can say, `back_rings` and `back_messages` what a back-end can do.
-`front_judge` and `back_judge` run them and find out what held, `report` tells it.
-Nothing of this runs inside the airlock.
+`guest_chains`, `guest_requests` and `guest_races` have the attacks of a guest, `vmm`
+those of a front-end, `back_rings` and `back_messages` those of a back-end.
+`front_judge` and `back_judge` run them and judge the program, `report` prints the
+verdicts. No code here runs inside the airlock.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets an airlock have a hostile back-end, and judges what its guest gets to feel.
+"""Gives an airlock a hostile back-end, and judges the harm that its guest suffers.
 
 In the hostile session another ring must still complete requests, and the attacked one
-again when it is set up anew; guest memory that no request is about must not change. The
+again when it is set up anew; guest memory outside of requests must not change. The
 next session, with a back-end that behaves, must be served, and its data must be right.
 """
 
@@ -31,11 +31,11 @@ BUFFERS = 8
 
 
 class Harmed(Exception):
-    """Guest memory is not as it should be."""
+    """Guest memory changed outside of requests, or has wrong data."""
 
 
 class WatchedGuest:
-    """A guest of which every byte is known where the device has nothing to write."""
+    """A guest that knows every byte of its memory outside of writable buffers."""
 
     def __init__(self, path: str, timeout: float) -> None:
         self.timeout = timeout
@@ -53,7 +53,7 @@ class WatchedGuest:
         except BaseException:
             ram.close()
             raise
-        # All that the driver has for itself lies before what is allocated from now on.
+        # The driver's own memory lies before all that is allocated from now on.
         first = min(queue.ring_addr for queue in self.guest.queues)
         end = ram.alloc(PAGE)
         self._buffers = [ram.alloc(PAGE) + 1024 for _ in range(BUFFERS)]
@@ -62,7 +62,7 @@ class WatchedGuest:
         self._before = self._rest()
 
     def _rest(self) -> list[bytes]:
-        """All memory but what may be written to."""
+        """Return all memory but buffers that the device may write."""
         copies = []
         for mapped in self.guest.ram.regions:
             copy = bytearray(mapped.view)
@@ -74,17 +74,17 @@ class WatchedGuest:
         return copies
 
     def check(self) -> None:
-        """Raise `Harmed` if anything else has changed."""
+        """Raise `Harmed` if memory outside of those buffers has changed."""
         if self._rest() != self._before:
             raise Harmed("guest memory was changed where no request is")
 
     def submit(self, index: int) -> None:
-        """Offer a read that nobody waits for."""
+        """Offer a read, and do not wait for it."""
         self.guest.queues[index].submit(BlkType.IN, 0, [(self._take(), SECTOR)])
         self.guest.queues[index].kick()
 
     def _take(self) -> int:
-        """A buffer, the longest unused one."""
+        """Return the buffer that has been unused for the longest time."""
         at = self._free.pop(0)
         self._free.append(at)
         return at
@@ -92,7 +92,7 @@ class WatchedGuest:
     def transfer(
         self, index: int, kind: BlkType, sector: int, data: bytes = b""
     ) -> bytes:
-        """One request, waited for."""
+        """Do one request, and wait for it."""
         at = self._take()
         view = self.guest.ram.view(at, SECTOR)
         view[:] = data or bytes(SECTOR)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a back-end can say: replies that are none, and requests that nobody wants."""
+"""A back-end's attacks by messages: wrong replies, and forbidden requests."""
 
 from __future__ import annotations
 
@@ -170,13 +170,13 @@ for base in (0x7FFF, 0xFFFF, 0xFFFFFFFF):
 with_result("base-of-another", "the base of ring 7", R.GET_VRING_BASE, VringState(7, 0))
 
 
-# What nobody asked for, while requests are in flight.
+# Messages to no request, while requests are in flight.
 
 
 def unasked(
     name: str, what: str, deed: Callable[[BackScene], None], seconds: float = 0.0
 ) -> None:
-    """Add what is done at the first request in ring 0, once or for some time."""
+    """Add an attack at the first request in ring 0, done once or for some time."""
 
     def arm(scene: BackScene) -> None:
         def on_chain(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:

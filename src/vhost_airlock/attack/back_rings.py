@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a back-end can do with isolated memory, its rings and its eventfds."""
+"""A back-end's attacks by isolated memory, its rings and its eventfds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .back_scene import BackScene
 from .catalogue import Catalogue, Verdict
 
 BACK_RINGS = Catalogue[BackScene](Verdict.RING_STOPPED)
-"""What leaves requests unfinished may cost the connection: when later ones did end, no
-base at which the ring stops can tell that."""
+"""Attacks that leave requests unfinished may cost the connection: if later requests
+did end, no base at which the ring stops can tell that."""
 FULL = (1 << 64) - 2
 _PUNCH_HOLE = 0x02 | 0x01
 
@@ -29,7 +29,7 @@ Deed = Callable[[BackScene, DeviceRing, Chain], None]
 def with_chain(
     worst: Verdict | None = None, again: bool = False
 ) -> Callable[[Deed], Deed]:
-    """Add what is done with the first chain of ring 0; with `again`, with every one."""
+    """Add an attack by the first chain of ring 0; with `again`, by every one."""
 
     def add(deed: Deed) -> Deed:
         def arm(scene: BackScene) -> None:
@@ -74,7 +74,7 @@ def rewrites_avail_index(scene: BackScene, ring: DeviceRing, chain: Chain) -> No
 
 @with_chain()
 def rewrites_buffers(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """Noise in what the device may only read"""
+    """Noise in buffers that the device may only read"""
     for addr, length, writable in chain.buffers:
         if not writable:
             for piece in scene.memory.views(addr, length):
@@ -93,7 +93,7 @@ def used_id_beyond(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
 
 @with_chain()
 def used_id_unknown(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """A completion of what is not in flight"""
+    """A completion of a chain that is not in flight"""
     ring.complete(ring.ring.size - 1, SECTOR)
     scene.publish(ring)
     scene.complete(ring, chain)
@@ -133,13 +133,13 @@ def used_index_back(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
 
 @with_chain()
 def used_length_huge(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """2^32 - 1 bytes were written, it says"""
+    """A used length of 2^32 - 1"""
     scene.complete(ring, chain, 0xFFFFFFFF)
 
 
 @with_chain()
 def used_length_zero(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """Nothing was written, it says"""
+    """A used length of 0"""
     scene.complete(ring, chain, 0)
 
 
@@ -159,7 +159,7 @@ def event_words(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
 
 @with_chain(Verdict.CONNECTION_LOST, again=True)
 def never_completes(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """Requests are taken, and that's all"""
+    """Requests are taken and never completed"""
 
 
 @with_chain(Verdict.CONNECTION_LOST, again=True)
@@ -190,7 +190,7 @@ def writes_after_completion(scene: BackScene, ring: DeviceRing, chain: Chain) ->
 
 @with_chain(Verdict.CONNECTION_LOST, again=True)
 def writes_after_stop(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
-    """Buffers, used ring and all are written to after the ring stopped"""
+    """Buffers and used ring are written to after the ring stopped"""
 
     def late(scene: BackScene) -> None:
         scene.spawn(lambda: scribble(scene))
@@ -211,7 +211,7 @@ def scribble(scene: BackScene) -> None:
 
 
 def with_memory(deed: Callable[[Fd], None]) -> Deed:
-    """Do something to each memory file, which may not work, and complete."""
+    """Do a deed to each memory file, which may fail, and complete the chain."""
 
     def on_chain(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
         for fd in scene.fds:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block back-end that can be told to misbehave, for as long as it is."""
+"""A block back-end that misbehaves when an attack says so."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ PATIENCE = 5.0
 class BackScene(DeviceServer):
     """One connection. A deed arms it, and from then on the program sets it off.
 
-    `instead` has what to do in place of answering a request: to return a result is to
-    answer with that, None to answer as usual, to raise is to hang up. `on_chain` is
-    called with each chain of ring 0, in place of serving it, until that ring stops;
-    or once, when it calls `behave()`.
+    `instead` has a function for a request, called in place of answering it: a result is
+    the answer, None answers as usual, an exception hangs up. `on_chain` is called with
+    each chain of ring 0, in place of serving it, until that ring stops or `behave()` is
+    called.
     """
 
     def __init__(self, channel: Channel, disk: Disk, stop: Fd) -> None:
@@ -49,9 +49,9 @@ class BackScene(DeviceServer):
         self.on_chain: Callable[[BackScene, DeviceRing, Chain], None] | None = None
         self.on_stop: Callable[[BackScene], None] | None = None
         self.fds: list[Fd] = []
-        """Copies of all descriptors of isolated memory."""
+        """Duplicates of all descriptors of isolated memory."""
         self.asking: Requester | None = None
-        """For requests of its own, on the socket that it got for these."""
+        """The channel for requests of its own."""
         self.ended = threading.Event()
         self._threads: list[threading.Thread] = []
         super().__init__(channel, disk, stop=stop)
@@ -116,12 +116,12 @@ class BackScene(DeviceServer):
         self.asking = Requester(channel, BACKEND_RULES, features)
 
     def send(self, data: bytes) -> None:
-        """Write bytes on the connection as they are."""
+        """Write bytes on the connection, as no message."""
         with socket.socket(fileno=os.dup(self.channel.fileno())) as sock:
             sock.sendall(data, socket.MSG_NOSIGNAL)
 
     def hold(self) -> None:
-        """Say nothing more until the program hangs up, and then the same."""
+        """Send no more until the program hangs up, and then hang up too."""
         poll = select.poll()
         poll.register(self.channel, select.POLLIN)
         poll.poll(PATIENCE * 1000)
@@ -162,7 +162,7 @@ class BackScene(DeviceServer):
             self._selector.modify(kick.fileno(), selectors.EVENT_WRITE, lambda: None)
 
     def room(self, chain: Chain) -> list[memoryview]:
-        """Where the device may write."""
+        """Return the buffers that the device may write."""
         return [
             piece
             for addr, length, writable in chain.buffers
@@ -190,7 +190,7 @@ class BackScene(DeviceServer):
 
 
 class HostileBack:
-    """Serves whoever connects to a path, with the attack that is set at that time."""
+    """Serves each connection to a path, with the attack that is set at that time."""
 
     def __init__(self, path: str) -> None:
         self.attack: Attack[BackScene] | None = None

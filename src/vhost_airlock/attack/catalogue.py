@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attack is, and how bad its outcome can be."""
+"""Attacks and their outcomes, from good to bad."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Scene = TypeVar("Scene")
 
 
 class Verdict(IntEnum):
-    """What became of the program, the better the lower."""
+    """The state of the program after an attack; lower is better."""
 
     HELD = 0
-    """Nothing: all rings go on."""
+    """All rings go on."""
     RING_STOPPED = 1
     """The attacked ring stopped, said so, and works again once it is set up anew."""
     RING_LOST = 2
@@ -29,9 +29,9 @@ class Verdict(IntEnum):
     HANGS = 4
     """The program lives, but a new connection is not served."""
     PROCESS_GONE = 5
-    """Nobody listens any more."""
+    """No process listens any more."""
     GUEST_HARMED = 6
-    """Guest memory was changed where nothing may change it, or data came back wrong."""
+    """Guest memory was changed outside of requests, or data came back wrong."""
     NOT_RUN = 7
     """The attack could not begin."""
 
@@ -41,14 +41,14 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Attack(Generic[Scene]):
-    """One thing that a hostile peer does."""
+    """One deed of a hostile peer."""
 
     name: str
     what: str
-    """One line."""
+    """A description, one line."""
     deed: Callable[[Scene], None]
     worst: Verdict = Verdict.RING_STOPPED
-    """The worst outcome with which the program still did all that can be asked."""
+    """The worst outcome with which the program still counts as having held."""
     without: tuple[Feature, ...] = ()
     """Features that must not be in use."""
 
@@ -58,12 +58,12 @@ class Attack(Generic[Scene]):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an attack came to."""
+    """The result of an attack."""
 
     attack: Attack[Any]
     verdict: Verdict
     why: str = ""
-    """What was seen of a program that did not hold."""
+    """The observation, if the program did not hold."""
     seconds: float = 0.0
 
     @property
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Catalogue(Generic[Scene]):
-    """The attacks of one kind of peer. Its `attack` is a decorator for what they do."""
+    """The attacks of one kind of peer. `attack` is a decorator for their functions."""
 
     def __init__(self, worst: Verdict) -> None:
         self.worst = worst
@@ -106,7 +106,7 @@ class Catalogue(Generic[Scene]):
 def select(
     attacks: Iterable[Attack[Any]], patterns: Sequence[str]
 ) -> list[Attack[Any]]:
-    """Those whose name matches one of the patterns; all without any."""
+    """Return the attacks whose name matches a pattern; all if there is no pattern."""
     attacks = list(attacks)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(each.name, pattern) for each in attacks):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A well-behaved guest, of which each queue is driven and waited for alone."""
+"""A well-behaved guest, whose queues are driven and waited for one by one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def connected(
 
 
 def read(guest: BlkGuest, index: int, timeout: float) -> Io:
-    """Read a sector by one queue, whatever the others do."""
+    """Read a sector by one queue, and wait for no other queue."""
     queue = guest.queues[index]
     buffer = guest.ram.alloc(SECTOR, SECTOR)
     io = queue.submit(BlkType.IN, 0, [(buffer, SECTOR)])

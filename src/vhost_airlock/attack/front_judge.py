@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks a program that serves front-ends, and judges what is left of it.
+"""Attacks a program that serves front-ends, and judges its state afterwards.
 
 After the attack, on the same connection, another ring must still complete a request;
 then the attacked one must, once it is stopped and set up anew. After that, a new
@@ -21,7 +21,7 @@ from .guest_scene import QUEUE_SIZE, GuestScene
 from .program import Program
 
 FAILURES = (AirlockError, OSError, ValueError)
-"""What a guest of ours meets when the program does not do its part."""
+"""Exceptions of a guest when the program does not do its part."""
 PAUSE = 0.05
 """Seconds between two tries to be served by a program that may be ending."""
 
@@ -31,7 +31,7 @@ def outcomes(
     attacks: Sequence[Attack[Any]],
     judge: Callable[[Attack[Any]], tuple[Verdict, str]],
 ) -> Iterator[Outcome]:
-    """Judge attacks one after the other, each on a program that is there."""
+    """Judge attacks one after the other, each on a program that runs."""
     for attack in attacks:
         began = time.monotonic()
         verdict, why = judge(attack)
@@ -96,7 +96,7 @@ def _ready(program: Program, attack: Attack[Any]) -> BlkGuest:
 
 
 def _same_connection(guest: BlkGuest, timeout: float) -> tuple[Verdict, str]:
-    """What is left of the connection on which the attack was."""
+    """Judge the connection on which the attack was."""
     try:
         for queue in guest.queues[1:]:
             read(guest, queue.index, timeout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest can write into a ring: chains and indices that must not be."""
+"""A guest's attacks by the words in its ring: forbidden chains and indices."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def large_table(scene: GuestScene, count: int) -> None:
     scene.chain((addr, size, T, 0))
 
 
-# Buffers where buffers should not be.
+# Buffers in forbidden places.
 
 
 @CHAINS.attack()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest can ask for: requests that are none, too many, and the events of it."""
+"""A guest's attacks by requests: malformed, too many, and their notifications."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ add(
 def malformed_without_end(scene: GuestScene) -> None:
     """A whole ring of requests without a header, several times
 
-    A back-end that never completes these may want a new connection afterwards, whoever
-    is in between.
+    A back-end that never completes these may need a new connection afterwards, with or
+    without an airlock.
     """
     for head in range(scene.ring.size):
         scene.ring.write_desc(head, scene.status, 1, W)

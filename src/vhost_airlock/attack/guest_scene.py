@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest whose first ring is about to be abused, and what it needs for that."""
+"""A guest whose first ring the attacks abuse, and their tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Raw = tuple[int, int, int, int]
 
 QUEUE_SIZE = 64
 SETTLE = 0.2
-"""Seconds in which a program shows what a bad chain does to it, if it ever does."""
+"""Seconds to wait for the effect of a bad chain on the program."""
 STORM = 0.4
 """Seconds that a storm lasts."""
 
@@ -57,7 +57,7 @@ class GuestScene:
 
     @property
     def hole(self) -> int:
-        """Where guest memory ends, and more begins only much higher."""
+        """Return the end of guest memory below a large hole."""
         region = self.guest.ram.regions[0].region
         return region.guest_addr + region.size
 
@@ -117,9 +117,9 @@ class GuestScene:
         notify(self.queue.kick_fd)
 
     def settle(self, timeout: float = SETTLE) -> bool:
-        """Wait until the program says something, and it can be nothing.
+        """Wait for a reaction of the program, which may not come.
 
-        Is it over: is the ring said to be broken, or did the program hang up?
+        True: it has signalled that the ring is broken, or has hung up.
         """
         over = {self.guest.front.fileno(), self.queue.err_fd.fileno()}
         poll = select.poll()
@@ -129,9 +129,9 @@ class GuestScene:
 
     @contextmanager
     def racing(self, *steps: Callable[[], None]) -> Iterator[Iterator[float]]:
-        """A thread takes these steps over and over while the body runs.
+        """Take these steps over and over in a thread while the body runs.
 
-        What it yields counts the time down, for the body's own loop.
+        Yields an iterator that ends when the time is over, for the body's own loop.
         """
         ended = threading.Event()
 
@@ -150,7 +150,7 @@ class GuestScene:
 
 
 def until(seconds: float) -> Iterator[float]:
-    """What is left of the time, again and again while there is some."""
+    """Yield the seconds that are left, again and again until there are none."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         yield left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program under attack: where it is reached, and its process if we start it."""
+"""The program under attack: its path, and its process if it is started here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TICK = 0.01
 
 
 class Program:
-    """It listens at a path. With a command it is started, and again when it ended.
+    """A program that listens at a path. With a command it is started, and started
+    again after it has ended.
 
     Its output goes to `log`, a descriptor.
     """
@@ -34,7 +35,7 @@ class Program:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
-        """Make sure that somebody listens, or raise StartError."""
+        """Start the program if it does not run. StartError: no process listens then."""
         if not self.command:
             if not listens(self.path):
                 raise StartError(f"nobody listens at {self.path}")
@@ -65,13 +66,13 @@ class Program:
 
     @property
     def gone(self) -> bool:
-        """Has its process ended, or does nobody listen any more?"""
+        """Has its process ended, or does no process listen any more?"""
         if self._process is not None:
             return self._process.poll() is not None
         return not listens(self.path)
 
     def ending(self) -> str:
-        """How it ended, if that is known."""
+        """Return a text about how it ended."""
         status = None if self._process is None else self._process.poll()
         if status is None:
             return "nobody listens any more"
@@ -80,7 +81,7 @@ class Program:
         return f"exit status {status}"
 
     def restart(self) -> None:
-        """Make an end of it, when it is of no use any more."""
+        """End its process, when it is of no use any more."""
         if self._process is not None:
             end(self._process, 1.0)
             self._process = None
@@ -94,7 +95,7 @@ class Program:
 
 
 def listens(path: str) -> bool:
-    """Does somebody listen at a path? Asks without connecting, if the kernel can tell.
+    """Does a process listen at a path? Finds out without connecting, if it can.
 
     A connection would be a client of the program, maybe the one that it exits with.
     """

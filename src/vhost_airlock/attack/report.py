@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attacks came to, for people and for machines."""
+"""The results of attacks, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .catalogue import Attack, Outcome, Verdict
 
 
 class Report:
-    """A line for each attack as it ends, and the sum of them."""
+    """Prints a line for each attack as it ends, and a summary."""
 
     def __init__(self, attacks: Sequence[Attack[Any]], out: TextIO | None) -> None:
         self.outcomes: list[Outcome] = []
@@ -31,7 +31,7 @@ class Report:
         return bool(self.outcomes) and all(each.held for each in self.outcomes)
 
     def conclude(self) -> None:
-        """Say how many held, and what became of the others."""
+        """Print the number of attacks that held, and the verdicts of the others."""
         held = sum(outcome.held for outcome in self.outcomes)
         self._line("")
         self._line(f"{held} of {len(self.outcomes)} attacks held")
@@ -66,7 +66,7 @@ class Report:
 
 
 def listing(groups: Iterable[tuple[str, Sequence[Attack[Any]]]]) -> str:
-    """The catalogue, a line for each attack."""
+    """Return the catalogue, a line for each attack."""
     lines: list[str] = []
     for title, attacks in groups:
         lines += ["", f"{title}:"] if lines else [f"{title}:"]

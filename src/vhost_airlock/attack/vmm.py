@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a front-end can say: messages that are none, or must not be."""
+"""A front-end's attacks by messages: malformed ones, and forbidden ones."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ R = Request
 ASKING = HeaderFlag.VERSION | HeaderFlag.NEED_REPLY
 PAGE = 4096
 FAR = 1 << 40
-"""A guest and user address where nothing is."""
+"""A guest and user address without memory."""
 
 
 class VmmScene(GuestScene):
-    """A connection whose rings run, and what else can be said on it."""
+    """A connection whose rings run, and functions to send other messages on it."""
 
     def __init__(self, guest: BlkGuest) -> None:
         super().__init__(guest)
@@ -66,7 +66,7 @@ class VmmScene(GuestScene):
             self.channel.recv(time.monotonic() + SETTLE).close()
 
     def send(self, data: bytes) -> None:
-        """Write bytes as they are, without waiting."""
+        """Write bytes, as no message, without waiting."""
         with contextlib.suppress(OSError), self.socket() as sock:
             sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 

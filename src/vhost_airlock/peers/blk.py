@@ -46,7 +46,7 @@ def serve(
     stop: HasFileno,
     without: Collection[Feature | ProtocolFeature] = (),
 ) -> None:
-    """Serve all front-ends that connect, one after the other, until told to stop."""
+    """Serve all front-ends that connect, one after the other, until SIGTERM."""
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.register(stop.fileno(), selectors.EVENT_READ)
@@ -60,7 +60,7 @@ def serve_one(
     stop: HasFileno,
     without: Collection[Feature | ProtocolFeature] = (),
 ) -> None:
-    """Serve a front-end that is connected, until it's gone or we're told to stop."""
+    """Serve a connected front-end, until it's gone or SIGTERM comes."""
     with Channel(connection, stop=stop, peer="front") as channel:
         try:
             DeviceServer(channel, device, without=without, stop=stop).run()
@@ -81,7 +81,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--fd", type=int, metavar="N", help="a listening or a connected socket"
     )
     where.add_argument(
-        "--print-capabilities", action="store_true", help="print what we can, and end"
+        "--print-capabilities",
+        action="store_true",
+        help="print capabilities as JSON, and end",
     )
     parser.add_argument("--blk-file", metavar="FILE", help="what to serve")
     parser.add_argument("--read-only", action="store_true", help="refuse writes")

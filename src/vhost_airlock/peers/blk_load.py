@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load on a block device, and what it measures: a guest that only asks.
+"""A load on a block device, and its measurements: a guest that only makes requests.
 
 It connects as BlkGuest does; then compiled code drives the rings, a thread for each.
 """
@@ -28,7 +28,7 @@ MAX_SEGMENTS = 126
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What to ask of the device, and for how long."""
+    """The requests of a load, and its time."""
 
     mode: str = "randread"
     size: int = 4096
@@ -46,7 +46,7 @@ class LoadPlan:
     """Bytes of memory, for each queue, that its requests walk through; 0: as few as
     they need, which stay in the processor's caches."""
     ram: int = 0
-    """Bytes of guest memory; 0: what is needed. Untouched memory costs nothing."""
+    """Bytes of guest memory; 0: as many as needed. Untouched memory costs nothing."""
     warmup: float = 0.1
     seconds: float = 1.0
 
@@ -84,15 +84,15 @@ class LoadPlan:
 
 
 MAX_QUEUE = min(MAX_SIZE, 1024)
-"""More entries than that many devices refuse."""
+"""The most entries of a ring: many devices refuse more."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What came of it. Counts are those of all queues together."""
+    """The results of a load. Counts are those of all queues together."""
 
     begin_ns: int
-    """When measuring began, by the monotonic clock."""
+    """The time when measuring began, by the monotonic clock."""
     seconds: float
     size: int
     indirect: bool
@@ -102,11 +102,11 @@ class LoadResult:
     calls: int
     """Notifications that it sent."""
     sleeps: int
-    """Times that we had nothing to do but wait."""
+    """Times that the driver waited for a call."""
     cpu_ns: int
     slowest_ns: int
     latencies: Mapping[int, int] = field(repr=False)
-    """How many requests took so many nanoseconds."""
+    """For a time in nanoseconds, the number of requests that took it."""
 
     @property
     def iops(self) -> float:
@@ -150,7 +150,7 @@ class LoadResult:
 
 
 def percentile(counts: Mapping[int, int], share: float) -> int:
-    """The least value that at least this share of what was counted doesn't exceed."""
+    """Return the least value that at least this share of the counts doesn't exceed."""
     wanted = share * sum(counts.values())
     seen = 0
     for value in sorted(counts):
@@ -202,7 +202,7 @@ def _load(guest: BlkGuest, queue: GuestQueue, plan: LoadPlan, blocks: int) -> Lo
     private_addr = guest.ram.alloc(private)
     data_addr = guest.ram.alloc(plan.data_size, BUFFER_ALIGN)
     data = guest.ram.view(data_addr, plan.data_size)
-    # Every page is there before it counts, and no two hold the same.
+    # Every page is allocated before measuring, and no two have the same content.
     for at in range(0, plan.data_size, BUFFER_ALIGN):
         data[at : at + 8] = (data_addr + at).to_bytes(8, "little")
     return Load(

@@ -42,7 +42,7 @@ class BlkProcess:
         except BaseException:
             self._listener.close()
             raise
-        # From here on, whoever connects when the process is gone shall be refused.
+        # If the process is gone, connections from now on shall be refused.
         self._listener.socket.close()
 
     @property
@@ -62,7 +62,7 @@ class BlkProcess:
 
 
 def end(process: subprocess.Popen[bytes], grace: float = GRACE) -> int:
-    """Ask a process to end, make it, and return its status."""
+    """Send SIGTERM to a process, then SIGKILL if it does not end; return its status."""
     process.terminate()
     try:
         return process.wait(grace)

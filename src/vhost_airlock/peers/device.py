@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device's end of a split virtqueue: what a back-end does.
+"""The device's end of a split virtqueue, as in a back-end.
 
 It keeps its own indices, and looks at each word of the driver's once. The service loop:
 
     while True:
-        device.disarm()                     # we are looking: no kicks, please
+        device.disarm()                     # no kicks are needed during the look
         while chain := device.take():
             device.complete(chain.head, serve(chain))
         device.publish()
         if device.call_needed():
             call()
-        if not device.arm():                # nothing came between the look and this
+        if not device.arm():                # no chain came between the look and this
             wait_for_kick()
 """
 
@@ -113,7 +113,7 @@ class DeviceRing:
         self.next_used = (self.next_used + 1) & INDEX_MASK
 
     def publish(self) -> None:
-        """Let the driver see all that was completed."""
+        """Let the driver see all completed chains."""
         self.ring.fence()  # the entries, and the data, before the index
         self.ring.used_idx = self.next_used
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the requests of a virtio block device mean (virtio 1.x, section 5.2).
+"""The requests of a virtio block device, done on a file (virtio 1.x, section 5.2).
 
-Nothing here knows of rings or sockets: a request is the pieces of memory that the
-device may read, and those that it may write. How they are cut carries no meaning.
+This module knows no rings and no sockets: a request is the pieces of memory that the
+device may read, and those that it may write. The sizes of pieces carry no meaning.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SEG_MAX = 254
 HEADER = struct.Struct("<IIQ")
 ID_SIZE = 20
 RANGE = struct.Struct("<QII")
-"""What WRITE_ZEROES has as its data: the first sector, how many, flags."""
+"""The data of WRITE_ZEROES: the first sector, the number of sectors, flags."""
 MAX_ZEROES = 1 << 16
-"""Sectors in one range. It has one."""
+"""Sectors in one range. A request has one range."""
 _UNMAP = 1
 _CONFIG = struct.Struct("<Q4xI4xI10xH12xIIB3x")
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -42,7 +42,7 @@ class BlkFeature(IntFlag):
 
 
 class BlkType(IntEnum):
-    """What a request can be."""
+    """The types of a request."""
 
     IN = 0
     OUT = 1
@@ -52,7 +52,7 @@ class BlkType(IntEnum):
 
 
 class BlkStatus(IntEnum):
-    """How it ended."""
+    """The status with which a request ends."""
 
     OK = 0
     IOERR = 1
@@ -99,7 +99,7 @@ class Disk:
         return offered | BlkFeature.FLUSH | BlkFeature.WRITE_ZEROES
 
     def config(self) -> bytes:
-        """The configuration space: what isn't said here is 0."""
+        """The configuration space. Fields that are not set here are 0."""
         return _CONFIG.pack(
             self.capacity, SEG_MAX, SECTOR, self.num_queues, MAX_ZEROES, 1, 0
         )
@@ -107,7 +107,7 @@ class Disk:
     def serve(
         self, readable: Sequence[memoryview], writable: Sequence[memoryview]
     ) -> int:
-        """Do what a request asks for; return how many bytes were written to it."""
+        """Do a request; return the number of bytes written to its memory."""
         header, data_out = split(readable, HEADER.size)
         room = sum(map(len, writable))
         if sum(map(len, header)) < HEADER.size or not room:
@@ -134,7 +134,7 @@ class Disk:
         data_out: Sequence[memoryview],
         data_in: Sequence[memoryview],
     ) -> int:
-        """Do it, and return how much data was written to memory."""
+        """Do a request, but for its status; return the bytes written to its memory."""
         match kind:
             case BlkType.IN:
                 return self._transfer(os.preadv, sector, data_in)
@@ -159,7 +159,7 @@ class Disk:
         sector: int,
         data: Sequence[memoryview],
     ) -> int:
-        """Read or write all of the data, however much the kernel does at a time."""
+        """Read or write all of the data, in as many calls as the kernel needs."""
         size = sum(map(len, data))
         if size % SECTOR or sector + size // SECTOR > self.capacity:
             raise OSError(errno.EINVAL, "not whole sectors of the disk")
@@ -186,7 +186,7 @@ class Disk:
 def split(
     pieces: Sequence[memoryview], size: int
 ) -> tuple[list[memoryview], list[memoryview]]:
-    """Cut pieces of memory in two: those of the first `size` bytes, and the rest."""
+    """Cut pieces of memory in two: return (pieces of the first `size` bytes, rest)."""
     first = []
     for i, piece in enumerate(pieces):
         if size < len(piece):
@@ -199,7 +199,7 @@ def split(
 
 
 def _fill(pieces: Sequence[memoryview], data: bytes) -> int:
-    """Copy data into pieces of memory, as far as it goes."""
+    """Copy data into pieces of memory, up to the end of either."""
     done = 0
     for piece in pieces:
         part = data[done : done + len(piece)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's end of a split virtqueue: what a guest does.
+"""The driver's end of a split virtqueue, as in a guest.
 
-It keeps its own indices and its own record of the chains, and reads from the ring only
-what the device says. See device.py for the service loop, which is the same here with
+It keeps its own indices and its own record of the chains, and reads only the device's
+words in the ring. See device.py for the service loop, which is the same here with
 calls in place of kicks.
 """
 
@@ -61,7 +61,7 @@ class DriverRing:
 
     @property
     def outstanding(self) -> list[int]:
-        """The heads of the chains the device has not completed, oldest first."""
+        """The heads of the chains that the device has not completed, oldest first."""
         return list(self._chains)
 
     def offer(
@@ -117,7 +117,7 @@ class DriverRing:
         self.next_avail = (self.next_avail + 1) & INDEX_MASK
 
     def publish(self) -> None:
-        """Let the device see all that was offered."""
+        """Let the device see all offered chains."""
         if self._published != self.next_avail:
             self.ring.fence()  # the chains before the index that tells of them
             self.ring.avail_idx = self._published = self.next_avail
@@ -133,7 +133,7 @@ class DriverRing:
         return not self.ring.used_flags & USED_F_NO_NOTIFY
 
     def used(self) -> Iterator[tuple[int, int]]:
-        """Take back completed chains: their heads, and how much was written."""
+        """Take back completed chains: yields (head, bytes written) for each."""
         end = self.ring.used_idx
         self.ring.fence()  # the index loaded, then the entries that it tells of
         if (end - self.next_used) & INDEX_MASK > len(self._chains):
@@ -150,8 +150,8 @@ class DriverRing:
     def arm(self, after: int = 0) -> bool:
         """Ask for a call once more than `after` further chains are completed.
 
-        True if there are some already, for which no call may come. Without EVENT_IDX
-        a call comes for each.
+        True if some are completed already, for which no call may come. Without
+        EVENT_IDX a call comes for each.
         """
         if self.event_idx:
             self.ring.used_event = (self.next_used + after) & INDEX_MASK
@@ -168,7 +168,7 @@ class DriverRing:
     def reoffer(self) -> int:
         """Offer all outstanding chains again, as the device was lost with them.
 
-        Return the base for a new device. First take back what is used().
+        Returns the base for a new device. First take back the chains that are used().
         """
         heads = self.outstanding
         self.next_avail = self._noticed = self.next_used

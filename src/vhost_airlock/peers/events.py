@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eventfds that another process may have made: nothing is known of their flags."""
+"""Eventfds that another process may have made: their flags are not known."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@
         guest.write(0, [(buffer, 4096)])
         guest.stop()
 
-`queues` does many requests at a time: submit() some, kick(), and reap() what is done,
-with wait() when there is nothing yet.
+`queues` can do many requests at a time: submit() some, kick(), and reap() those that
+are done, with wait() when none is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WANTED_PROTOCOL = (
 class BlkGuest:
     """The guest. `without` are features that it would use otherwise, `also` others.
 
-    `timeout` is what the back-end has to answer a message.
+    `timeout` is the seconds that the back-end has to answer a message.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class BlkGuest:
         self.close()
 
     def close(self) -> None:
-        """Let go of the back-end, the memory and all."""
+        """Close the connection, the memory and all descriptors."""
         self.disconnect()
         for queue in self.queues:
             queue.close()
@@ -100,7 +100,7 @@ class BlkGuest:
 
     @property
     def front(self) -> Frontend:
-        """The connection, for whatever else there is to say on it."""
+        """The connection, for other messages on it."""
         if self._front is None:
             raise SessionError("the guest is not connected")
         return self._front
@@ -127,7 +127,7 @@ class BlkGuest:
             (self.capacity,) = struct.unpack("<Q", front.get_config(0, 8))
 
     def disconnect(self) -> None:
-        """Hang up, as a VMM that ends does: without a word."""
+        """Close the connection without a message, as a VMM that ends does."""
         if self._front:
             self._front.close()
             self._front = None
@@ -156,7 +156,7 @@ class BlkGuest:
         front.barrier()
 
     def stop(self) -> None:
-        """Stop all rings. What is not done will be done after the next start()."""
+        """Stop all rings. Unfinished requests are done after the next start()."""
         if self.features & Feature.PROTOCOL_FEATURES:
             for queue in self.queues:
                 self.front.set_vring_enable(queue.index, False)
@@ -164,7 +164,7 @@ class BlkGuest:
             queue.base = self.front.get_vring_base(queue.index)
 
     def reconnect(self, path_or_channel: str | Channel) -> None:
-        """Go on with a new back-end, which does again what the old one hadn't done."""
+        """Go on with a new back-end, which gets the old one's unfinished requests."""
         self.disconnect()
         for queue in self.queues:
             queue.reap()
@@ -204,7 +204,7 @@ class BlkGuest:
     # The driver's part.
 
     def wait(self, timeout: float = TIMEOUT) -> None:
-        """Wait until there is something to reap in a queue where something is pending.
+        """Wait until a request is done in a queue that has requests pending.
 
         Raises `RingFault` when the back-end says that a ring is broken, and
         `Disconnected` when it's gone.
@@ -238,7 +238,7 @@ class BlkGuest:
                 queue.reap()
 
     def do(self, kind: int, sector: int = 0, segments: Sequence[Segment] = ()) -> Io:
-        """Do one request on the first queue, well or not."""
+        """Do one request on the first queue; it may end with an error status."""
         try:
             io = self.queues[0].submit(kind, sector, segments)
         except RingFull:

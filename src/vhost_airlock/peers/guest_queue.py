@@ -31,10 +31,10 @@ class Io:
     then: Callable[[Io], None] | None = None
     status: int | None = None
     written: int = 0
-    """How much the device says it wrote to memory."""
+    """The bytes that the device says it wrote to memory."""
 
     def check(self) -> None:
-        """Raise OSError unless it was done well."""
+        """Raise OSError unless its status is OK."""
         if self.status != BlkStatus.OK:
             what = f"request {self.kind} at sector {self.sector}"
             raise OSError(f"{what} ended with status {self.status}")
@@ -73,7 +73,7 @@ class GuestQueue:
         self._pending: dict[int, tuple[int, Io]] = {}
 
     def set_features(self, features: int) -> None:
-        """Use the ring as was negotiated."""
+        """Use the ring by the negotiated features."""
         self.indirect = bool(features & Feature.INDIRECT_DESC)
         self.event_idx = bool(features & Feature.EVENT_IDX)
         self.driver.event_idx = self.event_idx
@@ -85,7 +85,7 @@ class GuestQueue:
 
     @property
     def pending(self) -> int:
-        """How many requests are not done."""
+        """The number of requests that are not done."""
         return len(self._pending)
 
     def submit(
@@ -126,7 +126,7 @@ class GuestQueue:
         return io
 
     def kick(self) -> bool:
-        """Let the device see what was submitted; did it want to be told?"""
+        """Let the device see the submitted requests; returns True if it was kicked."""
         self.driver.publish()
         needed = self.driver.kick_needed()
         if needed:
@@ -134,7 +134,7 @@ class GuestQueue:
         return needed
 
     def reap(self) -> list[Io]:
-        """Collect what is done, and call what is to be called `then`."""
+        """Return the requests that are done, after calling their `then`."""
         done = []
         for head, written in self.driver.used():
             slot, io = self._pending.pop(head)

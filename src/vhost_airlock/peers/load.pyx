@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guest's block driver that does nothing but ask: as fast as a queue can be driven.
+"""A guest's block driver that only makes requests: as fast as a queue can be driven.
 
 The chains are laid out once, one for each request that may be in flight; from then on a
 request costs a sector number, an entry in the available ring and a look at the clock.
@@ -39,7 +39,7 @@ cdef enum:
     TABLE = 32                  # where its indirect table is
     SECTOR = 512
     PENDING = 0xff
-    TICK = 100                  # milliseconds between looks at whether we are to stop
+    TICK = 100                  # milliseconds between looks if stop() was called
     STEPS = 16                  # of latencies, for each power of two
     BUCKETS = 61 * STEPS
 
@@ -69,8 +69,8 @@ cdef class Load:
 
     `ring` is the ring's memory, and `private` memory for headers and descriptor tables,
     of `private_size()` bytes; `data` has the buffers, of which each request uses a
-    stripe, one piece after the other. What comes in pairs is memory and its guest
-    address. Requests go to `blocks` blocks from block `first` of the device.
+    stripe, one piece after the other. `private` and `data` are pairs of memory and its
+    guest address. Requests go to `blocks` blocks from block `first` of the device.
     """
 
     cdef Py_buffer buffers[3]
@@ -139,7 +139,7 @@ cdef class Load:
             raise MemoryError
         memset(memory, 0, self.buffers[0].len)
         self.avail.idx = self.used.idx = base
-        # Calls are wanted only when we are about to sleep.
+        # Calls are wanted only just before a sleep.
         self.avail.flags = 0 if event_idx else AVAIL_NO_INTERRUPT
         self.used_event[0] = base - 1
         memory = <uint8_t *> self.buffers[1].buf
@@ -151,7 +151,7 @@ cdef class Load:
         free(self.slots)
 
     def close(self):
-        """Let go of the memory. Nothing can be run any more."""
+        """Let go of the memory. run() can't be called any more."""
         while self.held:
             self.held -= 1
             PyBuffer_Release(&self.buffers[self.held])
@@ -185,7 +185,7 @@ cdef class Load:
         store_int(&self.stopping, 1)
 
     def counters(self):
-        """What was counted from `begin` to `end`; CPU time in nanoseconds."""
+        """Return the counts from `begin` to `end`; CPU time in nanoseconds."""
         return {
             "requests": self.requests,
             "kicks": self.kicks,
@@ -196,14 +196,14 @@ cdef class Load:
         }
 
     def latencies(self):
-        """How many requests took so many nanoseconds, rounded down by up to 1/16."""
+        """Return {nanoseconds: requests that took them}, rounded down by up to 1/16."""
         return {
             lowest(i): self.histogram[i] for i in range(BUCKETS) if self.histogram[i]
         }
 
 
 def private_size(depth, size, segment):
-    """How much memory the headers and tables of so many requests take."""
+    """Return the bytes of memory for headers and tables of `depth` requests."""
     return depth * slot_size((size + segment - 1) // segment)
 
 
@@ -242,7 +242,7 @@ cdef void lay_out(
 
 
 cdef inline void place(Load load, int index) noexcept nogil:
-    """Let a request's data be at the place in its stripe where it is to be next."""
+    """Move a request's data to its next place in its stripe."""
     cdef Slot *slot = &load.slots[index]
     cdef uint64_t addr = load.data_addr + load.stripe * index + slot.place
     cdef int i
@@ -274,7 +274,7 @@ cdef inline void submit(Load load, int index, uint64_t now) noexcept nogil:
 
 
 cdef inline bint publish(Load load) noexcept nogil:
-    """Let the device see what was submitted; did it take a kick?"""
+    """Let the device see the submitted requests. True: it was kicked."""
     cdef uint16_t old = load.published
     cdef bint wanted
 
@@ -295,7 +295,9 @@ cdef inline bint publish(Load load) noexcept nogil:
 
 
 cdef int reap(Load load, uint64_t now, bint more, bint measured) noexcept nogil:
-    """Take what is done, and with `more` ask again; how many, or minus an Outcome."""
+    """Take requests that are done, and with `more` submit each again. Returns the
+    number of requests, or minus an Outcome.
+    """
     cdef uint16_t end = load16_acquire(&load.used.idx)
     cdef Slot *slot
     cdef uint64_t taken
@@ -330,7 +332,7 @@ cdef int reap(Load load, uint64_t now, bint more, bint measured) noexcept nogil:
 
 
 cdef int sleep(Load load) noexcept nogil:
-    """Wait for a call: DONE, or what came instead."""
+    """Wait for a call. Returns DONE, or another Outcome that came first."""
     cdef pollfd[3] fds
     cdef uint64_t value = 0
     cdef int i
@@ -408,7 +410,7 @@ cdef void forget_warmup(Load load) noexcept nogil:
 
 
 cdef inline int bucket(uint64_t taken) noexcept nogil:
-    """Linear up to 32 ns, and then in 16 steps for each power of two."""
+    """Return the bucket of a time: linear up to 32 ns, then 16 steps a power of two."""
     cdef int shift = 0
 
     while (taken >> shift) >= 2 * STEPS:

@@ -14,7 +14,7 @@ from ..vhost.wire import MemoryRegion
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A region and our view of it."""
+    """A region and its mapping here."""
 
     region: MemoryRegion
     mapping: mmap.mmap
@@ -34,7 +34,7 @@ class Mapped:
         return cls(region, mapping, memoryview(mapping)[before:])
 
     def close(self) -> None:
-        """Unmap; BufferError when somebody still has a view of it."""
+        """Unmap; BufferError when a view of it is still in use."""
         self.view.release()
         self.mapping.close()
 
@@ -73,7 +73,7 @@ class Memory:
             self.regions.pop().close()
 
     def views(self, addr: int, length: int) -> list[memoryview]:
-        """The memory at a guest address: several pieces when it crosses regions."""
+        """Return the memory at a guest address, in a piece for each region."""
         pieces = []
         while True:
             for mapped in self.regions:

@@ -16,7 +16,8 @@ PAGE = 4096
 LOW = 0
 HIGH = 4 << 30
 USER_BASE = 0x7E57_0000_0000
-"""Where the "VMM" has its memory mapped: neither a guest address nor a file offset."""
+"""The user address at which the "VMM" has its memory: no guest address or file offset.
+"""
 
 
 class GuestRam(Memory):
@@ -40,7 +41,7 @@ class GuestRam(Memory):
             fd.close()
 
     def plug(self, guest_addr: int, size: int) -> MemoryRegion:
-        """Add memory; it's a VMM's business to tell the back-end."""
+        """Add memory; the caller tells the back-end."""
         region = MemoryRegion(guest_addr, size, self._next_user, 0)
         self._plug(region, _memfd(size))
         return region
@@ -48,7 +49,7 @@ class GuestRam(Memory):
     def _plug(self, region: MemoryRegion, fd: Fd) -> None:
         self.add(region, fd)
         self._fds.append(fd)
-        # Address 0 is an address as good as any, but nobody's favourite to debug.
+        # Address 0 would do as well, but looks like no address when debugging.
         self._free[region.guest_addr] = region.guest_addr or PAGE
         self._next_user = max(self._next_user, region.user_addr + region.size + PAGE)
 
@@ -75,7 +76,7 @@ class GuestRam(Memory):
     def alloc(
         self, size: int, align: int = PAGE, region: MemoryRegion | None = None
     ) -> int:
-        """Guest address of fresh memory: in `region`, or where there's most room."""
+        """Return the guest address of fresh memory, in `region` or the emptiest one."""
         candidates = [region] if region else [each.region for each in self.regions]
 
         def room(each: MemoryRegion) -> int:
@@ -89,7 +90,7 @@ class GuestRam(Memory):
         return addr
 
     def user_addr(self, addr: int) -> int:
-        """Where the VMM has a guest address mapped."""
+        """Return the user address of a guest address."""
         for mapped in self.regions:
             start = addr - mapped.region.guest_addr
             if 0 <= start < mapped.region.size:
@@ -97,11 +98,11 @@ class GuestRam(Memory):
         raise LookupError(f"no memory at guest address {addr:#x}")
 
     def plant(self, marker: bytes) -> list[int]:
-        """Put a marker into each region, away from all that a device works on."""
+        """Put a marker into each region, apart from requests; return the addresses."""
         pages = 2 + len(marker) // PAGE
         planted = []
         for mapped in self.regions:
-            # Not at the start of a page: those are the easiest to find by chance.
+            # Not at the start of a page, where a search finds it most easily.
             addr = self.alloc(pages * PAGE, region=mapped.region) + PAGE // 3
             self.view(addr, len(marker))[:] = marker
             planted.append(addr)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of a split virtqueue (virtio 1.x, section 2.7).
 
-`SplitRing` is the memory: every word of it can be read and written as it stands, so
+`SplitRing` is the memory: every word of it can be read and written without a check, so
 that a test can break a ring as well as use it. The guest's end is `DriverRing` in
 driver.py, the device's is `DeviceRing` in device.py.
 
@@ -48,7 +48,7 @@ class Buffer(NamedTuple):
 
 
 class Descriptor(NamedTuple):
-    """A descriptor as it stands in memory."""
+    """A descriptor, with its fields as in memory."""
 
     addr: int
     length: int
@@ -57,7 +57,7 @@ class Descriptor(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What a device takes from a ring: one request."""
+    """A chain that a device takes from a ring: one request."""
 
     head: int
     buffers: list[Buffer]
@@ -83,7 +83,7 @@ def need_event(event: int, new: int, old: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SplitLayout:
-    """Where the three parts of a ring of `size` lie, one after the other."""
+    """The addresses of the three parts of a ring of `size`, one after the other."""
 
     size: int
     start: int = 0
@@ -224,7 +224,7 @@ class SplitRing:
         self._used[1] = value
 
     def used_entry(self, slot: int) -> tuple[int, int]:
-        """The head and the length that stand in a slot of the used ring."""
+        """Return (head, length) in a slot of the used ring."""
         return self._used_entries[2 * slot], self._used_entries[2 * slot + 1]
 
     def set_used_entry(self, slot: int, head: int, length: int) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process holds, and whether given bytes are anywhere in it.
+"""Searches the memory and descriptors of a process for given bytes.
 
-This is how the isolation is shown rather than claimed: plant a random marker in guest
-memory and look for it in all that the back-end's process can reach without asking
-anybody. That is its mappings; the files behind them, whole, since a process can widen
-a mapping to the rest of its file; and its open descriptors, since it can map those.
+This proves the isolation: plant a random marker in guest memory, and search everything
+that the back-end's process can reach without another process. That is its mappings; the
+files behind them, whole, since a process can widen a mapping to the rest of its file;
+and its open descriptors, since it can map those.
 
-Looking takes the right to trace the process (an ancestor has it, and root), and the
-files behind mappings are open to root only; without it, what is mapped is searched.
+The search takes the right to trace the process (an ancestor has it, and root). Only
+root can open the files behind mappings; others search the mapped parts.
 """
 
 import errno
@@ -30,7 +30,7 @@ class Holding:
     place: str
     """The descriptor's number, or the mapping's addresses as in /proc/PID/maps."""
     name: str
-    """What it is of, as the kernel names it: a path, 'memfd:ram', '' for anonymous."""
+    """The kernel's name for its file: a path, 'memfd:ram', '' for anonymous memory."""
     size: int
     """Bytes of the mapping, or of the file behind the descriptor; 0 for sockets etc."""
     inode: tuple[int, int] | None
@@ -46,7 +46,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A marker, where it was found, and at which file offset or address."""
+    """A marker, the holding in which it was found, and the file offset or address."""
 
     marker: bytes
     holding: Holding
@@ -59,9 +59,10 @@ class Scan:
 
     found: tuple[Found, ...]
     searched: int
-    """How many bytes were looked at; holes in files are not counted."""
+    """The number of bytes that were searched, without holes in files."""
     unreadable: tuple[Holding, ...]
-    """What the kernel would not let us read, such as its own pages ([vvar])."""
+    """Holdings that the kernel did not let us read, its own pages ([vvar]) among them.
+    """
 
 
 def descriptors(pid: int) -> list[Holding]:
@@ -107,7 +108,7 @@ def search(pid: int, markers: Sequence[bytes]) -> Scan:
     """Look for markers in everything that a process holds.
 
     Each file is searched once, at the first holding of it. Anonymous mappings without
-    read permission are reservations with nothing in them, and left out.
+    read permission are empty reservations, and left out.
     """
     found: list[Found] = []
     unreadable: list[Holding] = []
@@ -141,7 +142,7 @@ def _plain(name: str) -> str:
 def _pieces(
     pid: int, holding: Holding, files: set[tuple[int, int]]
 ) -> Iterator[tuple[int, bytes]]:
-    """All that a holding gives access to, with file offsets or addresses."""
+    """Yield the bytes that a holding gives access to, with file offset or address."""
     path = f"/proc/{pid}/fd/{holding.place}"
     part = None
     if holding.kind == "mapping":
@@ -162,7 +163,7 @@ def _pieces(
 
 
 def _read(path: str, part: range | None) -> Iterator[tuple[int, bytes]]:
-    """A part of a file, or all but the holes of it."""
+    """Yield the bytes of a part of a file, or of all of it but its holes."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for piece in _data_parts(file) if part is None else [part]:
@@ -175,7 +176,7 @@ def _read(path: str, part: range | None) -> Iterator[tuple[int, bytes]]:
 
 
 def _data_parts(file: int) -> Iterator[range]:
-    """Where a file is not a hole."""
+    """Yield the parts of a file that are no holes."""
     at = 0
     while True:
         try:

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 MAX_MEM_SLOTS = 64
 BUDGET = 64
-"""How many requests of one ring are done before we look at what else there is."""
+"""Requests of one ring that are done before other rings and messages have a turn."""
 
 RING_FEATURES = (
     Feature.INDIRECT_DESC
@@ -72,7 +72,7 @@ PROTOCOL_FEATURES = (
 
 
 class Device(Protocol):
-    """What a server serves."""
+    """The device that a server serves."""
 
     @property
     def features(self) -> int:
@@ -87,7 +87,7 @@ class Device(Protocol):
     def serve(
         self, readable: Sequence[memoryview], writable: Sequence[memoryview]
     ) -> int:
-        """Do a request; return how many bytes were written. RingFault if it is none."""
+        """Do a request; return the bytes written to it. RingFault: it is malformed."""
 
 
 class DeviceServer:
@@ -123,7 +123,7 @@ class DeviceServer:
             self._watch(stop, self._stop)
 
     def run(self) -> None:
-        """Serve until the front-end is gone. Raises `Stopped` when told to stop."""
+        """Serve until the front-end is gone. `Stopped`: `stop` was signalled."""
         try:
             while True:
                 for key, _ in self._selector.select(0 if self._busy else None):
@@ -154,7 +154,7 @@ class DeviceServer:
             self._busy.add(index)
 
     def _serve(self, index: int) -> None:
-        """Do what a ring offers, within the budget."""
+        """Do the requests of a ring, within the budget."""
         vring = self._vrings[index]
         self._busy.discard(index)
         enabled = vring.enabled or not self.features & Feature.PROTOCOL_FEATURES
@@ -228,14 +228,14 @@ class DeviceServer:
             raise RequestRefused(f"protocol features {surplus:#x} were not offered")
 
     def _on_get_config(self, payload: Config, fds: list[Fd]) -> Config:
-        """What is beyond the end of the space reads as 0."""
+        """Bytes beyond the end of the space read as 0."""
         start, end = payload.offset, payload.offset + payload.size
         data = self.device.config().ljust(end, b"\0")[start:end]
         return Config(payload.offset, payload.size, payload.flags, data)
 
     @contextlib.contextmanager
     def _changing_memory(self) -> Iterator[None]:
-        """Rings have views of memory, with which it couldn't be unmapped."""
+        """Release the rings' views of memory, with which it couldn't be unmapped."""
         for vring in self._vrings:
             vring.let_go()
         try:
@@ -273,7 +273,7 @@ class DeviceServer:
         return self._vrings[index]
 
     def _start(self, index: int) -> None:
-        """Start a ring if all is there; it may hold something already."""
+        """Start a ring if all of its parts are there; it may have requests already."""
         event_idx = bool(self.features & Feature.EVENT_IDX)
         if self._vrings[index].start(self.memory, event_idx):
             self._busy.add(index)
@@ -290,7 +290,9 @@ class DeviceServer:
         self._stopped_vring(payload.index).base = payload.num & INDEX_MASK
 
     def _on_addr(self, payload: VringAddr, fds: list[Fd]) -> None:
-        """May come again while the ring runs, to turn logging on, which we haven't."""
+        """Set a ring's addresses. The message may come again while the ring runs, to
+        turn on logging, which is not supported.
+        """
         vring = self._vring(payload.index)
         if vring.ring is None:
             vring.addr = payload
@@ -318,7 +320,7 @@ class DeviceServer:
     def _on_kick(self, payload: VringFd, fds: list[Fd]) -> None:
         self._vring(payload.index)
         if payload.nofd:
-            raise RequestRefused("we don't poll: rings need a kick eventfd")
+            raise RequestRefused("no polling: rings need a kick eventfd")
         self._set_kick(payload.index, fds.pop())
         self._start(payload.index)
 

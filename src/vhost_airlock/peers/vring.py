@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a back-end is told of a vring, and the ring itself when all of that is there."""
+"""A back-end's record of a vring, and the ring itself once the record is complete."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ring import SplitLayout, SplitRing
 
 
 class Vring:
-    """It runs from when its size, addresses and kick eventfd are known until stop()."""
+    """A vring. It runs as soon as size, addresses and kick are known, until stop()."""
 
     def __init__(self) -> None:
         self.num = 0
@@ -25,7 +25,7 @@ class Vring:
         self.ring: DeviceRing | None = None
 
     def start(self, memory: Memory, event_idx: bool) -> bool:
-        """Start, if it isn't running and can run; did it?"""
+        """Start, if it isn't running and can run. True: it has started."""
         if self.ring or not self.num or self.addr is None or self.kick is None:
             return False
         try:
@@ -36,7 +36,7 @@ class Vring:
         return True
 
     def stop(self) -> None:
-        """Stop, and let go of the memory; `base` is where it can go on."""
+        """Stop, and let go of the memory. The ring can go on at `base`."""
         if self.ring:
             self.base = self.ring.next_avail
             self.ring.ring.release()
@@ -62,8 +62,8 @@ class Vring:
         )
 
     def set_call(self, fd: Fd | None) -> None:
-        """Call with this from now on, and once at once: a call may just have gone to
-        the other, where nobody listens any more."""
+        """Call with this eventfd from now on, and once at once: a call may just have
+        gone to the old one, which is not read any more."""
         self.call = _swap(self.call, fd)
         if self.call:
             notify(self.call)

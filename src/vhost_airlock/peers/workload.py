@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a disk full with a guest, reads all of it back, and checks every byte."""
+"""Fills a disk from a guest, reads all of it back, and checks every byte."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KIB = 1 << 10
 
 
 class WrongData(AirlockError):
-    """What was read is not what was written."""
+    """Other bytes were read than were written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Requests of one size, with so many in flight at a time."""
+    """Requests of one size, `depth` of them in flight at a time."""
 
     size: int
     depth: int
@@ -45,13 +45,13 @@ STAGES = (
 
 
 def disk_size(stages: Sequence[Stage]) -> int:
-    """How large the disk must be."""
+    """Return the bytes that the disk must have."""
     return sum(stage.total for stage in stages)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a stage took."""
+    """The time and the requests of a stage."""
 
     stage: Stage
     kind: BlkType
@@ -69,9 +69,9 @@ class Result:
 class Workload:
     """Each stage has a part of the disk, whose blocks it writes or reads in any order.
 
-    What belongs into a place on the disk is a piece of a random pattern, and where in
-    it depends on the place. So a block, or part of one, that ends up at another place
-    doesn't go unseen.
+    Each place on the disk gets a piece of a random pattern, from an offset that depends
+    on the place. So a block, or a part of one, that ends up at another place is
+    noticed.
     """
 
     def __init__(
@@ -86,16 +86,16 @@ class Workload:
         self._buffer = guest.ram.alloc(room)
 
     def expected(self, offset: int, size: int) -> memoryview:
-        """What belongs at this place on the disk."""
+        """Return the bytes for this place on the disk."""
         start = offset // SECTOR * 4099 % (len(self._pattern) - self._largest)
         return self._pattern[start : start + size]
 
     def write(self, stage: Stage, progress: Callable[[int], None]) -> Result:
-        """Write a stage's part; `progress` is called with bytes as they are done."""
+        """Write a stage's part; `progress` is called with the bytes of each request."""
         return self._run(BlkType.OUT, stage, progress)
 
     def read(self, stage: Stage, progress: Callable[[int], None]) -> Result:
-        """Read it back; `WrongData` when it isn't what was written."""
+        """Read a stage's part back; `WrongData` if other bytes were written."""
         return self._run(BlkType.IN, stage, progress)
 
     def _run(
@@ -126,7 +126,7 @@ class Workload:
         return Result(stage, kind, time.monotonic() - started)
 
     def _prepare(self, kind: BlkType, offset: int, addr: int, size: int) -> None:
-        """Fill a buffer with what is to be written, or with what is surely wrong."""
+        """Fill a buffer with the bytes to write, or before a read with wrong ones."""
         data = self.expected(offset if kind == BlkType.OUT else offset + SECTOR, size)
         self.guest.ram.view(addr, size)[:] = data
 

@@ -14,12 +14,12 @@ R = Request
 SETUP = [
     R.SET_VRING_NUM,
     R.SET_VRING_BASE,
-    R.SET_VRING_ADDR,
     R.SET_VRING_CALL,
     R.SET_VRING_ERR,
+    R.SET_VRING_ADDR,
     R.SET_VRING_KICK,
 ]
-"""What starts a ring, all of it and in this order."""
+"""The messages that start a ring, all of them and in this order."""
 MEMORY = (R.SET_MEM_TABLE, R.ADD_MEM_REG)
 
 

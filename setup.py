@@ -15,10 +15,10 @@ if "--coverage" in BUILD:
     FLAGS[0] = "-O0"  # what tools/coverage counts are the lines as they are written
 
 LINK_FLAGS = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
-"""What has been linked can't be changed: no function is looked up later."""
+"""Tables of functions can't be changed after the start: all are looked up then."""
 
 HARDENING = ["-fstack-protector-strong", "-fstack-clash-protection"]
-"""This code faces both attackers: what gets into it shall not get on."""
+"""This code faces both attackers: a flaw in it shall be hard to use."""
 if platform.machine() == "x86_64":
     HARDENING += ["-fcf-protection=full"]
 if "--coverage" not in BUILD and "-fsanitize" not in BUILD:

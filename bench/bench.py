@@ -8,8 +8,8 @@ through airlocks, and by NBD, in turn and never at the same time. Each round goe
 through all cases; the order of targets changes from run to run. Figures are medians
 over rounds, ratios medians of the ratios in each round.
 
-Runs during which something else kept the machine busy are repeated a few times; if it
-was no better then, the row has a star.
+Runs during which other programs kept the machine busy are repeated a few times; if they
+were disturbed again, the row has a star.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PARTS = ("disk", "goals", "net", "folder")
 
 @dataclass
 class Results:
-    """All that was measured."""
+    """All results."""
 
     machine: Mapping[str, object]
     when: str
@@ -77,7 +77,7 @@ def main() -> int:
 def measure_and_show(
     programs: Programs, loads: Sequence[Case], options: argparse.Namespace
 ) -> int:
-    """Measure, and show what was measured even if something fails; exit status."""
+    """Measure, and show the results even if a part fails; returns the exit status."""
     results = Results(describe(programs), time.strftime("%-d %B %Y"))
     print(heading(results.machine), flush=True)
     status = 0
@@ -92,7 +92,7 @@ def measure_and_show(
     for failure in results.failures:
         print(f"bench: {failure}", file=sys.stderr)
         status = 1
-    # What was measured before something failed is not lost.
+    # Results from before a failure are not lost.
     results.rows = summarize(results.runs, DIRECT)
     results.rows.sort(key=lambda r: (loads.index(r.case), NAMES.index(r.target)))
     if results.rows or results.goals or results.extras:
@@ -106,7 +106,7 @@ def measure_all(
     options: argparse.Namespace,
     results: Results,
 ) -> None:
-    """Measure all parts that are wanted, one after the other."""
+    """Measure all chosen parts, one after the other."""
     with tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name:
         folder = Path(name)
         airlocks = [each for each in options.targets if each in (DIRECT, *AIRLOCKS)]
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--patience",
         type=float,
         metavar="S",
-        help="seconds to lose, all in all, to what else keeps the machine busy",
+        help="seconds to lose, all in all, to other programs on the machine",
     )
     parser.add_argument(
         "--only",
@@ -194,7 +194,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--parts",
         type=part_names,
         metavar="NAME,...",
-        help=f"of {', '.join(PARTS)} (default: disk; with --long all)",
+        help=f"some of {', '.join(PARTS)} (default: disk; with --long all)",
     )
     parser.add_argument(
         "--idle-poll-us",
@@ -240,7 +240,7 @@ def part_names(text: str) -> list[str]:
 
 
 def progress(text: str) -> None:
-    """Show on a terminal how far we are, in a line that is overwritten."""
+    """Show the progress on a terminal, in a line that is overwritten."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

@@ -13,14 +13,14 @@ IN_ORDER = ("read", "write")
 
 
 def quick() -> Iterator[Case]:
-    """What tells most, in a minute."""
+    """The cases that tell most, in a minute."""
     for mode in RANDOM:
         yield from (Case(mode, 4 * KIB, depth) for depth in (1, 32, 128))
         yield from (Case(mode, 64 * KIB, depth) for depth in (1, 32))
 
 
 def long() -> Iterator[Case]:
-    """Everything."""
+    """All cases."""
     for mode in RANDOM:
         for size, depths in {
             4 * KIB: (1, 8, 32, 128),
@@ -29,7 +29,7 @@ def long() -> Iterator[Case]:
         }.items():
             yield from (Case(mode, size, depth) for depth in depths)
     # No deeper: with io_uring and 256 requests in flight, qemu-storage-daemon 11.1
-    # drops its front-end ("vu_panic: kick eventfd_read()"), whatever that is.
+    # drops its front-end, of any kind ("vu_panic: kick eventfd_read()").
     for mode in RANDOM:
         yield from (Case(mode, 4 * KIB, depth, queues=2) for depth in (1, 32, 64))
     for mode in RANDOM:
@@ -44,5 +44,5 @@ def long() -> Iterator[Case]:
 
 
 def chosen(cases: Iterator[Case], pattern: str) -> Sequence[Case]:
-    """Those whose name is like that."""
+    """Return the cases whose name matches a pattern."""
     return [case for case in cases if fnmatch(str(case), pattern)]

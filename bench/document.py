@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of docs/benchmarks.md, between marks that say what belongs there."""
+"""The figures of docs/benchmarks.md, between marks that name their part."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def update(name: str, text: str, path: Path = DOCUMENT) -> None:
-    """Replace what stands between the marks of a part."""
+    """Replace the text between the marks of a part."""
     path.write_text(replaced(path.read_text(), name, text))
 
 

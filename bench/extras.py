@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other devices than disks: what their own programs say of a way to a back-end."""
+"""Devices other than disks: the figures of their own programs on a target."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Measure = Callable[[str], Mapping[str, "Figure"]]
 
 @dataclass(frozen=True)
 class Figure:
-    """What a case came to."""
+    """The result of a case."""
 
     value: float
     unit: str
     airlock_cores: float | None = None
-    """How busy the airlock was."""
+    """Cores that the airlock used."""
 
 
 @dataclass(frozen=True)
 class ExtraRow:
-    """What all runs of a case on a target say."""
+    """The results of all runs of a case on a target."""
 
     case: str
     target: str
     unit: str
     value: Spread
     ratio: Spread
-    """To the direct connection, in the same round."""
+    """The ratio to the direct connection in the same round."""
     airlock_cores: float | None
 
 

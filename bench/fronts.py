@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs that put a load on a target, and say in JSON what came of it.
+"""The programs that put a load on a target, and print the results as JSON.
 
 libblkio's vhost-user-blk driver is a real front-end, but knows neither indirect
 descriptors nor large areas of memory: `vhost-airlock bench` does. NBD has a small
-client of its own. All three wait for at least one request, look at what else is done,
-and ask for as many again.
+client of its own. All three wait until at least one request is done, take all that are
+done, and submit as many again.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Fronts:
         return self._start([str(self._nbddrive), str(front), case.mode, *words])
 
     def vhost(self, front: Path, case: Case, *, busy: bool) -> Process:
-        """Start the one that can do what the case asks for."""
+        """Start the program that supports the case."""
         special = case.indirect or case.cold or not case.mode.startswith("rand")
         return (self.ring if special else self.blkio)(front, case, busy=busy)
 
@@ -85,7 +85,7 @@ class Fronts:
 
 
 def compiled(source: Path) -> Path:
-    """Build a C program of ours, if its source is newer than what is there."""
+    """Build a C program of this folder, if its source is newer than the program."""
     program = PROJECT / "build" / source.stem
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         program.parent.mkdir(exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the airlock keeps to, whatever the load: the demo's time, rest, memory, scale.
+"""Goals that the airlock keeps under any load: the demo's time, rest, memory, scale.
 
 Each is measured on an airlock before a back-end in a process of its own.
 """
@@ -59,7 +59,7 @@ COLD = 128 * MIB
 
 @dataclass(frozen=True)
 class Goal:
-    """Something that was measured, and what it should be, if that is known."""
+    """A figure, and its goal if there is one."""
 
     name: str
     found: str
@@ -68,7 +68,7 @@ class Goal:
 
 
 def measure_goals(programs: Programs, folder: Path) -> Iterator[Goal]:
-    """All of them, one after the other."""
+    """Measure all goals, one after the other."""
     yield demo()
     disk = Disk(size=1 << 30, queues=max(RINGS))
     with storage_daemon(programs, disk, folder / "goals.sock") as (_, back):
@@ -80,7 +80,7 @@ def measure_goals(programs: Programs, folder: Path) -> Iterator[Goal]:
 
 
 def demo() -> Goal:
-    """The main job, as a new user tries it."""
+    """The demo's time, as a new user tries it."""
     command = [sys.executable, "-m", "vhost_airlock", "demo", "--json"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
@@ -104,7 +104,7 @@ def an_airlock(
 
 
 def idle(back: Path, folder: Path) -> Iterator[Goal]:
-    """A guest is connected, has used its disk, and does nothing more."""
+    """A guest is connected, has used its disk, and makes no more requests."""
     with an_airlock(back, folder) as (proxy, front), BlkGuest() as guest:
         guest.connect(str(front))
         guest.start()
@@ -139,14 +139,14 @@ def resident(name: str, proxy: Process) -> Goal:
 
 
 def memory_of(pid: int) -> tuple[int, int]:
-    """Return a process's resident memory, and what of it is in no file."""
+    """Return a process's (resident memory, resident memory that is in no file)."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = dict(re.findall(r"^(\w+):\s*(\d+) kB$", status, re.M))
     return int(found["VmRSS"]) * KIB, int(found["RssAnon"]) * KIB
 
 
 def rings(back: Path, folder: Path) -> Iterator[Goal]:
-    """As many requests in flight, over more and more rings."""
+    """The same number of requests in flight, over more and more rings."""
     plans = {
         f"{count} rings, {IN_FLIGHT} requests of 4 KiB in flight": LoadPlan(
             depth=IN_FLIGHT // count, queues=count, seconds=SECONDS, warmup=0.3
@@ -209,7 +209,7 @@ def compared(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a load took of an airlock."""
+    """The cost of a load for an airlock."""
 
     cpu_us: float
     """CPU time for a request."""
@@ -241,7 +241,7 @@ def cost(proxy: Process, front: Path, plan: LoadPlan) -> Cost:
 
 
 def packets() -> Iterator[Goal]:
-    """Small packets through the pump alone, to the back and back: nobody waits."""
+    """Small packets through the pump alone, to the back and back, without waits."""
     for segments in SEGMENTS:
         found = packet_ns(World(), segments)
         yield Goal(
@@ -276,14 +276,14 @@ def packet_ns(world: World, segments: Sequence[int]) -> list[float]:
 
 
 def timed(pump: Pump) -> tuple[int, int]:
-    """How many chains a step moves, and how long it takes in ns."""
+    """Return (chains that a step moves, its time in ns)."""
     begin = time.perf_counter_ns()
     moved = pump.step()[0]
     return moved, time.perf_counter_ns() - begin
 
 
 def copying() -> Iterator[Goal]:
-    """What memcpy takes here, to compare with what copying requests takes."""
+    """The time of memcpy, to compare with the time of copying requests."""
     with mmap.mmap(-1, 2 * COLD) as memory:
         memory[:] = bytes(2 * COLD)
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The results as one page that needs nothing else: at a glance first, then all."""
+"""The results as one page without other files: an overview first, then all."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
 
 
 def shade(ratio: float) -> str:
-    """Orange below 1, blue above; the more so the further."""
+    """Return a colour: orange below 1, blue above, darker with the distance."""
     distance = max(-2.0, min(2.0, math.log2(ratio))) if ratio > 0 else -2.0
     hue = 24 if distance < 0 else 205
     return f"hsl({hue} 85% {100 - 19 * abs(distance):.0f}%)"
@@ -252,7 +252,7 @@ def kinds(rows: Iterable[Row]) -> dict[str, set[Case]]:
 
 
 def cpu_charts(rows: Iterable[Row]) -> str:
-    """Stacked bars for each case: who used how much."""
+    """Stacked bars for each case: the CPU time of each process."""
     found = [
         bars(
             str(case),

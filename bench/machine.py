@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that is measured on: what it is, its CPU time, memory for the disk."""
+"""The machine on which the bench runs: its parts, its CPU time, memory for the disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
 SYS_IO_URING_SETUP = 425
 FOREIGN = 0.3
-"""Cores busy with something else that make a run worthless."""
+"""Cores busy with other programs that make a run worthless."""
 QUIET = 0.2
-"""Seconds in which nothing else ran: so the machine is quiet again."""
+"""Seconds without other programs after which the machine counts as quiet."""
 HALT_POLL = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
-"""How long idle cores of a virtual machine look out for work before they halt."""
+"""Time that idle cores of a virtual machine poll for work before they halt."""
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
 class Watched:
-    """A process whose CPU time and context switches are looked at."""
+    """A process whose CPU time and context switches are measured."""
 
     def __init__(self, pid: int) -> None:
         self.clock = cpu_clock(pid)
@@ -44,7 +44,7 @@ class Watched:
         return time.clock_gettime_ns(self.clock)
 
     def switches(self) -> tuple[int, int]:
-        """Return how often its threads waited, and how often they were interrupted.
+        """Return (voluntary context switches of its threads, other ones).
 
         Threads that have ended since the last look count as they were then.
         """
@@ -82,7 +82,7 @@ def take_sample(watched: Mapping[str, Watched]) -> Sample:
 
 
 def wait_for_quiet(limit: float) -> None:
-    """Wait until nothing keeps the machine busy, or no longer than that."""
+    """Wait until no other program keeps the machine busy, up to a time."""
     until = time.monotonic() + limit
     while time.monotonic() < until:
         before = take_sample({})
@@ -95,18 +95,18 @@ def wait_for_quiet(limit: float) -> None:
 def idle_ns(stat: str) -> int:
     """Return the time of all cores together that they were idle, from /proc/stat.
 
-    What is not idle is busy, also with interrupts, and when a hypervisor gave the
-    core to somebody else. Unlike the busy times next to it, which are counted by
-    the timer's tick, the idle time is measured.
+    All other time is busy, also with interrupts, and when a hypervisor gave the core to
+    another machine. Unlike the busy times next to it, which are counted by the timer's
+    tick, the idle time is measured.
     """
     idle, iowait = stat.split("\n", 1)[0].split()[4:6]
     return (int(idle) + int(iowait)) * TICK_NS
 
 
 def be_prompt() -> None:
-    """Run before all other programs, if we may: seldom and shortly, but on time.
+    """Run before all other programs, if allowed: seldom and shortly, but on time.
 
-    What we start runs as usual.
+    Programs that are started from here run as usual.
     """
     with contextlib.suppress(PermissionError):
         policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
@@ -115,7 +115,7 @@ def be_prompt() -> None:
 
 @contextmanager
 def idle_cores_poll(us: int | None, knob: Path = HALT_POLL) -> Iterator[None]:
-    """Let idle cores look out for work so long meanwhile. None: as they are set up."""
+    """Let idle cores poll for work for a time meanwhile. None: as they are set up."""
     if us is None:
         yield
         return
@@ -131,7 +131,7 @@ def idle_cores_poll(us: int | None, knob: Path = HALT_POLL) -> Iterator[None]:
 
 
 def idle_poll_us(knob: Path = HALT_POLL) -> int | None:
-    """Return how long idle cores look out for work, in microseconds, if known."""
+    """Return the microseconds that idle cores poll for work, if known."""
     try:
         return int(knob.read_text()) // 1000
     except OSError:
@@ -146,9 +146,9 @@ def io_uring_works() -> bool:
 
 @contextmanager
 def tmpfs(path: Path, size: int) -> Iterator[bool]:
-    """A tmpfs of huge pages that only we and our children see. False: not allowed.
+    """A tmpfs of huge pages for this process and its children. False: not allowed.
 
-    It goes away with us, however we end.
+    It goes away with this process, however that ends.
     """
     private = ["mount", "--make-rprivate", "/"]
     options = f"huge=always,size={size}"
@@ -193,7 +193,7 @@ def airlock_version() -> str:
 
 
 def said(argv: list[str]) -> str:
-    """Return what a program prints; nothing when there is no such program."""
+    """Return the output of a program; "" when there is no such program."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True)
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs loads on targets in turn, and again when something else disturbed them."""
+"""Runs loads on targets in turn, and again when other programs disturbed them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Bench:
     ) -> Iterator[Run]:
         """Go through all cases in each round.
 
-        A case that fails is left out and noted in `failures`; but when several do so
-        one after the other, it's not the cases.
+        A case that fails is left out and noted in `failures`; but when several fail one
+        after the other, the fault is elsewhere, and is raised.
         """
         todo = list(product(range(rounds), enumerate(cases)))
         in_a_row = 0

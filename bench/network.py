@@ -25,7 +25,7 @@ CASES = {
     "net, to the front-end": ("rxonly", "txonly"),
     "net, there and back": ("flowgen", "macswap"),
 }
-"""What the front-end and the back-end do with packets of 64 bytes."""
+"""The uses of front-end and back-end for packets of 64 bytes."""
 
 RATE = re.compile(r"Rx-pps: +(\d+)")
 SKIPPED = 2
@@ -46,7 +46,7 @@ class Network:
         return {case: self.measure(name, *modes) for case, modes in CASES.items()}
 
     def measure(self, name: str, front_mode: str, back_mode: str) -> Figure:
-        """Return million packets in a second, as the end says that receives them."""
+        """Return million packets in a second, by the end that receives them."""
         self.runs += 1
         folder = self.folder / f"net-{self.runs}"
         folder.mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured, and what a number of runs says: plain data and statistics."""
+"""Loads, runs and their results: plain data and statistics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARMED = 0.1
 
 
 class BenchError(Exception):
-    """Nothing can be measured here."""
+    """The bench can't measure here."""
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """The size as people write it."""
+        """The size as in 4K or 1M."""
         return f"{self.size // MIB}M" if self.size >= MIB else f"{self.size // KIB}K"
 
     @property
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was used up to a moment. Times in nanoseconds; names are of processes."""
+    """The use up to a moment. Times in nanoseconds; names are of processes."""
 
     at: int
     """CLOCK_MONOTONIC."""
@@ -64,7 +64,7 @@ class Sample:
     machine: int
     """CPU time of everything on the machine, all cores together."""
     switches: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Context switches: those that were asked for, and those that were not."""
+    """Context switches: (voluntary ones, other ones)."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,18 @@ class Run:
     cpu_us: Mapping[str, float]
     """CPU time for a request, by name of the process."""
     foreign: float
-    """Cores that were busy with something else."""
+    """Cores that were busy with other programs."""
     disturbed: bool
     """That was too much, each time that it was tried."""
     switches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Context switches for a request, by name of the process."""
     notices: Mapping[str, float] = field(default_factory=dict)
-    """Kicks and calls for a request, by who sends them."""
+    """Kicks and calls for a request, by their sender."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What all runs of one target under one load say: medians."""
+    """The results of all runs of one target under one load: medians."""
 
     case: Case
     target: str
@@ -135,11 +135,12 @@ def make_run(
     bound: float,
     counted: Mapping[str, float] | None = None,
 ) -> Run:
-    """Put together what the load program said and what was seen from outside.
+    """Put together the load program's results and the samples from outside.
 
-    CPU time for a request comes from rates: what the processes used in a second by the
-    requests in a second. So it needs no count at the moment of either sample. The same
-    goes for context switches. `counted` are notices for each request, by the airlock.
+    CPU time for a request comes from rates: the CPU time of the processes in a second
+    divided by the requests in a second. So it needs no count of requests at either
+    sample. The same goes for context switches. `counted` are notifications for each
+    request, by the airlock.
     """
     seconds = (last.at - first.at) / 1e9
     cores = {

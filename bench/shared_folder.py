@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest's shared folder: virtiofsd, and a guest under QEMU's own emulation.
 
-The emulated guest takes most of the time, so what an airlock costs shows less here than
-it would under KVM; what it may not do is to get in the way.
+The emulated guest takes most of the time, so the cost of an airlock shows less here
+than it would under KVM.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hostile guest or back costs the other rings of its airlock, and the processor.
+"""The cost of a hostile guest or back for its airlock's other rings and the processor.
 
     python -m bench.storms
 
 One worker has two rings. While one of them is attacked, requests of 64 bytes go one at
-a time through the other, both ends of which are this program; then nothing does, and
-the worker's own time is looked at. Figures are in docs/benchmarks.md.
+a time through the other, both ends of which are this program; then no requests do, and
+the worker's own CPU time is measured. Figures are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def storm(fd: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def flood(lane: Wired) -> Iterator[None]:
-    """As many requests of 4 KiB as go through the first ring, by threads in C."""
+    """Requests of 4 KiB through the first ring without a pause, by threads in C."""
     for head in range(lane.size):
         lane.ring.write_desc(head, head * 4096, 4096, 0, 0)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts as SVG text: lines over a few steps, and stacked bars. No more than is needed.
+"""Charts as SVG text: lines over a few steps, and stacked bars.
 
-Every point and bar has a title, which browsers show when one points at it.
+Every point and bar has a title, which browsers show under the pointer.
 """
 
 from __future__ import annotations

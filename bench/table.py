@@ -20,7 +20,7 @@ NOTES = (
 
 
 def report(rows: Sequence[Row], targets: Iterable[str]) -> str:
-    """All there is to say: every figure, then the ratios of these targets."""
+    """Every figure, then the ratios of these targets."""
     parts = [full_table(rows), NOTES, *(ratio_table(rows, name) for name in targets)]
     if any(row.disturbed for row in rows):
         parts.append(STAR)
@@ -28,7 +28,7 @@ def report(rows: Sequence[Row], targets: Iterable[str]) -> str:
 
 
 def full_table(rows: Iterable[Row]) -> str:
-    """A line for each case and target; the cases apart by empty lines."""
+    """A line for each case and target, with empty lines between cases."""
     lines = [HEAD]
     last: Case | None = None
     for row in rows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: one back-end, reached directly and in other ways."""
+"""The targets of the loads: one back-end, reached directly and in other ways."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ DEFAULT_POLL = 32_768
 """Nanoseconds that an iothread of QEMU polls at most, unless it's told otherwise."""
 LONG_POLL = 1_000_000
 COUNTERS = "counters: "
-"""What the airlock's log says before the counters, when a session ends."""
+"""The text before the counters in the airlock's log, when a session ends."""
 
 
 @dataclass(frozen=True)
 class FileInMemory(Disk):
-    """The file with the fastest way to it that there is."""
+    """The file, with the fastest way to it that the daemon has."""
 
     def blockdev(self) -> str:
         aio = "io_uring" if io_uring_works() else "threads"
@@ -51,7 +51,7 @@ class FileInMemory(Disk):
 
 @dataclass(frozen=True)
 class Target:
-    """Where a load program connects, and whose CPU time is looked at."""
+    """The socket for a load program, and the processes whose CPU time is measured."""
 
     name: str
     start: Callable[[Fronts, Case], Process]
@@ -59,7 +59,7 @@ class Target:
     watched: Mapping[str, Watched]
     prepare: Callable[[], object] = lambda: None
     counted: Callable[[], Mapping[str, float]] = dict
-    """Notices for each request of the last run, as far as the target knows."""
+    """Notifications for each request of the last run, as far as the target knows."""
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def nbd(front: Path) -> Callable[[Fronts, Case], Process]:
 
 
 def polling(daemon: StorageDaemon, long: bool) -> Callable[[], object]:
-    """Return what lets the daemon's iothread poll as usual, or long."""
+    """Return the options that let the daemon's iothread poll as usual, or long."""
     value = LONG_POLL if long else DEFAULT_POLL
     place = {"path": "/objects/io", "property": "poll-max-ns"}
     return lambda: daemon.qmp("qom-set", **place, value=value)
@@ -144,7 +144,7 @@ def nbd_export(daemon: StorageDaemon, path: Path) -> Iterator[Path]:
 
 
 class Counters:
-    """What an airlock counted in its last session, which its log tells at the end."""
+    """The counters of an airlock's last session, read from its log."""
 
     def __init__(self, proxy: Process) -> None:
         self._proxy = proxy
@@ -163,7 +163,7 @@ class Counters:
 
 
 def per_request(counters: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    """What an airlock sent and how often it slept, for each request."""
+    """Return an airlock's notifications and sleeps, for each request."""
     rings = [each for name, each in counters.items() if name.startswith("ring")]
     workers = [each for name, each in counters.items() if name.startswith("worker")]
     done = sum(ring["completions"] for ring in rings) or 1
@@ -176,7 +176,7 @@ def per_request(counters: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
 
 @contextmanager
 def image(folder: Path) -> Iterator[Path]:
-    """A file in memory, in huge pages where we may have them."""
+    """A file in memory, in huge pages where they are allowed."""
     where = folder / "memory"
     where.mkdir()
     with ExitStack() as stack:

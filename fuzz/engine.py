@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One target under libFuzzer: `python -m fuzz.engine TARGET [option or corpus]...`.
 
-What the target does with an input guides the choice of the next ones: the data plane
-was built with counters for that (tools/fuzz), and the package's Python gets them here.
+The code that an input reaches guides the choice of the next inputs: the data plane was
+built with counters for that (tools/fuzz), and the package's Python gets them here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A back that needs no thread: it answers well, and what it does in its rings a target
-does. It looks at all that it gets, for what a back must never get."""
+"""A back that needs no thread: it answers well, and a target acts in its rings. It
+searches all messages and memory that it gets for things that a back must never get."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PlayedBack:
         return Header(number, REPLY_FLAGS, len(body)).pack() + body, []
 
     def check(self, request: Request, payload: Any, fds: list[Fd]) -> None:
-        """I1 and I2: no memory of the guest's, no address but those we made."""
+        """I1 and I2: no memory of the guest's, no address but isolated memory's."""
         guest = os.fstat(memory().fileno())
         assert all(os.fstat(fd.fileno()).st_ino != guest.st_ino for fd in fds)
         if request is Request.SET_VRING_ADDR:
@@ -130,7 +130,7 @@ class PlayedBack:
         return None
 
     def all_it_has(self) -> Iterator[bytes]:
-        """What is not a hole of all memory that it ever got."""
+        """All bytes, but for holes, of all memory that it ever got."""
         for fd in self._files:
             end = 0
             with contextlib.suppress(OSError):

@@ -12,7 +12,7 @@ from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.vhost.fds import HasFileno
 
 ROUNDS = 1000
-"""Far more than it takes to move all that a ring of these targets can hold."""
+"""Far more steps than it takes to move all chains of a ring of these targets."""
 
 
 class PlayedWorker(Worker):
@@ -43,7 +43,7 @@ class PlayedWorker(Worker):
             self._turning.remove(pump)
 
     def turn(self) -> None:
-        """Move all chains that can be moved, and arm, unless it is to stand still."""
+        """Move all chains that can be moved, and arm, unless it is paused."""
         if self._paused:
             return
         for pump in self._turning:

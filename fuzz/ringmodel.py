@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ring through a real pump, and beside it what has to come of it.
+"""One ring through a real pump, and beside it a model of the pump.
 
-Guest and back both are hostile here: a target writes what it likes into guest memory
-and into isolated memory. Before each step the model reads the same memory, by the
+Guest and back both are hostile here: a target writes any bytes into guest memory and
+into isolated memory. Before each step the model reads the same memory, by the
 specification and in the plainest way, and foretells all of the guest's memory, the
-chains that the back gets, and whether the ring is broken. Only how many chains find
-room is not foretold.
+chains that the back gets, and whether the ring is broken. Only the number of chains
+that find room is not foretold.
 
-What comes of it: I1, I3, I4, I5 to I8 (docs/architecture.md), for whatever is there.
+This tests I1, I3, I4, I5 to I8 for any content of these memories.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ POOL = 48 * PAGE
 LARGEST = 32 * PAGE
 MOST_SEGMENTS = 1024
 DESCS_A_STEP, BYTES_A_STEP = 2048, 1 << 20
-"""A step takes or completes no more chains after so many descriptors, or bytes."""
+"""A step takes or completes no more chains after this number of descriptors, or bytes.
+"""
 TABLE_ENTRIES = 1040
-"""What the memory for the guest's indirect tables can hold in all."""
+"""Descriptors in the memory for the guest's indirect tables."""
 PATTERN = bytes(range(1, 252)) * 600
 
 
@@ -52,7 +53,7 @@ class GuestImage:
         self.pieces = [(at, bytearray(memory.view)) for at, memory in pieces]
 
     def check(self) -> None:
-        """The real memory is as foretold."""
+        """Check that the real memory is as foretold."""
         for at, data in self.pieces:
             assert bytes(self.ram.pieces[at].view) == data, f"guest memory at {at:#x}"
 
@@ -91,7 +92,7 @@ class Options:
 
 @cache
 def kept_lane(size: int) -> Lane:
-    """Memory is expensive, so what has one size shares it from run to run."""
+    """Memory for rings of one size, shared from run to run, for it is expensive."""
     world = World(pool=POOL, largest=LARGEST, regions=REGIONS)
     return Lane(world, size=size, entries=-(-TABLE_ENTRIES // size), start=False)
 
@@ -117,7 +118,7 @@ class RingModel:
         lane.whole_batches = options.whole_batches
         lane.renew()
         self.image = GuestImage(self.world.ram)
-        # By slot: with the back, left behind by a stop, waited for by nobody.
+        # Chains by slot: in flight, parked by a stop, in quarantine.
         self.flight: dict[int, Request] = {}
         self.parked: dict[int, Request] = {}
         self.quarantine: dict[int, Request] = {}
@@ -131,16 +132,16 @@ class RingModel:
         self._begin(options.base, options.base)
 
     def _renew_pool(self) -> None:
-        """The same memory, and no memory of what was there."""
+        """Use the same memory again, emptied."""
         self.world.pool = Pool(POOL, largest=LARGEST)
         back, memory = next(iter(self.world.isolated.pieces.items()))
         self.pool_memory = memory
         self.world.pool.add_region(memory.address, back, memory.size)
 
     def start(self, told: int) -> None:
-        """The ring starts once more; what was left behind goes on, or is nobody's.
+        """Start the ring once more; parked chains go on, or are in quarantine.
 
-        `told`: the base that the VMM says.
+        `told`: the base that the VMM tells.
         """
         self._reap_left()
         self.image.load()
@@ -181,7 +182,7 @@ class RingModel:
         self.broken = self.back_broken = False
 
     def look_back(self) -> None:
-        """The back may have completed in the old ring what the stop left with it."""
+        """The back may have completed parked chains in the old ring."""
         self._reap_left()
         self.lane.pump.look_back()
         self._check_held()
@@ -207,7 +208,7 @@ class RingModel:
         return request.returned
 
     def _disown(self, slots: list[int]) -> None:
-        """The guest waits for these no more."""
+        """The guest waits for these chains no more."""
         for slot in slots:
             request = self.parked.pop(slot)
             if not request.returned:
@@ -215,7 +216,7 @@ class RingModel:
         self.awaited = []
 
     def _see_doubles(self) -> None:
-        """What is in the isolated memory of chains that the guest may offer again."""
+        """The bytes in isolated memory of chains that the guest may offer again."""
         view = self.world.isolated.view
         self.doubles = {
             slot: [bytes(view(b.addr, b.length)) for b in request.seen.buffers]
@@ -223,13 +224,13 @@ class RingModel:
             if request.seen is not None
         }
 
-    # The guest's ring as the specification has it.
+    # The guest's ring by the specification.
 
     def _guest_word(self, offset: int) -> int:
         return int.from_bytes(self.image.read(self.lane.ring_at + offset, 2), "little")
 
     def _next_head(self) -> int | None:
-        """Where the next chain begins; None: there is none."""
+        """Return the place where the next chain begins; None: there is none."""
         layout, size = self.lane.layout, self.lane.size
         if self.seen == self.limit:
             limit = self._guest_word(layout.avail + 2)
@@ -282,7 +283,7 @@ class RingModel:
     # A step.
 
     def step(self) -> None:
-        """Step until nothing moves."""
+        """Step until no chain moves."""
         while self._one_step():
             pass
 
@@ -317,7 +318,7 @@ class RingModel:
         assert self.world.pool.used == PAGE * pages
 
     def _collect(self) -> int:
-        """What the back says is done, as far as that can be."""
+        """The chains that the back says are done, as far as that is possible."""
         reaped = segments = 0
         finished = False
         most = max(4, len(self.flight) // 4)
@@ -335,7 +336,7 @@ class RingModel:
         return reaped
 
     def _reap(self) -> tuple[Request, bool] | None:
-        """The next chain that the back has completed, and whether the guest gets it."""
+        """Return (the next chain that the back has completed, is it for the guest?)."""
         lane, shadow = self.lane, self.lane.shadow
         while True:
             if self.reaped == self.reap_limit:
@@ -359,7 +360,7 @@ class RingModel:
                 return None
 
     def _end(self, slot: int, said: int) -> tuple[Request, bool] | None:
-        """The back completes what is in this slot, if it has that."""
+        """The back completes the chain in this slot, if it has one."""
         if slot in self.flight:
             request = self.flight.pop(slot)
             assert request.seen is not None
@@ -397,8 +398,8 @@ class RingModel:
         self.busy.discard(request.head)
 
     def _forward(self, fresh: int) -> int:
-        """So many chains were taken; those must be the guest's next. How many of them
-        the back had still?
+        """`fresh` chains were taken, which must be the guest's next. Return the number
+        of chains that the back had still.
         """
         adopted = size = descs = 0
         done = False
@@ -435,7 +436,7 @@ class RingModel:
         return adopted
 
     def _awaited_slot(self, head: int, buffers: list[Buffer]) -> int | None:
-        """The slot of this chain, if it is the next one that the back has still.
+        """Return the slot of this chain, if it is the next that the back has still.
 
         If it is another one, the guest waits for none of them any more.
         """
@@ -469,7 +470,7 @@ class RingModel:
         return too_large or self._needs(buffers) > self.lane.size
 
     def _is_alone(self, buffers: list[Buffer]) -> bool:
-        """Does it wait for a region of its own? There is none here."""
+        """Does the chain wait for a region of its own? There is none here."""
         indirect = self.lane.back_indirect
         pages = Request(0, buffers, range(0), b"").pool_pages(indirect)
         blocks = [
@@ -483,7 +484,7 @@ class RingModel:
     def _check_stall(self, buffers: list[Buffer]) -> None:
         if self._is_alone(buffers):
             return
-        # One of an earlier ring has its slot, but no descriptors.
+        # A chain of an earlier ring has its slot, but no descriptors.
         taken = sum(
             self._needs(request.buffers) if request.position >= self.first else 1
             for request in self.flight.values()
@@ -492,7 +493,7 @@ class RingModel:
         assert self._needs(buffers) > free or self.world.pool.used, "it waits in vain"
 
     def _offered(self, head: int, buffers: list[Buffer]) -> None:
-        """The back sees exactly this chain, and in its memory nothing else."""
+        """Check that the back sees exactly this chain, and no other bytes of memory."""
         lane, isolated = self.lane, self.world.isolated
         chain = lane.device.take()
         assert chain is not None
@@ -564,7 +565,7 @@ class RingModel:
         self._check_held()
         return base
 
-    # What a good back does.
+    # Deeds of a good back.
 
     def complete(self, slot: int, said: int, data: bytes = b"") -> None:
         """Finish the chain of a slot, if it is in flight."""
@@ -579,7 +580,7 @@ class RingModel:
         self.lane.device.publish()
 
     def end(self) -> None:
-        """The back ends what it has, if it still can; then nothing is left."""
+        """The back completes its chains, if it still can; then none is left."""
         self.step()
         while self.flight and not self.back_broken:
             self.lane.device.next_used = self.reaped

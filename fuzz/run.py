@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs targets under libFuzzer, a few at a time: `tools/fuzz [option]... [target]...`.
 
-What an earlier run found worth keeping is in build/fuzz/corpus, and a run starts with
-that and with fuzz/corpus, the small part of it that is kept in the repository.
+Inputs that an earlier run kept are in build/fuzz/corpus. A run starts with these and
+with fuzz/corpus, the small part of them that is kept in the repository.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def engine(name: str, *arguments: object) -> list[str]:
 
 
 def fuzz(name: str, seconds: int) -> bool:
-    """Run one target, say in a line how it went, and whether that was well."""
+    """Run one target, and print its result in a line; returns True if that is good."""
     corpus, findings = BUILD / "corpus" / name, BUILD / "findings"
     log = BUILD / f"{name}.log"
     for folder in (corpus, findings):
@@ -82,7 +82,7 @@ def fuzz(name: str, seconds: int) -> bool:
 
 
 def summary(log: str) -> str:
-    """What libFuzzer's own words come to."""
+    """Return the figures in libFuzzer's output, in short."""
     seen = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", log)
     runs = re.search(r"number_of_executed_units: (\d+)", log)
     speed = re.search(r"average_exec_per_sec: +(\d+)", log)
@@ -97,7 +97,7 @@ def summary(log: str) -> str:
 
 
 def explain(log: str) -> str:
-    """The part of the log that says what went wrong."""
+    """Return the part of the log with the error."""
     lines = log.splitlines()
     for i, line in enumerate(lines):
         if "Uncaught Python exception" in line or "ERROR:" in line:
@@ -106,7 +106,7 @@ def explain(log: str) -> str:
 
 
 def keep(name: str) -> None:
-    """Add to fuzz/corpus what covers more than it does by itself."""
+    """Add to fuzz/corpus the inputs that cover more than it does by itself."""
     kept = ROOT / "fuzz" / "corpus" / name
     kept.mkdir(parents=True, exist_ok=True)
     options = "-set_cover_merge=1", "-max_len=1500"

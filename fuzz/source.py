@@ -21,7 +21,7 @@ class Source:
         return self._at < len(self._data)
 
     def take(self, size: int) -> bytes:
-        """So many bytes, zeros behind the last."""
+        """Return this number of bytes, zeros behind the last one of the input."""
         data = self._data[self._at : self._at + size]
         self._at += size
         return data.ljust(size, b"\0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages of a fuzzer's choice, with descriptors, on sockets that nobody waits for."""
+"""Messages of a fuzzer's choice, with descriptors, on sockets that never block."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def memory() -> Fd:
 
 
 def open_fds() -> int:
-    """How many descriptors this process has."""
+    """Return the number of descriptors that this process has."""
     memory()
     return len(os.listdir("/proc/self/fd"))
 
 
 def all_closed(before: int) -> None:
-    """Nothing that came in since then is still open."""
+    """Check that no descriptor since then is still open."""
     if open_fds() != before:
         gc.collect()  # an exception may still hold what it went through
         assert open_fds() == before, "descriptors were lost"
@@ -73,7 +73,7 @@ def some_fd(source: Source) -> Fd:
 
 
 def payload(source: Source, kind: type[Any]) -> bytes:
-    """One that can be of this kind, more or less."""
+    """Return a payload that can be of this kind, more or less."""
     shape = source.number(1)
     if shape >= 0xF0:
         return source.take(source.number(1))
@@ -160,7 +160,7 @@ def send_any(sock: socket.socket, source: Source, rules: AnyRules) -> None:
 
 
 def replies(sock: socket.socket) -> list[tuple[Header, bytes]]:
-    """All that came back, which must be whole replies with the flags of one."""
+    """Return all that came back, which must be whole replies with a reply's flags."""
     data = bytearray()
     while True:
         try:

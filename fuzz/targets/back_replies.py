@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a back answers to each request that there is."""
+"""Any answer of a back to each request."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def one(data: bytes) -> None:
                 except SessionError:
                     break
                 assert not wrong[-1], "a reply to something else was taken"
-                # What is returned keeps what was promised.
+                # The result keeps the promises of its method.
                 if isinstance(result, Fd):
                     result.close()
                 elif isinstance(result, tuple):

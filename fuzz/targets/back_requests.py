@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a back sends on the socket for requests of its own."""
+"""Any bytes of a back on the socket for requests of its own."""
 
 from __future__ import annotations
 

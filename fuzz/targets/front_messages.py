@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a front sends, to a whole session with a good back."""
+"""Any messages of a front, to a whole session with a good back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REGION = MemoryRegion(0, 16 * PAGE, 0)
 
 
 def good(index: int) -> list[tuple[Request, Payload, str]]:
-    """All that it takes to start a ring."""
+    """The messages that start a ring."""
     return [
         (R.GET_FEATURES, Empty(), ""),
         (R.GET_PROTOCOL_FEATURES, Empty(), ""),

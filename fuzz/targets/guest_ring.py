@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a guest writes into its ring, descriptor table and avail ring."""
+"""Any words of a guest in its ring, descriptor table and avail ring."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a guest writes into indirect tables, and into descriptors of tables."""
+"""Any words of a guest in indirect tables, and in descriptors of tables."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class MemoryModel:
         self.lane.ring.avail_idx = self.lane.ring.used_idx = 0
         self.lane.start(0)
 
-    # What a table is.
+    # The form of a table.
 
     @staticmethod
     def possible(table: list[tuple[MemoryRegion, int]]) -> bool:
@@ -120,7 +120,7 @@ class MemoryModel:
         self.memory.prune()
         assert len(self.memory) == len(self.table)
 
-    # What is in it.
+    # The content of a table.
 
     def look_up(self, user: int, size: int) -> None:
         """The airlock finds a range of user addresses in one region, or not at all."""

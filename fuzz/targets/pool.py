@@ -52,7 +52,7 @@ class Held(NamedTuple):
 
 
 class Lone(Enum):
-    """What has become of the lone region."""
+    """The state of the lone region."""
 
     NONE = auto()
     OPEN = auto()
@@ -109,7 +109,7 @@ class PoolModel:
                 del self.regions[piece]
 
     def change_shares(self, source: Source) -> None:
-        """As the control plane does it: the parts are no more than the whole."""
+        """Set shares as the control plane does: their sum is no more than the limit."""
         lane = self.world.lanes[source.below(2)]
         self.guaranteed[lane.index] = source.choice((0, 8, 16, 32))
         lane.pump.set_guaranteed(self.guaranteed[lane.index] * PAGE)
@@ -117,7 +117,7 @@ class PoolModel:
         self.pool.set_common(self.common * PAGE)
 
     def serve_lone(self) -> None:
-        """As the control plane does it: make the lone region anew when that is due."""
+        """Make the lone region anew when that is due, as the control plane does."""
         due = self.lone is Lone.USED or bool(self.lone is Lone.NONE and self.queue)
         assert self.pool.lone_due == due
         if due:
@@ -249,7 +249,7 @@ class PoolModel:
         assert self.pool.used == PAGE * sum(pages for _, pages in self.blocks())
 
     def check_stall(self, lane: Lane, buffers: list[Buffer], wanted: list[int]) -> None:
-        """Whatever can fit does."""
+        """Check that every chain that can fit does."""
         needs = [1 if lane.back_indirect else len(buffers)]
         for held in self.flight[lane.index].values():
             needs.append(1 if lane.back_indirect else len(held.chain.buffers))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole sessions: a front that may say anything, a guest with good and bad requests,
-and a back that does what it likes in its memory. All of them act when the session waits
-and in its thread, so nobody waits for anybody, and what an input does, it always does.
-Of the invariants, at the end:
+"""Whole sessions: a front that may send any message, a guest with good and bad
+requests, and a back that writes anywhere in its memory. All of them act when the
+session waits, and in its thread, so no side waits for another, and an input always has
+the same effect. The invariants that are checked at the end:
 
-- I1, I2: the back has no byte of the guest's but what it may read, and no address.
-- I3: the guest finds each request completed once at most, and nothing else.
-- I4, I5, I6: guest memory is what it was, but for rings and writable buffers; what was
-  taken away is not touched.
+- I1, I2: the back has no byte of the guest's but those it may read, and no address.
+- I3: the guest finds each request completed once at most, and no other completions.
+- I4, I5, I6: guest memory is unchanged, but for rings and writable buffers; memory that
+  was taken away is not touched.
 - I9: no descriptor is left.
 """
 
@@ -42,15 +42,15 @@ from vhost_airlock.vhost.rules import RULES
 from vhost_airlock.vhost.wire import MemoryRegion, MemoryTable, Payload, Request
 
 CONFIG = Config(timeout=0, drain_timeout=0, poll_us=0, pool_limit=1 << 20)
-"""What has not come when the session looks for it never comes."""
+"""A message that has not come when the session looks for it never comes."""
 Step = tuple[Request, Payload, str]
 SIZE = 16
 RING = range(0x1000, 0x2000)
-"""Where front_messages.good() says that the ring is."""
+"""The place of the ring by front_messages.good()."""
 USED = 0x1C00
 """From here on only the airlock writes to it."""
 SCRATCH = range(15 * PAGE, 16 * PAGE)
-"""What a guest that misbehaves points at, other than outside."""
+"""Places at which a guest that misbehaves points, other than outside."""
 BUFFERS = 2 * PAGE
 SECRET = b"not for any back"
 LENGTHS = (16, 1, 64, 512, 513, 2000)
@@ -61,7 +61,7 @@ START = [step for step in good(0) if step[0] is not Request.SET_VRING_BASE]
 """The airlock knows by itself where a ring goes on."""
 STOP = START.pop()
 AGAIN = START[[step[0] for step in START].index(Request.SET_MEM_TABLE) :]
-"""What it takes when features were chosen."""
+"""The messages of a start when features were chosen."""
 
 
 class Guest:
@@ -78,24 +78,24 @@ class Guest:
         self.ring = SplitRing(SIZE, *parts)
         self.driver = DriverRing(self.ring)
         self.requests: dict[int, tuple[int, Buffer]] = {}
-        """By head: the number of each request, and where the device may write."""
+        """By head: (the request's number, its buffer that the device may write)."""
         self.writable: list[Buffer] = []
         """All that ever were: a hostile guest may have offered old ones again."""
         self.ended: set[int] = set()
         self.next = BUFFERS
         self.offered = 0
         self.hostile = False
-        """Did it break its own ring? Then what is in there means nothing."""
+        """Did it break its own ring? Then the words in the ring mean nothing."""
         self.misled = False
-        """Did the front say where memory is? Then nobody knows."""
+        """Did the front send any messages? Then it is not known where memory is."""
         self.gone_from = 16 * PAGE
         self.gone = bytearray()
-        """What was in memory when it was taken away, from there on."""
+        """The bytes from `gone_from` on, when that memory was taken away."""
         self.beyond: set[int] = set()
         """Which requests were offered since then, but are in that memory."""
 
     def leave(self, size: int) -> None:
-        """So much of the memory, from its start, has the airlock from here on."""
+        """From now on the airlock has this much of the memory, from its start."""
         self.check()
         self.gone_from = max(size, USED)
         self.gone = bytearray(self.view[self.gone_from :])
@@ -110,7 +110,7 @@ class Guest:
             self.gone[gone] = data[start - at :]
 
     def reap(self) -> None:
-        """Take back what was completed; it must have been outstanding."""
+        """Take back completed chains, which must have been outstanding."""
         if self.hostile or self.misled:
             return
         try:
@@ -147,7 +147,7 @@ class Guest:
         self.driver.publish()
 
     def misbehave(self, source: Source) -> None:
-        """What it offers may be written to, so it has to point away from the rest."""
+        """Offer a bad chain. It may be written to, so it points away from the rest."""
         self.hostile = True
         at = source.below(SIZE)
         address = source.choice((SCRATCH.start, SCRATCH.stop, 1 << 63, RING.start))
@@ -189,7 +189,7 @@ class BusyBack(PlayedBack):
         self.served = 0
         self.hostile = False
         self.left: defaultdict[Vring, list[Chain]] = defaultdict(list)
-        """What it has taken of each ring and not done, whatever was stopped since."""
+        """The chains of each ring that it has taken and not done, over all stops."""
 
     def act_on_ring(
         self, request: Request, vring: Vring, payload: Any, fds: list[Fd]
@@ -199,7 +199,7 @@ class BusyBack(PlayedBack):
         return super().act_on_ring(request, vring, payload, fds)
 
     def work(self) -> None:
-        """Serve what there is, or only some of it, or take one more and leave it."""
+        """Serve all chains, or only some, or take one more and leave it."""
         for vring in self.vrings.values():
             ring, call = vring.ring, vring.call
             if ring is None or call is None:
@@ -221,7 +221,7 @@ class BusyBack(PlayedBack):
         ring.complete(chain.head, self.source.choice((513, 0, 0xFFFFFFFF)))
 
     def look_at(self, chain: Chain) -> None:
-        """Whoever ends what it has not taken may find anything in its ring."""
+        """Note the request of a chain, which a back that does harm may have made up."""
         address, _, writable = chain.buffers[0]
         if not (writable or self.hostile):
             self.took(self.memory.view(address, 1)[0])
@@ -305,7 +305,7 @@ class Play(Session):
                 self.guest.leave(payload.regions[0].size)
         send_good(self.peer, list(steps))
 
-    # What may happen.
+    # The events of a session.
 
     def front_starts(self) -> None:
         """For the first time, or again, which needs a stop before it."""
@@ -366,8 +366,8 @@ ACTS = (
 
 
 def one(data: bytes) -> None:
-    """What counts most here is in which order things happen, and the engine likes its
-    inputs short: so each goes on at random, the same way each time."""
+    """The order of events counts most here, and the engine likes its inputs short: so
+    each input is continued at random, the same way each time."""
     before = open_fds()
     play = Play(Source(data + Random(data).randbytes(MORE)))
     assert play.run() is None

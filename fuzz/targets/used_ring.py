@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a back writes into isolated memory: used ring, descriptors, buffers, all."""
+"""Any words of a back in isolated memory: used ring, descriptors, buffers."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def writes(model: RingModel, source: Source) -> None:
 
 
 def stops(model: RingModel, source: Source) -> None:
-    """The ring stops and starts; the back lies about how far it is, or not.
+    """The ring stops and starts; the back tells a right or a wrong base.
 
-    In between it writes, and completes what it has still, where it looks for it.
+    In between it writes, and completes chains that it has still, in the ring that it
+    has then.
     """
     base = model.stop(None if source.flag() else source.number(2))
     for _ in range(source.below(4)):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import ScriptedBack, readable
+from tests.support.backs import ScriptedBack, readable, wait_until
 from vhost_airlock.peers.disk import SECTOR, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import RING_FEATURES
@@ -61,6 +61,20 @@ def test_stopped_ring_wants_no_calls(features: int) -> None:
             ring.complete(chain.head, SECTOR + 1)
             ring.publish()
             assert not ring.call_needed()
+
+
+def test_back_end_that_has_stopped_can_call_for_what_is_unfinished() -> None:
+    """libvhost-user calls for the first completion after a start, wanted or not."""
+    back = ScriptedBack()
+    with Airlock(back, drain_timeout=0.2) as airlock, BlkGuest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        guest.queues[0].submit(BlkType.IN, 0, [(guest.ram.alloc(SECTOR), SECTOR)])
+        guest.queues[0].kick()
+        back.take()
+        back.ring().arm()
+        guest.front.get_vring_base(0)
+        wait_until(lambda: back.vrings[0].call is not None, "it has a descriptor")
 
 
 def test_back_end_can_call_as_soon_as_it_has_a_ring() -> None:

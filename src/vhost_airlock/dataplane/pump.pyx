@@ -376,8 +376,8 @@ cdef class Pump:
     def silence(self):
         """Ask the back for no calls until the next start; completions are taken still.
 
-        A back that has stopped a ring has no call descriptor for it, and libvhost-user
-        gives the connection up when it calls without one.
+        A back that stops a ring lets go of its call descriptor, and libvhost-user gives
+        the connection up when it calls without one.
         """
         self.state.silent = True
         run(&self.state, silence, 0)

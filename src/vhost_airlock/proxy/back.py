@@ -179,6 +179,12 @@ class Back:
         """Stop a ring; return the base at which the back says it has stopped."""
         return self.peer.get_vring_base(index)
 
+    def set_call(self, index: int, call: Fd) -> None:
+        """Let the back notify at `call` for a ring that it has stopped with chains
+        unfinished: libvhost-user may have to, and gives the connection up if it can't.
+        """
+        self.peer.set_vring_call(index, call)
+
     def enable_ring(self, index: int, enable: bool) -> None:
         """Enable a ring or not, and return when the back has done it."""
         if self.has.features & Feature.PROTOCOL_FEATURES:

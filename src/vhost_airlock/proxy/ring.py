@@ -389,6 +389,8 @@ class Ring:
                 pump.silence()
         base = owner.back.stop_ring(self.index)
         if pump.drains:
+            if pump.owes(base) > 0:
+                owner.back.set_call(self.index, self.call)
             await_done(pump, owner.back, self.worker, base, owner.drain_deadline())
         self._let_go(base)
 

@@ -111,9 +111,13 @@ class Guest(Process):
         """Run a shell command in the guest: its output."""
         return self.call(sh, command)
 
-    def reboot(self) -> None:
+    def begin_reboot(self) -> Call[str]:
+        """Reset the machine; it is ready again when the result is there."""
         self.qmp("system_reset")
-        Call[str](self, "reboot").result()
+        return Call(self, "reboot")
+
+    def reboot(self) -> None:
+        self.begin_reboot().result()
 
     def power_off(self) -> None:
         self.begin(sh, "poweroff -f")

@@ -109,6 +109,45 @@ def test_cache_modes(programs, folder, via, reference):
         guest.power_off()
 
 
+def use(guest: Guest, share: Path, number: int) -> None:
+    """A file goes each way; what the system before this one wrote is there."""
+    share.joinpath("from host").write_text(f"{number}")
+    guest.sh("mount -t virtiofs share /mnt")
+    assert guest.sh("cat '/mnt/from host'") == f"{number}"
+    if number:
+        guest.call(files.check_big, "/mnt/big", number - 1, MIB)
+    guest.call(files.write_big, "/mnt/big", number, MIB)
+    files.check_big(str(share / "big"), number, MIB)
+
+
+def test_guest_reboots(programs, folder, via):
+    """RESET_DEVICE, which comes with a reboot, makes virtiofsd forget its features."""
+    share = new_share(folder, "share")
+    with (
+        virtiofsd(programs, share, folder / "fs.sock"),
+        reach(via, folder / "fs.sock") as front,
+        Guest(programs, folder, devices.file_system(front, "share")) as guest,
+    ):
+        use(guest, share, 0)
+        guest.reboot()
+        use(guest, share, 1)
+        guest.power_off()
+
+
+def test_kept_back_end_serves_the_next_vmm(programs, folder):
+    """virtiofsd would end with its connection; the first VMM is killed."""
+    share = new_share(folder, "share")
+    with (
+        virtiofsd(programs, share, folder / "fs.sock"),
+        reach("airlock", folder / "fs.sock", "--keep-backend") as front,
+    ):
+        for number in range(2):
+            with Guest(programs, folder, devices.file_system(front, "share")) as guest:
+                use(guest, share, number)
+                if number:
+                    guest.power_off()
+
+
 def test_next_session_gets_its_own_back_end(programs, folder):
     """The airlock starts virtiofsd, which ends with each VMM: killed, then stopped."""
     share = new_share(folder, "share")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: real programs, who runs with whom, folders, a real end."""
+"""Parts that all tests share: real programs, the order of tests, folders, the end."""
 
 import faulthandler
 import os

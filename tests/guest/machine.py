@@ -29,7 +29,7 @@ class Call(Generic[T]):
         self.name = name
 
     def result(self, timeout: float = PATIENCE) -> T:
-        """What it returns, having come through JSON; what it raises fails the test."""
+        """Return a function's result, by way of JSON; its exception fails the test."""
         answer = self.guest.hear(timeout)
         if "error" in answer:
             raise AssertionError(f"in the guest, {self.name}: {answer['error']}")

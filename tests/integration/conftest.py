@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests begin with; and whatever one does, it leaves nothing behind."""
+"""The fixtures of tests; and a check that no test leaves anything behind."""
 
 from __future__ import annotations
 

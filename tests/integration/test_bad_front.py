@@ -265,7 +265,7 @@ def send(vmm: CloudHypervisor, case: Case, files: dict[str, Fd], flags: int) -> 
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged for everybody to see."""
+    """The lines of log at the default level."""
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 

@@ -59,7 +59,7 @@ def run_small(monkeypatch: pytest.MonkeyPatch, folder: Path, *, json: bool) -> i
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it says to machines, when all is well."""
+    """Its JSON, when all is well."""
     folder = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
         [*DEMO, "--json"], env=environment(folder), capture_output=True, check=False

@@ -47,7 +47,7 @@ class Setting:
         self.back = back
         self.path = path
         self.lines: set[str] = set()
-        """What it may say."""
+        """The messages that it may send."""
 
     def connect(self, guest: BlkGuest) -> None:
         guest.connect(self.program.connect(self.path))
@@ -62,7 +62,7 @@ class Setting:
         self.back.forget_seen()
 
     def holdings(self) -> Holdings:
-        """What it holds between two sessions."""
+        """Its descriptors and memory between two sessions."""
         with BlkGuest() as guest:
             self.connect(guest)
             self.leave(guest)
@@ -160,7 +160,7 @@ def test_i9_reconnects_under_load(setting: Setting) -> None:
 
 
 def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], None]]:
-    """Whatever can be said again and again while rings run."""
+    """All messages that may come again and again while rings run."""
     front, queue = guest.front, guest.queues[0]
     region = MemoryRegion(1 << 50, MIB, 1 << 50, 0)
     shared = guest.ram.shared()

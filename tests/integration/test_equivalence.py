@@ -47,7 +47,7 @@ def carry_out(
     restarts: bool = False,
     **options: object,
 ) -> tuple[list[object], bytes]:
-    """What came of the plan, and what is on the disk."""
+    """The results of the plan, and the bytes on the disk."""
     back = DiskBack(sectors=SECTORS, num_queues=2, without=back_without)
     chance = random.Random(7)
 

@@ -61,7 +61,7 @@ def guest() -> Iterator[BlkGuest]:
         yield guest
 
 
-# What a back can do in place of an answer. Each is called in the back's thread; to
+# Deeds of a back in place of an answer. Each is called in the back's thread; to
 # return is to answer as usual, to raise is to hang up.
 
 Deed = Callable[[ScriptedBack, Channel, Request], None]
@@ -406,7 +406,7 @@ def test_i5_features_are_those_of_the_first_answer(
     back.instead.clear()
 
 
-# What it can do when nothing was asked of it.
+# Deeds of a back when no request is out.
 
 
 @pytest.mark.parametrize("deed", [hang_up, send_noise, ask_something])

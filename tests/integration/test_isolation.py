@@ -64,7 +64,7 @@ def finds(back: RecordedBack, mark: bytes) -> int:
 
 
 def identity(fd: HasFileno) -> str:
-    """What the kernel says of a descriptor, the same for all copies of it."""
+    """The kernel's text about a descriptor, the same for all copies of it."""
     number = fd.fileno()
     name = os.readlink(f"/proc/self/fd/{number}")
     if "eventfd" in name:
@@ -158,7 +158,7 @@ def test_i1_back_gets_no_descriptor_and_no_byte_of_the_guest(
 
 
 def test_i1_search_finds_what_is_there() -> None:
-    """What the guest writes to the device is there to be found."""
+    """Bytes that the guest writes to the device are there to be found."""
     back = ScriptedBack()
     with quick(back) as airlock, MarkedGuest() as guest:
         guest.connect(airlock.channel())

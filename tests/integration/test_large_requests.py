@@ -193,7 +193,7 @@ def test_one_large_request_at_a_time(
 
 
 def test_memory_is_bounded_by_both_limits(play: Play) -> None:
-    """Whatever is asked for: the pool's and the largest request's."""
+    """Both limits hold for any requests: the pool's and the largest request's."""
     scene = play(pool_limit=2 * MIB, request_limit=6 * MIB, ram=64)
     scene.submit(6 * MIB, 0)
     scene.submit(6 * MIB, 1)

@@ -78,7 +78,7 @@ def test_back_end_that_has_stopped_can_call_for_what_is_unfinished() -> None:
 
 
 def test_back_end_can_call_as_soon_as_it_has_a_ring() -> None:
-    """What a stop has left with it may end there at once."""
+    """Chains that a stop has left with it may end there at once."""
 
     def take_address(payload: VringAddr, fds: list[Fd]) -> None:
         can_call.append(back.vrings[payload.index].call is not None)

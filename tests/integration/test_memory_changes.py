@@ -100,7 +100,7 @@ def test_memory_comes_and_goes_under_load(without: tuple[ProtocolFeature, ...]) 
 def test_completion_in_memory_that_is_gone_is_dropped(
     back: ScriptedBack, guest: BlkGuest
 ) -> None:
-    """What was plugged out may be anything by then. The request itself is done."""
+    """The unplugged memory may have any use by then. The request itself is done."""
     region = guest.plug(PLUGGED, MIB)
     with Fd.dup(guest.ram.shared()[-1][1]) as file:
         inside = guest.ram.alloc(2 * PAGE, region=region)
@@ -201,7 +201,7 @@ def test_memory_that_is_replaced_is_used_at_once(
 
 
 def test_regions_that_stay_are_not_mapped_anew(airlock: Airlock) -> None:
-    """Whatever table they come in, and in which order."""
+    """In any table, and in any order."""
     back = airlock.back
     assert isinstance(back, ScriptedBack)
     with make_guest((ProtocolFeature.CONFIGURE_MEM_SLOTS,)) as guest:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages in every order that front-ends are known for, and in some that they aren't.
 
-Whatever the order, requests are served, and the back gets its messages in the one order
+In any order, requests are served, and the back gets its messages in the one order
 that all back-ends take.
 """
 
@@ -131,7 +131,7 @@ def test_call_may_change_at_any_time_under_load(serve: Serve) -> None:
         vmm.front.set_vring_call(0, other if turn % 2 else queue.call_fd)
         current, old = (other, queue.call_fd) if turn % 2 else (queue.call_fd, other)
         while not queue.reap():
-            # What went to the old one before the change is repeated on the new one.
+            # A call on the old one before the change is repeated on the new one.
             assert readable(current)
             drain(current)
         drain(old)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries no address and no descriptor goes to the back, and its answer back."""
+"""Messages without address and descriptor go to the back, and its answer back."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_status_before_the_protocol_features_stays_here(
     airlock: Airlock, back: ScriptedBack
 ) -> None:
     """DPDK's virtio-user begins so when it connects again, and waits for the acks that
-    it had before. What it tells later reaches the back."""
+    it had before. A status that it tells later reaches the back."""
     with small_guest(also=[OFFERED]) as guest:
         channel = airlock.channel()
         early = Frontend(channel)

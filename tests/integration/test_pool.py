@@ -65,7 +65,7 @@ class Scene:
         return [request for request in self.back.requests() if request in MEMORY]
 
     def regions(self) -> list[MemoryRegion]:
-        """What the back has, in the order of addresses."""
+        """The back's regions, in the order of addresses."""
         regions = [mapped.region for mapped in self.back.memory.regions]
         return sorted(regions, key=lambda region: region.guest_addr)
 
@@ -316,7 +316,7 @@ def test_back_that_refuses_a_region_is_of_no_use(
     caplog: pytest.LogCaptureFixture,
     request_: Request,
 ) -> None:
-    """What it still has or hasn't got then, nobody knows."""
+    """Its regions are not known after a refusal."""
     monkeypatch.setattr(pool_policy, "IDLE_CHECK", 0.05)
     scene = play(pool_limit=256 * MIB)
 

@@ -205,7 +205,7 @@ def test_signal_at_any_time_of_the_start_leaves_nothing(
         assert_clean(program, front)
 
 
-# What keeps it from starting.
+# Reasons for which it does not start.
 
 
 @pytest.mark.parametrize(

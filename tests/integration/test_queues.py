@@ -131,7 +131,7 @@ def test_some_queues_never_work(vmm: Vmm, airlock: Airlock) -> None:
 @pytest.mark.parametrize(("feature", "calls"), [(MRG_RXBUF, 1), (0, 4)])
 def test_the_chains_of_a_packet_are_seen_at_once(feature: int, calls: int) -> None:
     """A guest that asks for it is called once, when all that belongs together is
-    there; another one, who can go on with a part, as soon as there is a part."""
+    there; another guest, which can go on with a part, as soon as there is a part."""
     wanted = (Vmm.wanted_features | feature) & ~Feature.EVENT_IDX
     back = ScriptedBack(features=wanted | Feature.PROTOCOL_FEATURES)
     with Airlock(back) as airlock, Vmm(num_queues=1) as vmm:

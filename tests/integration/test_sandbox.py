@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other processes, and the kernel, see of an airlock that runs locked in."""
+"""An airlock that runs locked in, as other processes and the kernel see it."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_nothing_is_left_of_an_airlock_that_is_killed(
 
 
 def gone(pid: int) -> bool:
-    """Whoever has taken an orphan on may be slow to bury it."""
+    """The process that inherits an orphan may be slow to wait for it."""
     try:
         return status(pid)["State"].startswith("Z")
     except FileNotFoundError:

@@ -75,7 +75,7 @@ def submit(guest: BlkGuest, count: int = 1, size: int = 4096) -> list[Io]:
 
 
 def take(back: ScriptedBack, count: int) -> list[Chain]:
-    """So many chains, and tell that they were taken."""
+    """Take this number of chains, and tell the test that they were taken."""
     chains = [back.take() for _ in range(count)]
     back.ring().arm()
     return chains
@@ -93,7 +93,7 @@ def complete(back: ScriptedBack, *chains: Chain) -> None:
 
 
 def everything(guest: BlkGuest) -> list[bytes]:
-    """What is in those parts of guest memory that anybody has used."""
+    """The bytes in all parts of guest memory that were ever used."""
     free = guest.ram._free
     return [
         bytes(mapped.view[: free[mapped.region.guest_addr] - mapped.region.guest_addr])

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 
 class P(IntEnum):
-    """What the producer does next."""
+    """The producer's next step."""
 
     IDLE = 0
     FENCE = 1
@@ -36,7 +36,7 @@ class P(IntEnum):
 
 
 class C(IntEnum):
-    """What the consumer does next."""
+    """The consumer's next step."""
 
     LOOK = 0
     TAKE = 1
@@ -77,7 +77,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """What the code does, by its variants, and what mistakes are in it."""
+    """The code's variants, and mistakes in it."""
 
     size: int
     event_idx: bool
@@ -264,7 +264,7 @@ class Model:
         return state._replace(armed=False, consumer_stores=stores)
 
     def check(self, state: State) -> None:
-        """What must hold in every state."""
+        """The conditions that must hold in every state."""
         if (state.new - state.seen) % self.modulus > self.size:
             raise Broken("more is outstanding than the ring holds")
         if (

@@ -197,7 +197,7 @@ class Twin:
             assert bool(lane.shadow.avail_flags) == self.from_back.state.quiet
 
     def situation(self) -> tuple[object, ...]:
-        """What decides over all that follows, wherever in the rings it is."""
+        """The words that decide over all that follows, at any place in the rings."""
 
         def from_here(state: State) -> tuple[object, ...]:
             gap = (state.shown - state.event + FAR) % (1 << 16)

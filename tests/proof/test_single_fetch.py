@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What another side can write is fetched once: proved on the compiled code.
+"""Words that another side can write are fetched once: proved on the compiled code.
 
 Every load of the data plane from guest and isolated memory is caught as it happens, by
 the closed memory of watching.py, and the whole list is compared with what a step has

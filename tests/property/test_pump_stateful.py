@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever guest and back do in whatever order, the pump does what a model says.
+"""In any order of deeds of guest and back, the pump does as a model does.
 
 Two rings share one small pool. Each guest offers random chains; each back takes them,
 and completes them in any order; rings stop and start at any point. The model is in

@@ -23,7 +23,7 @@ class Network:
         thread.start()
         thread.join()
         with self.entered():
-            # Whoever wants may use ICMP sockets, as passt does for pings.
+            # All groups may use ICMP sockets, as passt does for pings.
             Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
             up = programs("busybox", "ip", "link", "set", "lo", "up")
             run(up, folder / "network.log")

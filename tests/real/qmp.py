@@ -36,7 +36,7 @@ class Qmp:
 
     @staticmethod
     def options(fd: int, monitor: str = "-mon") -> tuple[str, ...]:
-        """What gives a QEMU its end of the connection."""
+        """The options that give a QEMU its end of the connection."""
         chardev = "--chardev" if monitor.startswith("--") else "-chardev"
         return (
             *(chardev, f"socket,id=qmp,fd={fd}"),
@@ -44,7 +44,7 @@ class Qmp:
         )
 
     def __call__(self, command: str, **arguments: Any) -> Any:
-        """What a command returns. '_' in its arguments' names stands for '-'."""
+        """Return a command's result. '_' in its arguments' names stands for '-'."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         request = {"execute": command, "arguments": named}
         self._sock.sendall(json.dumps(request).encode() + b"\n")

@@ -15,7 +15,7 @@ from tests.real.qmp import Qmp
 
 @dataclass(frozen=True)
 class Disk:
-    """What is exported: a raw file, or with none a null device of `size` bytes."""
+    """The export: a raw file, or without a file a null device of `size` bytes."""
 
     image: Path | None = None
     size: int = 0

@@ -26,7 +26,7 @@ DEADLY = [
     "table-next-beyond",
     "zero-length",
 ]
-"""What ends the connection with all its rings, each time, when it comes directly."""
+"""Attacks that end the connection with all its rings each time, when direct."""
 
 
 def attacks(path: Path, *names: str) -> dict[str, dict[str, Any]]:

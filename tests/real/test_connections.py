@@ -224,7 +224,7 @@ def disk(programs, folder) -> Iterator[Callable[..., Requests]]:
 
 
 def test_disk_back_end_comes_back(connect, disk):
-    """What it had and did not complete is its again, in the same order."""
+    """It gets the chains again that it did not complete, in the same order."""
     back = ScriptedBack()
     requests = disk(back, f"path={connect(back)},reconnect-ms=50")
     for connections in range(1, 4):

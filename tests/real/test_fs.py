@@ -20,7 +20,7 @@ BIG = {"airlock": 1024 * MIB, "direct": 128 * MIB}
 
 @pytest.fixture
 def reference(folder) -> dict[str, list[str | int]]:
-    """What there is when the same is done in a folder without any device."""
+    """The files after the same steps in a folder without any device."""
     plain = folder / "plain"
     plain.mkdir()
     files.build(str(plain))

@@ -127,7 +127,7 @@ def test_disk_is_used_while_memory_and_disk_change(serve, programs, folder, via,
 
 
 def counters(proxy: Process) -> dict[str, dict[str, int]]:
-    """What the airlock says at the end of a session."""
+    """The airlock's counters at the end of a session."""
     proxy.wait_until(lambda: "counters: " in proxy.output())
     line = proxy.output().split("counters: ")[1].splitlines()[0]
     found: dict[str, dict[str, int]] = json.loads(line)

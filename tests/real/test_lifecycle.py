@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guest, VMM and host do to a disk in use, and what is there after that."""
+"""Deeds of guest, VMM and host to a disk in use, and its content after that."""
 
 from contextlib import ExitStack
 from pathlib import Path

@@ -2,7 +2,7 @@
 """The traces of real front-ends on real back-ends, direct and through the airlock.
 
 The back-ends are of three libraries: libvhost-user (qemu-storage-daemon), rust-vmm
-(virtiofsd), and DPDK (testpmd). What works direct works through the airlock.
+(virtiofsd), and DPDK (testpmd). A trace that works direct works through the airlock.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DIRECT_FAILS = {
     ("fs", "virtio-user"): "rust-vmm refuses ENABLE before the features",
     ("net", "alioth"): "DPDK offers no CONFIGURE_MEM_SLOTS",
 }
-"""What does not work without an airlock either. With one it does, so all is tried."""
+"""Traces that fail without an airlock. With one they work, so all are tried."""
 
 
 @contextmanager

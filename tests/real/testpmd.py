@@ -29,7 +29,7 @@ def vhost(path: Path, queues: int = 1) -> str:
 class PacketFiles:
     """A device on files: receives these packets, a list for each queue, and no more.
 
-    What is sent to it is kept in files, which are complete when testpmd has ended.
+    Packets that are sent to it are kept in files, complete when testpmd has ended.
     """
 
     def __init__(self, folder: Path, queues: Sequence[Sequence[bytes]]) -> None:

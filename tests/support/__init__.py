@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests share: the peers of the airlock, faked or real, and their memory."""
+"""Parts that tests share: the peers of the airlock, faked or real, their memory."""

@@ -76,7 +76,7 @@ class Airlock:
         self.sessions: list[Session] = []
         self.fronts: list[TimedChannel] = []
         self.failures: list[BaseException] = []
-        """What a session raised, which it must not."""
+        """Exceptions that left a session, which none must."""
         self._threads: list[threading.Thread] = []
 
     def channel(self) -> Channel:
@@ -125,7 +125,7 @@ class Airlock:
         return self.sessions[-1]
 
     def counters(self, ring: int = 0) -> dict[str, int]:
-        """What a ring of the last session has done."""
+        """The counters of a ring of the last session."""
         return self.session.device.counters()[f"ring {ring}"]
 
     def join(self, timeout: float = PATIENCE) -> None:

@@ -80,7 +80,7 @@ class RecordingChannel(Channel):
 
 
 class RecordedBack:
-    """What the back-ends have in common: the record, and threads that end."""
+    """The common part of the back-ends: the record, and threads that end."""
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
@@ -340,7 +340,7 @@ class ScriptedBack(RecordedBack):
             yield chain
 
     def read(self, chain: Chain) -> bytes:
-        """What a request says."""
+        """The content of a request."""
         return b"".join(
             bytes(piece)
             for addr, length, writable in chain.buffers

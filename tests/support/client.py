@@ -44,7 +44,7 @@ class Queue:
         self.patience = TIMEOUT
         """Seconds for one request."""
         self.watched: list[HasFileno] = []
-        """What is readable once no request has an end any more."""
+        """The bytes that are readable once no request has an end any more."""
 
     def vring_addr(self) -> VringAddr:
         layout = SplitLayout(SIZE, self.ram.user_addr(self._addr))

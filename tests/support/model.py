@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pump has to do, in plain Python, beside the real one.
+"""A model of a pump, in plain Python, beside the real one.
 
 A `Model` holds one lane and queues of what should be where in it. Every method does one
 thing to the lane, foretells the outcome, and compares: what one step completes, what
@@ -51,7 +51,7 @@ class Request:
     pages: range
     """The guest's pages where the buffers lie."""
     given: bytes
-    """What the back is to read."""
+    """The bytes that the back is to read."""
     descs: int = 1
     """Descriptors of the guest's that it is made of."""
     position: int = -1
@@ -119,7 +119,7 @@ class Snapshot:
         self.pieces = {at: bytes(piece.view) for at, piece in space.pieces.items()}
 
     def read(self, space: AddressSpace, buffer: Buffer) -> bytes:
-        """What stood in a buffer at that moment."""
+        """The bytes of a buffer at that moment."""
         data = b""
         for start, old in self.pieces.items():
             at = buffer.addr + len(data) - start
@@ -166,7 +166,7 @@ class GuestPages:
         return self._noise[start : start + length]
 
     def take(self, count: int) -> range | None:
-        """So many pages in a row, or None."""
+        """Take this number of free pages in a row; None: there are not as many."""
         for start in (*range(self._next, len(self._free)), *range(self._next)):
             if len(self._free) - start >= count and all(
                 self._free[start : start + count]
@@ -198,7 +198,7 @@ class Plane:
         )
         self.pages = GuestPages(self.world, sum(regions), chance)
         self.chain_pages = pool[0]
-        """What the largest chain may take; so it fits when the pool is empty."""
+        """The pages that the largest chain may take, so that it fits an empty pool."""
         self.models: list[Model] = []
 
     def check_pool(self) -> None:
@@ -291,7 +291,7 @@ class Model:
         # Bad completions since the start, and those in a row.
         self.bad = self.strikes = 0
         self.stalled = False
-        # The pump rests: whoever has something for it must notify it.
+        # The pump rests: guest and back must notify it of chains.
         self.asleep = False
         self.guest_armed: bool | None = None
         self.back_armed: bool | None = None
@@ -306,7 +306,7 @@ class Model:
         ]
 
     def with_back(self) -> list[Request]:
-        """What the back has taken and may complete, in this ring or in one before."""
+        """The chains that the back has taken and may complete, of any of its rings."""
         left = (*self.parked.values(), *self.quarantine.values())
         return [*self.taken, *(request for request in left if not request.returned)]
 
@@ -563,7 +563,7 @@ class Model:
         left.clear()
 
     def _look_at_fresh(self) -> list[Request]:
-        """What a step has put in the shadow ring: the guest's chains, in order."""
+        """Return the chains that a step has put in the shadow ring, in order."""
         fresh = []
         slots = {r.seen.head for r in self.held() if r.seen is not None}
         while chain := self.spy.take():
@@ -582,7 +582,7 @@ class Model:
         return fresh
 
     def _check_chain(self, request: Request, chain: Chain) -> None:
-        """What the back sees is the guest's chain, and its memory is clean."""
+        """Check that the back sees the guest's chain, and that its memory is clean."""
         assert [(b.length, b.writable) for b in chain.buffers] == [
             (b.length, b.writable) for b in request.buffers
         ]

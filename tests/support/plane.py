@@ -345,7 +345,7 @@ class Lane:
         return head
 
     def used(self) -> list[tuple[int, int]]:
-        """What the guest finds completed: heads and lengths."""
+        """Return (head, length) of each chain that the guest finds completed."""
         return list(self.driver.used())
 
     # The pump.
@@ -371,7 +371,7 @@ class Lane:
         return chain
 
     def bytes_of(self, chain: Chain) -> bytes:
-        """What the back can read in a chain."""
+        """The bytes that the back can read in a chain."""
         return b"".join(
             bytes(self.world.isolated.view(buffer.addr, buffer.length))
             for buffer in chain.buffers
@@ -379,7 +379,7 @@ class Lane:
         )
 
     def writable(self, chain: Chain) -> list[memoryview]:
-        """What the back may write in a chain."""
+        """The buffers that the back may write in a chain."""
         return [
             self.world.isolated.view(buffer.addr, buffer.length)
             for buffer in chain.buffers

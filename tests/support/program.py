@@ -29,7 +29,7 @@ LOOKED_INTO = () if os.geteuid() == 0 else ("--sandbox=off",)
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a process has of what it could have too much of."""
+    """The resources of a process that may leak."""
 
     fds: int
     threads: int
@@ -70,7 +70,7 @@ def _field(status: str, name: str) -> int:
 
 
 class Program:
-    """The process. What it says on stderr is in `errors()`."""
+    """The process. Its stderr is in `errors()`."""
 
     def __init__(
         self, *arguments: str, pass_fds: Sequence[int] = (), command: Sequence[str] = ()

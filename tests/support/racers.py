@@ -142,12 +142,12 @@ def back_of(
 
 
 class Racers:
-    """What was compiled of racers.c, and how to run it."""
+    """The compiled racers.c, and functions to run it."""
 
     def __init__(self, folder: Path) -> None:
         library = folder / "racers.so"
         command = ["cc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
-        # What tools/test-asan preloads is for Python.
+        # The library that tools/test-asan preloads is for Python.
         clean = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         subprocess.run([*command, SOURCE, "-o", library], check=True, env=clean)
         self._library = ctypes.CDLL(str(library))

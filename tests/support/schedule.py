@@ -29,7 +29,7 @@ def has_guests(file: Path) -> bool:
 def marked_timing(file: Path) -> frozenset[str]:
     """The tests of a file with the marker `timing`; "" if all have it.
 
-    Read from the source: who schedules does not collect.
+    Read from the source, for the process that schedules does not collect.
     """
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens in sessions with a `ScriptedBack`, good ones and bad ones."""
+"""The course of sessions with a `ScriptedBack`, good ones and bad ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def small_guest(**options: Any) -> BlkGuest:
 
 
 def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged for everybody to see."""
+    """The lines of log at the default level."""
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 

@@ -76,7 +76,7 @@ class Pending(Protocol):
 
 
 class Guest:
-    """What guests of all kinds have in common."""
+    """The common parts of all kinds of guests."""
 
     kind: str
     device_bits = 0

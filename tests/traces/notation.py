@@ -32,7 +32,7 @@ class Say:
     requests: tuple[Request, ...]
     """The first of them that can be sent is meant."""
     value: str
-    """What it says; empty where there is no choice."""
+    """Its content; empty where there is no choice."""
     need_reply: bool
 
 

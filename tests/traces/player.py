@@ -59,7 +59,7 @@ class Player:
         self.speaker.say(self.vmm.start)
 
     def pause(self) -> None:
-        """Stop. What the guest offers last is seen by nobody before it is resumed."""
+        """Stop. The last chain that the guest offers is seen when it is resumed."""
         self.speaker.say(self.vmm.pause)
         self.settle()
         self._late = self.guest.begin()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Says what a trace has, on one connection after the other.
 
-What a message says comes from the guest, from what the back-end has answered before,
-and from the word's value where it has one:
+The content of a message comes from the guest, from the back-end's earlier answers, and
+from the word's value where it has one:
 
 | word | values |
 | --- | --- |
@@ -56,7 +56,7 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class Part:
-    """What one message says."""
+    """The content of one message."""
 
     payload: Payload = EMPTY
     fds: tuple[Fd, ...] = ()
@@ -159,7 +159,7 @@ class Speaker:
             case R.GET_INFLIGHT_FD, Inflight():
                 self.inflight = payload, fds[0]
 
-    # What they say.
+    # The content of messages.
 
     def _parts(self, request: Request, value: str, ring: Ring | None) -> Iterator[Part]:
         """Yield what a message says: nothing if it isn't sent, or several times."""

@@ -42,7 +42,7 @@ FEATURES = Feature.VERSION_1 | Feature.PROTOCOL_FEATURES
 
 
 def parts(ring: Ring) -> dict[Request, tuple[Payload, list[Fd]]]:
-    """What the six messages of a ring say."""
+    """The content of the six messages of a ring."""
     index = ring.index
     return {
         R.SET_VRING_NUM: (VringState(index, SIZE), []),

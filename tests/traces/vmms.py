@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What real front-ends say, phase by phase, each from its own source.
+"""The messages of real front-ends, phase by phase, each from its own source.
 
 QEMU is the measure. It sets rings up in the order NUM, BASE, ADDR, KICK, enables them
 all at the end, stops them by ENABLE 0 and GET_VRING_BASE, and goes on with the base
@@ -62,7 +62,7 @@ class Vmm:
     reconnect: str = ""
     """There is a new connection after one was lost. The guest knows nothing of it."""
     close: str = ""
-    """What it says before it hangs up."""
+    """Its messages before it hangs up."""
 
     acks: bool = False
     """Does it ask for an ack to every message? Otherwise only where a `!` says so."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all unit tests share."""
+"""Fixtures of all unit tests."""
 
 from __future__ import annotations
 

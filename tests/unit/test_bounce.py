@@ -168,7 +168,7 @@ class TestFraming:
 
 
 class TestZeroing:
-    """What the device may write never shows what was there before."""
+    """Buffers that the device may write never show bytes from before."""
 
     @pytest.mark.parametrize("length", [16, 511, 512, 5000, 70_000])
     @pytest.mark.parametrize("policy", ["full", "used", "used+tail"])
@@ -212,7 +212,7 @@ class TestZeroing:
 
 
 OLD = 0x4F
-"""What the guest has in a buffer before the device writes there."""
+"""The guest's bytes in a buffer before the device writes there."""
 
 
 class TestPolicies:

@@ -18,7 +18,7 @@ COMPILED = sorted(
 
 
 def readelf(name: str, *options: str) -> str:
-    """What binutils, which the compiler needs too, says of a module."""
+    """The output of binutils, which the compiler needs too, about a module."""
     module = importlib.import_module(f"vhost_airlock.dataplane.{name}")
     assert module.__file__ is not None
     done = subprocess.run(

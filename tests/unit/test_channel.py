@@ -228,7 +228,7 @@ def test_sending_to_a_closed_peer_raises_no_signal(peer):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_credentials_are_not_asked_for_and_change_nothing(peer, asked):
-    """Whatever else a peer may send beside bytes, only descriptors are looked at.
+    """Of all ancillary data that a peer may send, only descriptors are looked at.
 
     A socket that is inherited might ask for them.
     """
@@ -411,7 +411,7 @@ def test_after_stop_one_can_go_on_talking(peer):
 
 
 def test_readiness_that_is_none_is_waited_out(peer):
-    """What poll() says may be over by the time that one reads or writes."""
+    """A socket that poll() calls ready may not be ready any more for a read."""
 
     class Hasty(Channel):
         early = 3
@@ -445,7 +445,7 @@ def discard(sock, size):
 
 
 def test_all_waiting_is_done_in_one_place(peer):
-    """Whoever overrides `wait` sees every wait."""
+    """A subclass that overrides `wait` sees every wait."""
     waits = []
 
     class Watched(Channel):

@@ -129,7 +129,7 @@ def make(stack: ExitStack, stop: Fd, **options: object) -> Connector:
 
 
 def require(config: ProcessConfig, stop: Fd) -> None:
-    """What can be said at once against this config."""
+    """Raise the error that this config has at once, if it has one."""
     make_connector(config, stop, broker_for(config, stop))
 
 
@@ -138,7 +138,7 @@ def connect(made: Connector, seconds: float = 5.0) -> Channel:
 
 
 def received(channel: Channel) -> bytes:
-    """Whatever the back has sent, message or not."""
+    """The bytes that the back has sent, a message or not."""
     with socket.socket(fileno=os.dup(channel.fileno())) as raw:
         return raw.recv(1000)
 
@@ -442,7 +442,7 @@ def test_what_a_back_has_started_ends_with_it(
 
 
 def ended(pid: int) -> bool:
-    """Whoever has taken an orphan on may be slow to bury it."""
+    """The process that inherits an orphan may be slow to wait for it."""
     try:
         return ") Z " in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -607,7 +607,7 @@ def test_want_of_descriptors_does_not_keep_a_back_from_ending(
 
 
 def test_broker_may_be_lost(stack: ExitStack, stop: Fd) -> None:
-    """What is connected goes on; there are no more connections."""
+    """A connection that is there goes on; no others can be made."""
     made = make(stack, stop, command=(*PYTHON, ECHO, "{fd}"))
     assert isinstance(made, Starter)
     with connect(made) as channel:

@@ -54,7 +54,7 @@ TUNING = doc("tuning.md")
 
 
 def section(text: str, title: str) -> str:
-    """What stands below a heading, up to the next one of its level."""
+    """The text below a heading, up to the next one of its level."""
     match = re.search(
         rf"^(#+) {re.escape(title)}$\n(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S
     )
@@ -139,7 +139,7 @@ def python(folder: Path, log: str, *argv: str) -> Process:
 
 
 def said(folder: Path, code: str) -> str:
-    """What a program prints that has to end well."""
+    """The output of a program, whose status has to be 0."""
     with python(folder, "log", "-c", code) as process:
         assert process.wait(PATIENCE) == 0, process.describe()
         return process.output()

@@ -478,7 +478,7 @@ FOUND_AT = {
     "all_empty": "head 0, 3 descriptors",
     "all_empty_in_table": "head 0, 4 descriptors",
 }
-"""What the message of each fault says beside the fault."""
+"""The text behind the fault in the message of each."""
 
 
 @pytest.mark.parametrize(

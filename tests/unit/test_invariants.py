@@ -158,7 +158,7 @@ def stop_and_count(
         end += unfinished
     assert end >= max(order, default=-1) + 1
 
-    # What was handed back comes again, in its order, and nothing else does.
+    # Chains that were handed back come again, in their order, and no others.
     lane.start(again)
     lane.step()
     for _ in heads[end:]:
@@ -167,7 +167,7 @@ def stop_and_count(
     lane.step()
     assert [head for head, _ in lane.used()] == heads[end:]
     assert sorted([*done, *left, *heads[end:]]) == sorted(heads)
-    # What was left behind ends too, once, in the ring that the back has by now.
+    # Parked chains complete too, once, in the ring that the back has by now.
     late = [i for i in range(fetched) if heads[i] in left]
     for i in late:
         lane.complete(chains[i])
@@ -195,7 +195,7 @@ def test_i4_the_guest_has_what_it_would_have_without_us(event_idx):
         world.ram.write(0, noise)
 
     def serve(space, chain: Chain) -> int:
-        """What the device does: a digest of all it reads, over all it may write."""
+        """The device's work: a digest of all it reads, over all it may write."""
         data = b"".join(
             space.read(buffer.addr, buffer.length)
             for buffer in chain.buffers

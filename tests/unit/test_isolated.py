@@ -51,7 +51,7 @@ def fallocate(fd: Fd, mode: int, offset: int, size: int) -> None:
 
 
 def held() -> tuple[int, int]:
-    """What this process has open, and has mapped of isolated memory."""
+    """The descriptors and mappings of isolated memory in this process."""
     maps = Path("/proc/self/maps").read_text()
     return len(os.listdir("/proc/self/fd")), maps.count("vhost-airlock")
 

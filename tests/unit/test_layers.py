@@ -88,7 +88,7 @@ MAY_IMPORT = {
 """Each package, and the packages that its modules may import."""
 
 WORDS = {"dataplane.layout", "dataplane.sys"}
-"""What the compiled modules of all packages share: declarations, and no code."""
+"""Files that the compiled modules of all packages share: declarations, no code."""
 
 LEVEL = {
     module: level
@@ -197,7 +197,7 @@ def test_each_source_file_names_its_licence():
 
 
 def test_no_file_names_the_host_of_a_registry():
-    """What is downloaded comes from where this machine's apt and pip are told."""
+    """Downloads come from the sources in this machine's settings of apt and pip."""
     host = re.compile(
         rb"\b(debian|ubuntu|pypi|pythonhosted|crates|npmjs|docker|ghcr|quay|golang)"
         rb"\.(org|com|io)\b"

@@ -25,7 +25,7 @@ def fd():
 
 
 def mapped(address: int) -> str | None:
-    """What the kernel says of the mapping at this address."""
+    """The kernel's lines about the mapping at this address."""
     text = Path("/proc/self/smaps").read_text()
     for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", text):
         start, end = (int(n, 16) for n in part.split(" ", 1)[0].split("-"))
@@ -70,7 +70,7 @@ def test_offset_and_size_may_be_any(fd, size, offset, count):
 
 
 def flags(part: str | None) -> list[str]:
-    """What the kernel notes of a mapping, in two letters each (proc_pid_smaps(5))."""
+    """The kernel's flags of a mapping, of two letters each (proc_pid_smaps(5))."""
     assert part is not None
     found = re.search(r"VmFlags: (.*)", part)
     assert found is not None

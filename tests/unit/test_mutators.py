@@ -51,7 +51,7 @@ READABLE = [2 * MIB - (HEADS // 2 - i) * LENGTH - 7 for i in range(HEADS)]
 WRITABLE = [10 * MIB - (HEADS - i) * LENGTH for i in range(HEADS)]
 """Of each chain; the last one ends where there is a hole."""
 GIVEN = [(READABLE[0], HEADS * LENGTH), (WRITABLE[0], HEADS * LENGTH)]
-"""What chains are about: a mutated one may have the guest written to in all of it."""
+"""The memory of chains: a mutated chain may have all of it written to."""
 HEALTHY = 9 * MIB
 SECRET = 0xA5
 

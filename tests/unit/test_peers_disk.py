@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the block device does with requests."""
+"""The block device's answers to requests."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Bench:
             self.error = error
 
     def view(self, addr: int, length: int) -> memoryview:
-        """What the device finds at a guest address of the private area."""
+        """The bytes at a guest address of the private area."""
         return self.private[addr - PRIVATE : addr - PRIVATE + length]
 
     def serve(
@@ -129,7 +129,7 @@ class Bench:
         return found
 
     def end(self) -> BaseException | None:
-        """What the load raises, if it's let to end by itself."""
+        """The exception of the load, if it may end by itself."""
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         return self.error

@@ -78,7 +78,7 @@ def chains(max_size: int) -> st.SearchStrategy[list[Buffer]]:
 
 
 class TwoEnds(RuleBasedStateMachine):
-    """Whatever the two ends do in whatever order, no chain and no event is lost.
+    """In any order of the deeds of both ends, no chain and no event is lost.
 
     Each end goes on looking until it decides to sleep, and then only the other end's
     notification wakes it.

@@ -79,7 +79,7 @@ class Rig:
             self.front.add_mem_region(region, fd)
 
     def steps(self) -> dict[str, Callable[[], None]]:
-        """What sets a ring up. The order is the front-end's choice."""
+        """The messages that set a ring up, in the front-end's order."""
         user = SplitLayout(SIZE, self.ram.user_addr(self.layout.start))
         addr = VringAddr(0, 0, user.desc, user.used, user.avail)
         return {
@@ -179,7 +179,7 @@ def test_stopped_ring_goes_on_with_its_base_and_a_new_kick(rig: Rig) -> None:
 
 
 def test_new_call_eventfd_is_signalled_at_once(rig: Rig) -> None:
-    """What happened while it was changed may have been told to the old one."""
+    """A call during the change may have gone to the old one."""
     rig.steps()["call"]()
     assert os.eventfd_read(rig.call.fileno()) == 1
 

@@ -95,7 +95,7 @@ class TestWhether:
         assert host.run(10) < 0.05, "the next trial was not put off"
 
     def test_pauses_say_nothing(self):
-        """Whatever is moved in slices that took far too long."""
+        """Chains moved in slices that took far too long do not count."""
         host = Host(polling=10_000, sleeping=1_000_000)
         host.run(60, look=50 * MS)
         host.rate = {True: 50_000, False: 50_000}

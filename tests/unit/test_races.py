@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Storms of notifications, changes of memory, stops and starts, while the worker runs.
 
-What races in memory is in test_mutators.py.
+Races in memory are in test_mutators.py.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class TestControl:
                 with worker.pause():
                     world.set_regions(without=[8 * MIB])
                 world.ram.write(8 * MIB, bytes(3000))
-                # What is in flight ends without it; what is new is a fault.
+                # Chains in flight complete without it; new ones are a fault.
                 time.sleep(0.001)
                 assert world.ram.read(8 * MIB, 3000) == bytes(3000)
                 with worker.pause():

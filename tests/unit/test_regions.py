@@ -31,7 +31,7 @@ def pattern(length: int, seed: int = 0) -> bytes:
 
 
 def read_through(lane: Lane, address: int, length: int) -> bytes:
-    """What the back reads where the guest has `length` bytes for it."""
+    """The bytes that the back reads in a guest's buffer of `length` bytes."""
     lane.offer((address, length))
     assert lane.step() == 1, lane.fault
     chain = lane.take()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process that has locked itself in can do still, each in one of its own."""
+"""The rights that a process keeps in the sandbox, each tried in one of its own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ here = os.open(".", os.O_RDONLY)
 """
 ENTER = "enter.enter()\n"
 THERE = ("foreign", "datagrams", "precious")
-"""What is in the folder before."""
+"""The files in the folder before."""
 OVER = "print('over', flush=True)\n"
 
 
@@ -257,7 +257,7 @@ FILES = {
 
 @pytest.mark.skipif(not files.version(), reason="this kernel has no Landlock")
 def test_landlock_alone_denies_all_of_files(tmp_path: Path) -> None:
-    """What seccomp does not let happen in the first place."""
+    """Deeds that seccomp prevents before Landlock."""
     cases = dict(FILES)
     if files.version() >= 3:
         cases["cut short"] = "os.truncate('precious', 0)"
@@ -323,7 +323,7 @@ TROUBLE = {
     "Landlock": "landlock_restrict_self",
     "libseccomp: the kernel takes no filter": "seccomp",
 }
-"""What is said to be wrong, and the system call that an outer sandbox refuses."""
+"""The text of the error, and the system call that an outer sandbox refuses."""
 
 
 @pytest.mark.parametrize(("said", "call"), TROUBLE.items())

@@ -171,7 +171,7 @@ class TestAddresses:
 
 
 class TestUsedRing:
-    """What the back may say, and what comes of it."""
+    """Used rings that the back may write, and their effect."""
 
     def offered(self, lane, count=3):
         for i in range(count):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thread that tells what goes on: whoever asks, it answers, and then the next."""
+"""The thread of the stats: it answers one reader after the other."""
 
 from __future__ import annotations
 

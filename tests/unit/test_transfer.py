@@ -40,7 +40,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 class Sides:
-    """What the two peers have of a transfer."""
+    """The two peers' ends of a transfer."""
 
     def __init__(self, make: Callable[[], Ends], limit: int = 1 << 20) -> None:
         source, self.into = make()

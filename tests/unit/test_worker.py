@@ -77,7 +77,7 @@ def signalled(fd: int, timeout: float = 5.0) -> bool:
 
 
 def count(fd: int) -> int:
-    """What an eventfd has counted."""
+    """The count of an eventfd."""
     try:
         return os.eventfd_read(fd)
     except BlockingIOError:
@@ -320,11 +320,11 @@ class TestSleep:
             one_request(lane, b"x")
             at_rest(worker)
             lane.close()
-        # What it learned from the last sleep, which was long.
+        # The worker learned from its last sleep, which was long.
         assert worker.counters()["sleeps"] > 0
 
     def test_waking_in_vain_teaches_nothing(self, events):
-        """Such sleeps are short, but polling would not have spared them."""
+        """These sleeps are short, but polling would not have spared them."""
         worker = Worker(events, poll_us=1_000_000)
         with running(worker):
             lane = Wired(World(), worker)
@@ -346,7 +346,7 @@ class TestSleep:
 
 
 class TestCounters:
-    """What nothing but the counters can tell."""
+    """Facts that only the counters can tell."""
 
     def test_polling_is_counted(self, events):
         worker = Worker(events, poll_us=20_000)
@@ -436,7 +436,7 @@ class TestStorm:
 
 
 class TestEvents:
-    """What the control plane is told, by one eventfd."""
+    """The events that one eventfd tells the control plane."""
 
     def test_of_a_fault_once(self, wire, worker, events):
         lane = wire(size=4)

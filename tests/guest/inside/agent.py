@@ -40,7 +40,7 @@ def answer(request: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until the input ends. What functions print goes to the console."""
+    """Answer until the input ends. The functions' output goes to the console."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         print(json.dumps({"result": "ready"}), file=answers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and writes of a disk, all in flight at the same time, each of its own block.
 
-What a block holds follows from its number and a seed: it is like no other block, and
-is not zeros. Even blocks are read, and odd ones are written.
+The content of a block follows from its number and a seed: it is like no other block,
+and is not zeros. Even blocks are read, and odd ones are written.
 """
 
 import mmap
@@ -20,7 +20,7 @@ APART = 1 << 17
 
 
 def content(number: int, seed: int) -> bytes:
-    """What a block holds after start(); what it holds before has seed 0."""
+    """The content of a block after start(); the one before has seed 0."""
     return random.Random(f"{seed * (number % 2)} {number}").randbytes(BLOCK)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest does with a shared file system; the host does the same elsewhere."""
+"""A guest's work on a shared file system; the host does the same elsewhere."""
 
 import hashlib
 import mmap
@@ -117,7 +117,7 @@ def map_file(path: str, seed: int, size: int) -> None:
 
 
 def mapped(seed: int, size: int) -> bytes:
-    """What map_file() leaves."""
+    """The content that map_file() leaves."""
     content = bytearray(data(seed, size))
     new = data(seed + 1, size)
     for start in range(0, size, 2 * BLOCK):

@@ -118,7 +118,7 @@ def both(sock: socket.socket, number: int) -> None:
     give(sock, number % 5, size)
 
 
-# What guests are asked to do.
+# The jobs of guests.
 
 _servers: list[Server] = []
 
@@ -131,7 +131,7 @@ def serve(address: Address) -> None:
 
 
 def failures() -> list[str]:
-    """What went wrong in the servers."""
+    """The errors of the servers."""
     return [failure for server in _servers for failure in server.failures]
 
 

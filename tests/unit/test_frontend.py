@@ -107,7 +107,7 @@ class Pair:
         self.channel.act = act
 
     def sent(self):
-        """Return (header, payload) that the front-end has sent meanwhile; None: none."""
+        """Return (header, payload) that the front-end sent meanwhile; None: none."""
         try:
             data = self.sock.recv(10000, socket.MSG_DONTWAIT)
         except BlockingIOError:

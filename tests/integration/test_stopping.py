@@ -111,11 +111,8 @@ def later(act: Callable[[], None], seconds: float = 0.05) -> threading.Timer:
     return timer
 
 
-def test_i3_stop_waits_for_what_the_back_has_taken(
-    back: ScriptedBack, guest: BlkGuest
-) -> None:
-    ios = submit(guest, 3)
-    chains = take(back, 3)
+def unfinished_at_stops(back: ScriptedBack) -> list[int]:
+    """Return a list that grows with each stop: of how many requests are unfinished."""
     unfinished = []
     usual = back.stop_ring
 
@@ -125,6 +122,15 @@ def test_i3_stop_waits_for_what_the_back_has_taken(
         return usual(state, fds)
 
     back.instead[R.GET_VRING_BASE] = stop_ring
+    return unfinished
+
+
+def test_i3_stop_waits_for_what_the_back_has_taken(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    ios = submit(guest, 3)
+    chains = take(back, 3)
+    unfinished = unfinished_at_stops(back)
     timer = later(lambda: complete(back, *reversed(chains)))
     guest.stop()
     timer.join()
@@ -374,6 +380,48 @@ def test_i12_order_that_no_base_can_tell_ends_when_the_ring_goes_on(
         await_reaped(guest.queues[0])
     assert statuses(ios) == [BlkStatus.OK] * 3
     assert bytes(guest.ram.view(*ios[0].segments[0])[:4]) == b"late"
+
+
+def test_c3_ring_that_the_guest_broke_drains_before_it_stops(
+    back: ScriptedBack, guest: BlkGuest
+) -> None:
+    """What is in flight ends, and the back is asked to stop with nothing unfinished."""
+    ios = submit(guest, 3)
+    chains = take(back, 3)
+    queue = guest.queues[0]
+    queue.driver.ring.avail_idx = queue.driver.next_avail + 1000
+    notify(queue.kick_fd)
+    assert readable(queue.err_fd)
+    unfinished = unfinished_at_stops(back)
+    timer = later(lambda: complete(back, *reversed(chains)))
+    guest.front.get_vring_base(0)
+    timer.join()
+    assert unfinished == [0]
+    queue.reap()
+    assert statuses(ios) == [BlkStatus.OK] * 3
+    drain(queue.err_fd)
+
+
+def test_c8_reset_needs_no_base(airlock: Airlock) -> None:
+    """One request is stuck and a later one done, which no base can tell."""
+    back = airlock.back = ScriptedBack(
+        protocol_features=PROTOCOL_FEATURES | ProtocolFeature.RESET_DEVICE
+    )
+    with small_guest(also=[ProtocolFeature.RESET_DEVICE]) as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        ios = submit(guest, 2)
+        _, later_one = take(back, 2)
+        complete(back, later_one)
+        await_reaped(guest.queues[0])
+        assert statuses(ios) == [None, BlkStatus.OK]
+        guest.front.reset_device()
+        for queue in guest.queues:
+            queue.reset()
+        guest.start()
+        serve(back, guest)
+        guest.disconnect()
+        airlock.join()
 
 
 def test_i3_broken_ring_does_no_request_twice(

@@ -317,7 +317,6 @@ class Device:
         """
         self.front_requests.close()
         self._transfer.close()
-        back, self._back = self._back, None
         try:
             with self.workers.pause():
                 pass
@@ -325,6 +324,7 @@ class Device:
             log.error("%s: its memory, rings and descriptors stay as they are", error)
             _never_closed.append(self)
             return None
+        back, self._back = self._back, None
         for ring in self.rings.values():
             ring.abandon()
         keep = keep_back and not sum(ring.quarantined for ring in self.rings.values())

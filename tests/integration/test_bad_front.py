@@ -248,7 +248,7 @@ REFUSED_ONES: dict[str, Case] = {
         [],
         "SET_VRING_ENABLE: num is 2, not 0 to 1",
     ),
-    "unknown": (45, b"", [], "nobody knows request 45"),
+    "unknown": (45, b"", [], "request 45 is unknown"),
     "unknown, with all": (
         0xFFFFFFFF,
         b"x" * 4096,

@@ -145,7 +145,7 @@ def test_wrong_data_fails(
     out, errors = capsys.readouterr()
     report = json.loads(out)
     assert not report["ok"]
-    assert "at 0x0 is not what was written" in report["error"]
+    assert "read at 0x0 than were written" in report["error"]
     assert report["error"] in errors
 
 

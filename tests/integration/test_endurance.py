@@ -196,7 +196,7 @@ def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], N
 
 def test_i9_repeated_messages(setting: Setting) -> None:
     """Twenty kinds, a thousand times each, with a ring that works in between."""
-    setting.lines = {"vhost-airlock: front: refused: nobody knows request 45"}
+    setting.lines = {"vhost-airlock: front: refused: request 45 is unknown"}
     ours, theirs = socket.socketpair()
     spare = [eventfd(), eventfd(), eventfd(), Fd(theirs.detach())]
     extra = Fd(os.memfd_create("extra", os.MFD_CLOEXEC))

@@ -107,7 +107,7 @@ class WatchedGuest:
             data = os.urandom(SECTOR)
             self.transfer(queue.index, BlkType.OUT, 1 + queue.index, data)
             if self.transfer(queue.index, BlkType.IN, 1 + queue.index) != data:
-                raise Harmed("what was read is not what was written")
+                raise Harmed("other bytes were read than were written")
 
     def close(self) -> None:
         self.guest.close()
@@ -170,7 +170,7 @@ def _both_rings(watched: WatchedGuest, guest: BlkGuest) -> tuple[Verdict, str]:
         watched.check()
     except FAILURES as error:
         return Verdict.CONNECTION_LOST, str(error)
-    time.sleep(PAUSE)  # for what is written after the stop
+    time.sleep(PAUSE)  # for writes after the stop
     watched.check()
     try:
         clear(guest.queues[0].err_fd)

@@ -43,7 +43,7 @@ add(
 )
 add(
     "request-unknown",
-    "a request of a type that nobody knows",
+    "a request of an unknown type",
     lambda s: s.request((s.data, SECTOR, W, 0), kind=0x7FFFFFFF),
 )
 add(

@@ -38,7 +38,7 @@ class Program:
         """Start the program if it does not run. StartError: no process listens then."""
         if not self.command:
             if not listens(self.path):
-                raise StartError(f"nobody listens at {self.path}")
+                raise StartError(f"no process listens at {self.path}")
             return
         if self._process is not None and self._process.poll() is None:
             return
@@ -75,7 +75,7 @@ class Program:
         """Return a text about how it ended."""
         status = None if self._process is None else self._process.poll()
         if status is None:
-            return "nobody listens any more"
+            return "no process listens any more"
         if status < 0:
             return f"killed by {signal.Signals(-status).name}"
         return f"exit status {status}"

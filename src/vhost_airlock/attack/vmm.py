@@ -117,7 +117,7 @@ def half_payload(scene: VmmScene) -> None:
 
 @MESSAGES.attack()
 def flood(scene: VmmScene) -> None:
-    """Requests as fast as they go, whose replies nobody reads"""
+    """Requests as fast as they go, whose replies are not read"""
     data = Header(R.GET_FEATURES, 1, 0).pack() * 500
     for _ in range(20):
         scene.send(data)
@@ -351,7 +351,7 @@ add("inflight-lies", "a table of requests in flight beyond its file",
     with_fds(1, R.SET_INFLIGHT_FD, Inflight(1 << 40, 0, 65535, 65535)))  # fmt: skip
 add("inflight-many", "memory to track 65535 queues",
     lambda s: s.say(R.GET_INFLIGHT_FD, Inflight(0, 0, 65535, 65535)))  # fmt: skip
-add("iotlb-unasked", "an IOTLB entry that nobody missed",
+add("iotlb-unasked", "an IOTLB entry that answers no miss",
     lambda s: s.say(R.IOTLB_MSG, Iotlb(0, (1 << 64) - 1, 0, 3, 2)))  # fmt: skip
 add("postcopy-unasked", "post-copy begins", lambda s: s.say(R.POSTCOPY_LISTEN))
 add("owner-again", "SET_OWNER while rings run", lambda s: s.say(R.SET_OWNER))

@@ -85,7 +85,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print capabilities as JSON, and end",
     )
-    parser.add_argument("--blk-file", metavar="FILE", help="what to serve")
+    parser.add_argument("--blk-file", metavar="FILE", help="the file to serve")
     parser.add_argument("--read-only", action="store_true", help="refuse writes")
     parser.add_argument("--num-queues", type=int, default=1, metavar="N")
     parser.add_argument(

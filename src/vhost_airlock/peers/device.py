@@ -118,7 +118,7 @@ class DeviceRing:
         self.ring.used_idx = self.next_used
 
     def call_needed(self) -> bool:
-        """Does the driver want a call for what was published since the last look?"""
+        """Does the driver want a call for chains published since the last look?"""
         old, self._noticed = self._noticed, self.next_used
         if old == self._noticed:
             return False

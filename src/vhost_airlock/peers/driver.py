@@ -123,7 +123,7 @@ class DriverRing:
             self.ring.avail_idx = self._published = self.next_avail
 
     def kick_needed(self) -> bool:
-        """Does the device want a kick for what was published since the last look?"""
+        """Does the device want a kick for chains published since the last look?"""
         old, self._noticed = self._noticed, self._published
         if old == self._noticed:
             return False

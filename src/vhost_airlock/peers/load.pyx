@@ -3,7 +3,7 @@
 
 The chains are laid out once, one for each request that may be in flight; from then on a
 request costs a sector number, an entry in the available ring and a look at the clock.
-So what is measured is the device, and hardly us.
+So the device is measured, and hardly the driver.
 """
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -34,7 +34,7 @@ cdef extern from "<poll.h>" nogil:
         POLLIN
 
 cdef enum:
-    HEADER = 16                 # of a request: what is wanted, and from which sector
+    HEADER = 16                 # of a request: its type and its first sector
     STATUS = 16                 # where the status byte is, after the header
     TABLE = 32                  # where its indirect table is
     SECTOR = 512
@@ -176,7 +176,7 @@ cdef class Load:
         if outcome == BROKEN:
             raise RingFault("the device says that the ring is broken")
         if outcome == BAD_USED:
-            raise SessionError("the device completed what was not in flight")
+            raise SessionError("the device completed a chain that was not in flight")
         if outcome == FAILED:
             raise SessionError("a request failed")
 

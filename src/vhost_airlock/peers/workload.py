@@ -145,4 +145,4 @@ class Workload:
         offset, addr = io.sector * SECTOR, io.segments[0][0]
         size = sum(length for _, length in io.segments)
         if bytes(self.guest.ram.view(addr, size)) != self.expected(offset, size):
-            raise WrongData(f"what was read at {offset:#x} is not what was written")
+            raise WrongData(f"other bytes were read at {offset:#x} than were written")

@@ -136,7 +136,7 @@ class Responder:
             )
         request = self._requests.get(message.request)
         if request is None or rule is None:
-            raise RequestRefused(f"nobody knows request {message.request}")
+            raise RequestRefused(f"request {message.request} is unknown")
         permit(request, rule, self.offered)
         try:
             payload = check(request, rule, message.payload, len(message.fds))

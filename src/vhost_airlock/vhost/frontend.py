@@ -211,7 +211,7 @@ class Requester:
         request are not taken for its reply.
         """
         if self.channel.pending():
-            raise ProtocolError(f"{self.channel.peer}: sent what nobody asked for")
+            raise ProtocolError(f"{self.channel.peer}: sent bytes to no request")
 
     def _deadline(self, timeout: float | None) -> float:
         """Return the time when an exchange that begins now has to be over."""

@@ -38,7 +38,7 @@ class Request(IntEnum):
     RESET_OWNER = 4
     """Deprecated: disable all rings."""
     SET_MEM_TABLE = 5
-    """All of guest memory, with an fd for each region. Replaces what was before."""
+    """All of guest memory, with an fd for each region. Replaces the table before."""
     SET_LOG_BASE = 6
     """The bitmap in which to log the guest pages that you write."""
     SET_LOG_FD = 7
@@ -92,7 +92,7 @@ class Request(IntEnum):
     GET_INFLIGHT_FD = 31
     """Make the memory in which you track requests in flight."""
     SET_INFLIGHT_FD = 32
-    """Track them in this memory, and first resubmit what is noted there."""
+    """Track them in this memory, and first resubmit those noted there."""
     GPU_SET_SOCKET = 33
     """The socket of the vhost-user-gpu protocol."""
     RESET_DEVICE = 34

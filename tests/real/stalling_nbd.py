@@ -40,7 +40,7 @@ REPLY_MAGIC = 0x67446698
 
 
 class Option(IntEnum):
-    """What a client may ask for in the handshake; all else is unsupported."""
+    """The options of a client in the handshake; all others are unsupported."""
 
     ABORT = 2
     GO = 7
@@ -85,7 +85,7 @@ class StallingNbd:
         self._thread.join()
         self._listener.close()
 
-    # What the test tells.
+    # Methods for the test.
 
     def stall(self) -> None:
         """Keep all requests from now on."""
@@ -118,7 +118,7 @@ class StallingNbd:
             self._stalled = False
             self.let_go(range(len(self._kept))[::-1])
 
-    # What the client is told.
+    # Replies to the client.
 
     def _serve(self) -> None:
         try:

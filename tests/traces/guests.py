@@ -21,7 +21,7 @@ from vhost_airlock.vhost.wire import Feature, MemoryRegion
 
 WANTED = REQUIRED | Feature.INDIRECT_DESC | Feature.EVENT_IDX
 LOW, HIGH, PLUGGED = 8 * MIB, 24 * MIB, 64 * MIB
-"""Sizes of the memory: little, for testpmd touches all of it. What is plugged has the
+"""Sizes of the memory: little, for testpmd touches all of it. Plugged memory has the
 most room, so that it is used from then on."""
 PLUGGED_AT = 64 << 30
 

@@ -23,13 +23,20 @@ from tests.support.airlock import hung_up
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
 from tests.support.program import COMMAND, LOOKED_INTO, Program, listening
 from tests.support.sessions import serve, small_guest
+from tests.support.talk import talking_back, talking_guest
 from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
-from vhost_airlock.vhost.wire import Feature, ProtocolFeature, Request
+from vhost_airlock.vhost.wire import (
+    BackendRequest,
+    Feature,
+    Payload,
+    ProtocolFeature,
+    Request,
+)
 
 BLK = (sys.executable, "-m", "vhost_airlock.peers.blk")
 
@@ -659,6 +666,57 @@ def test_kept_back_end_is_reset_between_fronts(front: Path, tmp_path: Path) -> N
         channel.recv().close()
         channel.close()
         assert len(back.got(Request.RESET_DEVICE)) == 2
+        assert back.connections == 1
+
+
+def test_f2_kept_back_end_is_told_again_what_a_reset_makes_it_forget(
+    front: Path, tmp_path: Path
+) -> None:
+    """virtiofsd forgets its features, and a ring does not start without them."""
+    P = ProtocolFeature
+    back = ScriptedBack(protocol_features=PROTOCOL_FEATURES | P.RESET_DEVICE)
+
+    def reset(_: Payload, fds: list[Fd]) -> None:
+        back.features = 0
+
+    back.instead[Request.RESET_DEVICE] = reset
+    with (
+        listening(back, tmp_path / "back.sock") as where,
+        running(front, where, "--keep-backend") as program,
+    ):
+        for turn in range(1, 4):
+            with small_guest(also=[P.RESET_DEVICE]) as guest:
+                connect(guest, program, front)
+                assert len(back.got(Request.SET_FEATURES)) == turn
+                assert back.features & Feature.VERSION_1
+                serve(back, guest)
+        assert back.connections == 1
+
+
+def test_c4_kept_back_end_tells_a_front_of_what_it_has_not_accepted(
+    front: Path, tmp_path: Path
+) -> None:
+    """The second VMM takes requests of the back, and has no configuration space."""
+    back = talking_back()
+    with (
+        listening(back, tmp_path / "back.sock") as where,
+        running(front, where, "--keep-backend") as program,
+    ):
+        with talking_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+        also, without = [ProtocolFeature.BACKEND_REQ], [ProtocolFeature.CONFIG]
+        with small_guest(also=also, without=without) as guest:
+            guest.connect(program.connect(front))
+            ours, theirs = socket.socketpair()
+            with theirs, Fd(ours.detach()) as heard:
+                guest.front.set_backend_req_fd(theirs)
+                guest.start()
+                assert back.asking is not None
+                for _ in range(3):
+                    back.asking.exchange(BackendRequest.CONFIG_CHANGE_MSG)
+                serve(back, guest)
+                assert not readable(heard, 0)
         assert back.connections == 1
 
 

@@ -284,6 +284,30 @@ def test_worker_goes_on_and_tells_of_it(world: World) -> None:
             thread.join()
 
 
+def test_c10_loss_that_is_found_on_the_way_to_sleep_is_told_at_once(
+    world: World,
+) -> None:
+    """Of the used ring, which is written when the worker asks for the next kick."""
+    with eventfd() as events, eventfd() as err:
+        worker = Worker(events.fileno())
+        lane = Wired(world, worker, size=2048)
+        lane.pump.set_fds(kick_out=lane.kick_out, err_out=err.fileno())
+        worker.add(lane.pump)
+        used = lane.layout.used
+        assert lane.layout.avail // PAGE < used // PAGE
+        cut(world, lane.ring_at, used // PAGE * PAGE)
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+        try:
+            await_event(err.fileno(), Wired.PATIENCE)
+            await_event(events.fileno(), Wired.PATIENCE)
+            assert lane.fault == LOST
+        finally:
+            lane.close()
+            worker.stop()
+            thread.join()
+
+
 # Everywhere else, a SIGBUS is what it was.
 
 OUTSIDE = """

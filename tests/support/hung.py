@@ -15,8 +15,8 @@ import pytest
 
 from vhost_airlock.vhost.fds import Fd
 
-SYS_USERFAULTFD = 323
-"""On x86-64."""
+SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+"""The number of the system call, by machine."""
 USER_MODE_ONLY = 1
 FLAGS = USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 API = 0xAA
@@ -33,7 +33,7 @@ def hung(address: int, size: int) -> Iterator[Fd]:
     but the page is touched again after it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    number = libc.syscall(SYS_USERFAULTFD, FLAGS)
+    number = libc.syscall(SYS_USERFAULTFD[os.uname().machine], FLAGS)
     if number < 0:
         pytest.skip(f"userfaultfd: {errno.errorcode[ctypes.get_errno()]}")
     with Fd(number) as fd:

@@ -4,25 +4,14 @@
 from __future__ import annotations
 
 import gc
-import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.backs import ScriptedBack
+from tests.support.leftovers import held
 from tests.support.program import listening
-
-
-def held() -> dict[str, object]:
-    maps = Path("/proc/self/maps").read_text()
-    return {
-        "fds": len(os.listdir("/proc/self/fd")),
-        "threads": sorted(thread.name for thread in threading.enumerate()),
-        "isolated": maps.count("vhost-airlock-"),
-        "guest": maps.count("guest-ram"),
-    }
 
 
 @pytest.fixture(autouse=True)

@@ -229,10 +229,10 @@ class Device:
 
     def stop(self) -> None:
         """Stop all rings. They share one deadline, and nobody wants their bases."""
-        attached = [ring for ring in self.rings.values() if ring.attached]
-        for ring in attached:
+        rings = self.rings.values()
+        for ring in rings:
             ring.quiesce()
-        for ring in attached:
+        for ring in rings:
             # A guest whose VMM has left, or resets it, may use its memory anew by now.
             ring.stop(quietly=True)
 

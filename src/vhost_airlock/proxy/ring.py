@@ -281,16 +281,16 @@ class Ring:
 
     def check(self, *, quietly: bool = False) -> None:
         """See if the ring is broken, and say so in the log, once, unless `quietly`."""
-        pump = self.pump
-        if pump is None or not self.intact:
+        pump, before = self.pump, self.state
+        if pump is None or not self.attached:
             return
-        if drain(self.err):
+        if self.intact and drain(self.err):
             with self.worker.pause():
                 pump.set_fault(BACK_SIGNALLED)
         if not pump.fault:
             return
         self._happen(Event.GUEST_FAULT if pump.drains else Event.FAULT)
-        if not quietly:
+        if self.state is not before and not quietly:
             self._faults.log(log, "ring %d is broken: %s", self.index, pump.reason)
 
     def counters(self) -> dict[str, int]:
@@ -313,8 +313,14 @@ class Ring:
     # The table, and its actions.
 
     def _happen(self, event: Event) -> None:
-        """Go to the next state, by the action that leads there."""
+        """Go to the next state, by the action that leads there.
+
+        The ring is STARTING or DRAINING while the action lasts, and stays that if the
+        back is lost meanwhile.
+        """
         change = TABLE.get((self.state, event), Change(self.state))
+        if change.action in (Action.ATTACH, Action.DRAIN):
+            self.state = change.state
         _ACTIONS[change.action](self)
         self.state = change.state
 

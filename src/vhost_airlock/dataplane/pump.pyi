@@ -9,6 +9,7 @@ from vhost_airlock.dataplane.regions import GuestMemory
 
 POLICIES: Final[dict[str, int]]
 FAULTS: Final[dict[int, str]]
+DETAILS: Final[dict[int, str]]
 BACK_SIGNALLED: Final[int]
 
 def layout(size: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]: ...

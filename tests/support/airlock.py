@@ -100,7 +100,8 @@ class Airlock:
     def assert_no_message_took_longer(self, seconds: float) -> None:
         """The front-end never waited longer for the answer to one message."""
         for front in self.fronts:
-            assert front.longest < seconds, f"request {front.message}"
+            took = f"request {front.message} took {front.longest:.1f} s"
+            assert front.longest < seconds, took
 
     def _run(self, session: Session) -> None:
         try:

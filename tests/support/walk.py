@@ -48,7 +48,8 @@ from vhost_airlock.vhost.wire import (
 R = Request
 RINGS = (0, 1)
 ENTRIES = 16
-TIMEOUT = 1.0
+TIMEOUT = 2.5
+"""Nothing in a walk waits for so long, unless the machine is busy elsewhere."""
 DRAIN = 0.05
 LATE = (20 if SANITIZED else 2) * TIMEOUT
 SIZES = (SECTOR, 4096, 5 * SECTOR)

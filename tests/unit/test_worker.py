@@ -450,6 +450,21 @@ class TestEvents:
         at_rest(worker)
         assert count(events) == 0
 
+    def test_of_the_same_fault_after_a_new_start(self, wire, worker, events):
+        """Also if the worker has made no round in between."""
+        lane = wire(size=4)
+        lane.ring.avail_idx = 9
+        os.eventfd_write(lane.kick_in, 1)
+        assert signalled(events)
+        at_rest(worker)
+        assert count(events) == 1
+        with worker.pause():
+            lane.stop(0)
+            lane.start(0)
+            worker.add(lane.pump)
+        assert signalled(events), "a fault that nobody hears of"
+        assert lane.pump.fault != 0
+
     def test_of_a_drained_ring(self, wire, worker, events):
         lane = wire()
         lane.offer((0, 16))

@@ -196,7 +196,8 @@ cdef class Worker:
             let_go(self)
 
     def add(self, Pump pump):
-        """Run this pump from now on; call it again when its descriptors changed.
+        """Run this pump from now on; call it again when its descriptors changed, and
+        under the same pause as Pump.attach(): its next fault is a new one then.
 
         Only under pause().
         """
@@ -209,7 +210,7 @@ cdef class Worker:
             self.pumps.append(pump)
             self.routes += 1
         route = &self.route[self.pumps.index(pump)]
-        if route.err_out == pump.err_out:
+        if route.err_out == pump.err_out and pump.state.fault:
             fault = route.fault     # else it is signalled at the new descriptor
         route[0] = Route(
             &pump.state, pump.kick_out, pump.call_out, pump.err_out, fault, False

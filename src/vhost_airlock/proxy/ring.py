@@ -358,6 +358,7 @@ class Ring:
                 shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
                 whole_batches=bool(features & owner.config.whole_batches),
             )
+            self.worker.add(pump)
             # The specification wants a kick with the start, and rust-vmm needs it. It
             # can wait, if the back has seen to that; let it be the worker that does.
             pump.kick()

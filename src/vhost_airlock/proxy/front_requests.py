@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 
-from ..errors import AirlockError, DeadlineExceeded
+from ..errors import AirlockError, DeadlineExceeded, RequestRefused
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
 from ..vhost.frontend import Requester
@@ -25,10 +25,18 @@ class FrontRequests:
         self._requester: Requester | None = None
 
     def connect(self, fd: Fd) -> None:
-        """Use the front's socket; it replaces an older one."""
+        """Use the front's socket; it replaces an older one.
+
+        RequestRefused if the descriptor is no socket.
+        """
+        try:
+            ours = socket.socket(fileno=fd.fileno())
+        except OSError as error:
+            fd.close()
+            raise RequestRefused(f"SET_BACKEND_REQ_FD: {error.strerror}") from None
+        fd.release()
         self.close()
-        channel = Channel(socket.socket(fileno=fd.release()), peer="front")
-        self._requester = Requester(channel, BACKEND_RULES)
+        self._requester = Requester(Channel(ours, peer="front"), BACKEND_RULES)
 
     def config_changed(self, features: ProtocolFeature) -> None:
         """Tell the front, if `features`, those it has accepted, allow for it.

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.support.backs import PATIENCE
+from tests.support.backs import PATIENCE, wait_until
 from tests.support.leftovers import held
 from tests.support.life import walking
 from tests.support.profiles import PROFILE, SANITIZED, STRESS
@@ -149,7 +149,7 @@ def test_a_ring_is_draining_while_its_stop_waits() -> None:
     with walk(drain_timeout=PATIENCE) as steps:
         steps.set_up(0)
         steps.offer(0, BlkType.OUT, 4096)
-        steps.take(0, 1)
+        wait_until(lambda: steps.take(0, 1) == 1, "the back has a request")
         steps.stop(0, look)
     assert seen == [("draining", False)]
 

@@ -20,10 +20,10 @@ from tests.real.storage import storage_daemon
 COUNT = 80
 """Requests in flight, half of them reads."""
 AT_ONCE = 16
-"""As many of them has qemu-storage-daemon at the NBD server."""
+"""How many of them qemu-storage-daemon has at the NBD server at once."""
 OUT_OF_ORDER = (15, 2, 9, 4)
 CPUS = 2
-"""And so many queues."""
+"""Of the guest, and queues of its disk."""
 
 
 class Scene:
@@ -34,7 +34,7 @@ class Scene:
         self.guest = guest
 
     def stall(self, count: int, seed: int) -> None:
-        """Let so many requests be caught."""
+        """Let `count` requests be caught."""
         self.nbd.stall()
         self.guest.call(blocks.start, count, seed)
         self.nbd.wait_for_kept(min(count, AT_ONCE))
@@ -78,7 +78,7 @@ def test_stop_and_cont_during_a_stall(programs, folder, via):
 
 
 def test_stop_and_cont_with_later_requests_done(programs, folder, via):
-    """No base says which ones are not done."""
+    """No base says which requests are not done."""
     with scene(programs, folder, via) as it:
         it.stall(COUNT, seed=1)
         for turn in range(1, 4):
@@ -113,7 +113,8 @@ def test_disk_goes_on_while_its_guest_is_stopped(programs, folder):
 def test_reboot_during_a_stall(programs, folder):
     """Requests of before the reboot are done after those of the system that boots.
 
-    Through the airlock only: without, they are written to the memory of that system.
+    Through the airlock only: nothing keeps a direct back-end from writing them to the
+    memory of that system.
     """
     few = AT_ONCE // 2
     with scene(programs, folder, "airlock") as it:

@@ -358,13 +358,12 @@ class Ring:
                 shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
                 whole_batches=bool(features & owner.config.whole_batches),
             )
-            self.worker.add(pump)
+            self._connect_fds()
             # The specification wants a kick with the start, and rust-vmm needs it. It
             # can wait, if the back has seen to that; let it be the worker that does.
             pump.kick()
         self.worker.watch(self.call.fileno())
         owner.share_pool()
-        self._connect_fds()
 
     def _take(self) -> None:
         assert self.pump is not None

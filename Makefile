@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: develop lint types test test-asan coverage stress fuzz demo bench clean
+.PHONY: develop lint types test test-asan coverage stress fuzz package demo bench clean
 
 develop: .venv/ready                    ## .venv with the tools and the compiled package
 	python setup.py --quiet build_ext --inplace
@@ -43,6 +43,9 @@ fuzz: develop                           ## parsers and rings, for hours
 
 coverage: develop                       ## which lines their own tests reach
 	tools/coverage
+
+package: .venv/ready                    ## sdist and wheel in dist; the wheel runs the demo
+	tools/package
 
 demo: develop                           ## see the isolation work; needs nothing else
 	vhost-airlock demo

@@ -35,6 +35,8 @@ modules = [
     )
     for path in sorted(Path("src/vhost_airlock").rglob("*.pyx"))
 ]
+if not modules:
+    raise SystemExit("setup.py: src/vhost_airlock has no .pyx file to compile")
 
 setup(
     ext_modules=cythonize(

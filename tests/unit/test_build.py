@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,18 @@ def test_functions_begin_with_a_mark_for_jumps(name: str) -> None:
     module = importlib.import_module(f"vhost_airlock.dataplane.{name}")
     assert module.__file__ is not None
     assert Path(module.__file__).read_bytes().count(b"\xf3\x0f\x1e\xfa") > 2
+
+
+def test_a_tree_without_sources_is_no_package(tmp_path: Path) -> None:
+    """An sdist that lacks them shall not become a wheel without compiled modules."""
+    setup = Path(__file__).parents[2] / "setup.py"
+    (tmp_path / setup.name).write_bytes(setup.read_bytes())
+    (tmp_path / "src" / "vhost_airlock").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, setup.name, "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "setup.py: src/vhost_airlock has no .pyx file to compile\n"

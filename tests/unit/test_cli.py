@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +133,9 @@ UNUSABLE: list[tuple[list[str], str]] = [
     (["run", *WAYS, "--backend-listen=/b"], "and only one"),
     (["run", *WAYS, "--", "back", "{fd}"], "and only one"),
     (["run", *WAYS, "--"], "no command after --"),
-    (["run", *WAYS, "surplus"], "surplus"),
-    (["run", *WAYS, "--nonsense"], "--nonsense"),
+    (["run", *WAYS, "surplus"], r"surplus \(see vhost-airlock run --help"),
+    (["run", *WAYS, "--nonsense"], r"--nonsense \(see vhost-airlock run --help"),
+    (["run", "--socket=/f", "--backend=/b"], "--socket=/f"),
     (["run", "--socket-path"], "--socket-path: expected one argument"),
     (["run", "--fd=three", "--backend=/b"], "--fd: .*three"),
     (["run", "--fd=", "--backend=/b"], "--fd: "),
@@ -282,6 +287,22 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     out, err = capsys.readouterr()
     assert "vhost-airlock" in out
     assert err == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_reader_of_the_output_may_leave(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    out, into = os.pipe()
+    os.close(out)
+    with open(into, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "vhost_airlock", *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -37,6 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        try:
+            return run(argv)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # The reader of our output, `head` for one, has gone. Python flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def run(argv: list[str]) -> int:
+    """Run the command; an error is one line and a status."""
+    try:
         options = parse(argv)
         return int(options.run(options))
     except UsageError as error:
@@ -59,14 +74,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="vhost-airlock",
         description="Keep a vhost-user back-end out of the guest's memory.",
+        allow_abbrev=False,
     )
+    chosen = parser
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        command_parser = commands.add_parser(name, help=text)
+        command_parser = commands.add_parser(name, help=text, allow_abbrev=False)
         if argv[:1] == [name]:
+            chosen = command_parser
             module = importlib.import_module(f"..{name}", __name__)
             module.add_arguments(command_parser)
             command_parser.set_defaults(run=module.run)
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        chosen.error(f"unknown arguments: {' '.join(unknown)}")
     options.command = tuple(command)
     return options

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import DiskBack, ScriptedBack, readable
+from tests.support.backs import DiskBack, ScriptedBack, readable, wait_until
 from tests.support.sessions import await_reaped, errors, serve, wait_for_errors
 from tests.support.traffic import SECTORS, Plan, Traffic
 from vhost_airlock.errors import PeerRefused
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import HIGH, MIB, GuestRam
+from vhost_airlock.proxy import ring
 from vhost_airlock.proxy.front_memory import MAX_REGIONS
 from vhost_airlock.vhost.fds import Fd, drain
 from vhost_airlock.vhost.wire import MemoryRegion, ProtocolFeature
@@ -252,6 +253,36 @@ def test_table_that_misaligns_a_ring_breaks_it(
         guest.start()
         serve(back, guest)
         serve(back, guest, 1)
+        guest.disconnect()
+
+
+def test_rings_that_are_in_no_memory_are_told(
+    airlock: Airlock,
+    back: ScriptedBack,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As if share=on were missing: once for each ring, which starts if memory comes."""
+    monkeypatch.setattr(ring, "MEMORY_TIME", 0.05)
+    with make_guest((ProtocolFeature.CONFIGURE_MEM_SLOTS,)) as guest:
+        guest.connect(airlock.channel())
+        shared = guest.ram.shared
+        with monkeypatch.context() as patch:
+            patch.setattr(guest.ram, "shared", list)
+            guest.start()
+        wait_until(lambda: len(errors(caplog)) == 2, "the log has a line for each")
+        assert errors(caplog) == [
+            f"ring {i} is started, and not in the memory that the VMM shares:"
+            " is share=on missing?"
+            for i in range(2)
+        ]
+        assert airlock.session.describe()["rings"] == {
+            f"ring {i}": {"phase": "waits for memory", "fault": None} for i in range(2)
+        }
+        guest.front.set_mem_table(shared())
+        serve(back, guest)
+        serve(back, guest, 1)
+        assert len(errors(caplog)) == 2
         guest.disconnect()
 
 

@@ -112,6 +112,10 @@ class QtestMachine(Process):
             os.close(fd)
         return self._ram
 
+    def use_ram(self, ram: mmap.mmap) -> None:
+        """Put rings there, as the machine's own memory is not shared."""
+        self._ram = ram
+
     def kill(self) -> None:
         super().kill()
         self._sock.close()

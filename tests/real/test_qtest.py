@@ -6,6 +6,7 @@ kinds of devices beside disk and net. The test is the guest; QEMU is real. The o
 are in test_connections.py.
 """
 
+import mmap
 import secrets
 import struct
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests.real.airlock import airlock
 from tests.real.qtest import MEMFD, MIB, RAM, QtestMachine, VirtioDevice
-from tests.real.storage import Disk
+from tests.real.storage import Disk, storage_daemon
 from tests.support.backs import RecordedBack
 from vhost_airlock.peers.disk import HEADER, BlkType
 from vhost_airlock.peers.scan import search
@@ -60,6 +62,31 @@ def test_guest_memory_is_read_directly_only(serve, programs, folder, via, kind):
         assert written in {one.marker for one in found}
         markers = [one for one in found if one.marker == marker]
         assert len(markers) == (len(places) if via == "direct" else 0)
+        disk.reset()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "ram"])
+def test_guest_memory_that_is_not_shared_is_told(programs, folder, kind):
+    """The user has forgotten share=on."""
+    image = folder / "disk.img"
+    image.write_bytes(bytes(MIB))
+    back, front = folder / "back.sock", folder / "front.sock"
+    memory = f"memory-backend-{kind},id=ram,size={RAM},share=off"
+    chardev = ("-chardev", f"socket,id=front,path={front}")
+    device = "vhost-user-blk-pci-non-transitional,chardev=front"
+    log = folder / "qemu.log"
+    with (
+        storage_daemon(programs, Disk(image), back),
+        airlock(back, front) as proxy,
+        QtestMachine(programs, log, [device], chardev, memory=memory) as machine,
+        mmap.mmap(-1, RAM) as nobodys,
+    ):
+        machine.use_ram(nobodys)
+        disk = VirtioDevice(machine)
+        disk.negotiate(ANY)
+        disk.add_queue(0)
+        disk.start()
+        proxy.wait_until(lambda: "is share=on missing?" in proxy.output())
         disk.reset()
 
 

@@ -10,6 +10,7 @@ message it starts the rings for which the front has told all that a start takes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -267,15 +268,17 @@ class Device:
         drain(self.events)
         for ring in self.rings.values():
             ring.check()
+            ring.tell_waiting()
         if self._back is not None and self._back.settled:
             self._pool.look(self._back)
 
     def next_look(self) -> float | None:
         """Milliseconds until look() has something to do by itself; None: it has not."""
-        if self._back is None or not self._back.settled:
-            return None
-        waits = (self._back.next_look(), self._pool.next_look(self._back))
-        found = [wait for wait in waits if wait is not None]
+        tell_at = min((ring.tell_at for ring in self.rings.values()), default=math.inf)
+        found = [max(0.0, tell_at - time.monotonic())] if tell_at < math.inf else []
+        if self._back is not None and self._back.settled:
+            waits = (self._back.next_look(), self._pool.next_look(self._back))
+            found += [wait for wait in waits if wait is not None]
         return min(found) * 1000 if found else None
 
     def counters(self) -> dict[str, dict[str, int]]:

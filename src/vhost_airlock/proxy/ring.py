@@ -8,6 +8,8 @@ pump. The table of state.py says which events change it, and by which actions.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +28,9 @@ from .ration import Ration
 from .state import TABLE, Action, Change, Event, State, Vring
 
 log = logging.getLogger(__name__)
+
+MEMORY_TIME = 1.0
+"""Seconds for which a started ring may wait for memory before the log is told."""
 
 
 class Owner(Protocol):
@@ -83,6 +88,11 @@ class Ring:
         self.err = eventfd()
         """Ours for the back; signalled by it when it finds the ring broken."""
         self._faults = Ration()
+        self._waits = Ration()
+        self.waits_for_memory = False
+        """The front has started it, and it is not in the guest's memory."""
+        self.tell_at = math.inf
+        """When the log is told that it waits, in time.monotonic()."""
         self._guesses_base = False
         """It was started without a base that the front had told."""
 
@@ -209,9 +219,12 @@ class Ring:
         """
         features = self.owner.features
         if self.state is not State.STOPPED or not self.vring.told or features is None:
+            self._set_waits(False)
             return
         try:
-            if self.locate() is None:
+            lost = self.locate() is None
+            self._set_waits(lost)
+            if lost:
                 return
             require_modern(features)
             self._happen(Event.READY)
@@ -293,6 +306,22 @@ class Ring:
         if self.state is not before and not quietly:
             self._faults.log(log, "ring %d is broken: %s", self.index, pump.reason)
 
+    def tell_waiting(self) -> None:
+        """Say in the log, once, that it has waited for memory for a while."""
+        if time.monotonic() >= self.tell_at:
+            self.tell_at = math.inf
+            self._waits.log(
+                log,
+                "ring %d is started, and not in the memory that the VMM shares:"
+                " is share=on missing?",
+                self.index,
+            )
+
+    def _set_waits(self, waits: bool) -> None:
+        if waits != self.waits_for_memory:
+            self.tell_at = time.monotonic() + MEMORY_TIME if waits else math.inf
+            self.waits_for_memory = waits
+
     def counters(self) -> dict[str, int]:
         """The numbers of the session so far and of now, by name. Any thread may ask."""
         return {} if self.pump is None else self.pump.counters()
@@ -300,7 +329,9 @@ class Ring:
     def condition(self) -> dict[str, object]:
         """The ring's state, and why it is broken. Any thread may ask."""
         return {
-            "phase": self.state.name.lower(),
+            "phase": "waits for memory"
+            if self.waits_for_memory
+            else self.state.name.lower(),
             "fault": None if self.pump is None else self.pump.reason,
         }
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -28,6 +29,7 @@ from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.process.signals import ENDING
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.wire import (
@@ -108,7 +110,7 @@ def test_second_front_end_waits_for_its_turn(
         serve(back, two)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", ENDING)
 def test_signal_drains_what_is_in_flight(
     front: Path, where: Path, back: ScriptedBack, number: signal.Signals
 ) -> None:
@@ -132,7 +134,7 @@ def test_signal_drains_what_is_in_flight(
         assert_clean(program, front)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", ENDING)
 def test_signal_is_obeyed_though_the_back_is_not_done(
     front: Path, where: Path, back: ScriptedBack, number: signal.Signals
 ) -> None:
@@ -197,7 +199,7 @@ def test_signals_are_for_the_main_thread(
         }
         assert len(blocked) == 4
         for task, mask in blocked.items():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in ENDING:
                 assert bool(mask & 1 << (number - 1)) == (task != program.pid)
 
 
@@ -401,7 +403,11 @@ def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) ->
                 connect(guest, program, front)
             guest.disconnect()
         assert program.stop() == 0
-        assert program.errors() == 2 * "vhost-airlock: back: closed the connection\n"
+        told = (
+            "vhost-airlock: back: closed the connection\n"
+            r"vhost-airlock: back: false \(process \d+\) ended: status 1\n"
+        )
+        assert re.fullmatch(2 * told, program.errors())
         assert not front.exists()
 
 
@@ -865,7 +871,7 @@ def test_session_that_takes_more_than_there_is_ends_alone(
             serve(back, guest)
         assert program.stop() == 0
         (line,) = program.errors().splitlines()
-        assert line.endswith("what a session takes: [Errno 24] Too many open files")
+        assert line.endswith("that a session takes: [Errno 24] Too many open files")
 
 
 def leave_room(program: Program, room: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ Each change of the table is made once by directed steps, and all of them by chan
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -107,6 +108,12 @@ SPECIAL: dict[tuple[State, Event], Callable[[Walk], None]] = {
     (S.HELD, E.GUEST_FAULT): break_held_ring,
 }
 """Events that need a situation of their own."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_other_tests_is_left() -> None:
+    """Descriptors in their garbage would be counted, and not be there later."""
+    gc.collect()
 
 
 @contextmanager

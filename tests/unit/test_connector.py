@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.airlock import hung_up
 from tests.support.backs import wait_until
 from tests.support.limits import no_more_fds
 from vhost_airlock.errors import (
@@ -28,7 +29,7 @@ from vhost_airlock.errors import (
     Stopped,
     UsageError,
 )
-from vhost_airlock.process import broker, program
+from vhost_airlock.process import broker, connector, program
 from vhost_airlock.process.broker import Broker
 from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.connector import (
@@ -386,6 +387,39 @@ def test_starter_ends_a_back_that_does_not(
         assert received(channel), "it is up, and has its signal handler"
     made.disconnected()
     assert made.status == status
+
+
+def test_starter_starts_a_program_that_fails_less_and_less_often(
+    stack: ExitStack,
+    stop: Fd,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And at once, when it has ended well. Each failure is told."""
+    ends = "import os, sys; end = os.read(int(sys.argv[1]), 1); eval(end)"
+    made = make(stack, stop, command=(*PYTHON, ends, "{fd}"))
+    assert isinstance(made, Starter)
+    pauses: list[float | None] = []
+    monkeypatch.setattr(made, "_wait", pauses.append)
+
+    def fail(how: bytes) -> None:
+        with connect(made) as channel:
+            os.write(channel.fileno(), how)
+            assert hung_up(channel)
+        made.disconnected()
+
+    for _ in range(9):
+        fail(b"x")  # NameError
+        assert made.status == 1
+    assert pauses == [min(connector.PAUSE * 2**i, 5.0) for i in range(8)]
+    fail(b"0")
+    assert made.status == 0
+    pauses.clear()
+    fail(b"x")
+    assert not pauses
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 10
+    assert all(line.endswith("ended: status 1") for line in lines)
 
 
 def test_starter_does_not_wait_for_a_back_when_we_are_told_to_stop(

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import select
 import shutil
+import signal
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 
 PAUSE = 0.05
 """Seconds between attempts to connect to a back-end that is away."""
+LONGEST_PAUSE = 5.0
+"""Seconds at most between two starts of a program that fails."""
+SHORT_LIFE = 10.0
+"""Seconds. A program that fails after a longer life is started again at once."""
 
 
 class Connector(ABC):
@@ -124,7 +129,11 @@ class Waiter(Connector):
 
 
 class Starter(Connector):
-    """Has the broker start the back-end's program with a socket of its own."""
+    """Has the broker start the back-end's program with a socket of its own.
+
+    A program that fails soon after its start is started again after a pause, which
+    doubles each time.
+    """
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
@@ -141,20 +150,41 @@ class Starter(Connector):
         """The program's process number, while there is one."""
         self.status: int | None = None
         """The exit status of the last program that ended; None: not known."""
+        self._started = 0.0
+        self._pause = 0.0
+        """Seconds to wait before the next start."""
 
     def connect(self, deadline: float | None) -> Channel:
+        if self._pause:
+            self._wait(self._pause)
+        self._started = time.monotonic()
         sock, text = self.broker.connect_back()
         if sock is None:
+            self._lengthen_pause()
             raise SessionError(f"back: can't start {self.config.command[0]}: {text}")
         self.pid = int(text)
         return self._channel(sock)
 
     def disconnected(self) -> None:
         """End the program. If the process ends meanwhile, the broker ends it."""
-        if self.pid is not None:
-            self.pid = self.status = None
-            with contextlib.suppress(AirlockError):
-                self.status = self.broker.end_back()
+        if self.pid is None:
+            return
+        pid, self.pid, self.status = self.pid, None, None
+        with contextlib.suppress(AirlockError):
+            self.status = self.broker.end_back()
+        lived = time.monotonic() - self._started
+        if self.status in (None, 0, -signal.SIGTERM):
+            self._pause = 0.0
+            return
+        program = self.config.command[0]
+        log.warning("back: %s (process %d) ended: %s", program, pid, _end(self.status))
+        if lived < SHORT_LIFE:
+            self._lengthen_pause()
+        else:
+            self._pause = 0.0
+
+    def _lengthen_pause(self) -> None:
+        self._pause = min(LONGEST_PAUSE, max(PAUSE, 2 * self._pause))
 
 
 def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Connector:
@@ -164,6 +194,11 @@ def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Co
     if config.backend_listen is not None:
         return Waiter(config, stop, broker)
     return Dialler(config, stop, broker)
+
+
+def _end(status: int) -> str:
+    """Return words for the status of a program that has failed."""
+    return f"status {status}" if status > 0 else f"signal {-status}"
 
 
 def _left(deadline: float | None) -> float | None:

@@ -3,10 +3,10 @@
 
 It serves one front at a time, as a vhost-user back-end does; the next one waits to be
 accepted. So does a front that comes while the back-end is away: it is accepted when the
-back-end was reached, or, to be closed at once, when it was not reached in time. SIGTERM
-and SIGINT end the process: rings are drained first, within the drain time-out. Before
-the process serves a front it locks itself in, see sandbox/enter.py; from then on only
-the broker can connect, start and remove.
+back-end was reached, or, to be closed at once, when it was not reached in time.
+SIGTERM, SIGINT and SIGHUP end the process: rings are drained first, within the drain
+time-out. Before the process serves a front it locks itself in, see sandbox/enter.py;
+from then on only the broker can connect, start and remove.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .broker import Broker
 from .config import ProcessConfig
 from .connector import make_connector
 from .fronts import make_fronts
+from .signals import ENDING
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Daemon:
         self._sessions = 0
         self._stats: Stats | None = None
         # From here on there may be sockets and processes to clean away.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             old = signal.signal(number, self._on_signal)
             self._open.callback(signal.signal, number, old)
         with contextlib.ExitStack() as undo:

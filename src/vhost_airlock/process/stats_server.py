@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Self
 
 from ..vhost.fds import eventfd, notify
+from .signals import ENDING
 from .sockets import Listener
 
 READ_TIME = 1.0
@@ -68,7 +69,7 @@ class Stats:
         self.listener.close()
 
     def _serve(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         poll = select.poll()
         poll.register(self.listener.fileno(), select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)

@@ -81,7 +81,8 @@ class Workers:
 
 def _run(worker: Worker, cpu: int | None) -> None:
     # The main thread waits in poll(), which a signal to another thread does not end.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     if cpu is not None:
         try:
             os.sched_setaffinity(0, {cpu})

@@ -402,6 +402,7 @@ def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) ->
             with pytest.raises(AirlockError):
                 connect(guest, program, front)
             guest.disconnect()
+        wait_until(lambda: program.errors().count("ended") == 2, "its end is told")
         assert program.stop() == 0
         told = (
             "vhost-airlock: back: closed the connection\n"
@@ -556,7 +557,7 @@ def test_connection_that_was_lost_before_a_front_needed_it_is_made_again(
 ) -> None:
     with running(front, where) as program, small_guest() as guest:
         program.connect(front).close()
-        wait_until(lambda: back.connections == 1, "it is connected to")
+        wait_until(lambda: back.channel is not None, "it is connected to")
         lose(back)
         connect(guest, program, front)
         serve(back, guest)

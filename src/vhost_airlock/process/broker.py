@@ -35,6 +35,7 @@ from typing import NoReturn
 from ..errors import AirlockError, StartError, Stopped
 from ..vhost.fds import Fd, HasFileno
 from .program import GRACE, PATIENCE, Program
+from .signals import ENDING
 from .sockets import Listener, SocketFile, reason_of
 
 ANSWER = 10.0
@@ -198,7 +199,7 @@ def _run(server: _Server, sock: socket.socket) -> NoReturn:
         # for the back-end, which is needed until the rings are drained. The back-end
         # would inherit SIG_IGN; it does not inherit a handler.
         os.setpgid(0, 0)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in ENDING:
             signal.signal(number, _pass_over)
         # If the broker kept the airlock's sockets, they would not end with the airlock.
         kept = os.dup2(sock.fileno(), 3, inheritable=False)

@@ -385,7 +385,7 @@ def test_i12_order_that_no_base_can_tell_ends_when_the_ring_goes_on(
 def test_c3_ring_that_the_guest_broke_drains_before_it_stops(
     back: ScriptedBack, guest: BlkGuest
 ) -> None:
-    """What is in flight ends, and the back is asked to stop with nothing unfinished."""
+    """Requests in flight end before the back is asked to stop: none is unfinished."""
     ios = submit(guest, 3)
     chains = take(back, 3)
     queue = guest.queues[0]

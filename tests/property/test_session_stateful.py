@@ -90,7 +90,7 @@ CAUSE: dict[Event, Callable[[Walk], None]] = {
     E.DRAINED: lambda walk: walk.stop(1),
     E.LOST: lambda walk: walk.back_leaves(R.GET_CONFIG, lambda: None),
 }
-"""What makes an event happen to it."""
+"""The deed of a peer that makes an event happen to ring 1."""
 
 
 def break_held_ring(walk: Walk) -> None:
@@ -145,7 +145,7 @@ def test_each_change_of_the_table(state: State, event: Event) -> None:
 
 
 def test_a_ring_is_draining_while_its_stop_waits() -> None:
-    """Whoever asks for its condition is told so, before the back is asked to stop."""
+    """Ring.condition() tells of the draining before the back is asked to stop."""
     seen: list[tuple[object, bool]] = []
 
     def look() -> None:

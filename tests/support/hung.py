@@ -27,9 +27,9 @@ MISSING = 1
 
 @contextmanager
 def hung(address: int, size: int) -> Iterator[Fd]:
-    """Whoever touches a page there that does not exist yet waits until this ends.
+    """A thread that touches a page there that does not exist yet waits until this ends.
 
-    The descriptor is readable as soon as somebody waits. A signal interrupts a wait,
+    The descriptor is readable as soon as a thread waits. A signal interrupts a wait,
     but the page is touched again after it.
     """
     libc = ctypes.CDLL(None, use_errno=True)

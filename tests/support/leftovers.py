@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a test could leave behind in its process."""
+"""Things that a test could leave behind in its process."""
 
 from __future__ import annotations
 

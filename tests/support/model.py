@@ -470,11 +470,11 @@ class Model:
         self.plane.check_pool()
 
     def _reap(self, budget: int | None) -> tuple[int, list[Request]]:
-        """What will be found completed in the shadow ring. (How many chains, and which
-        of them the guest gets.)
+        """Return (number of chains that will be found completed in the shadow ring,
+        those of them that the guest gets).
 
-        In whole batches all that the back shows now, whatever the budget is; and all
-        of a ring that has stopped, where there is none.
+        In whole batches these are all chains that the back shows now, whatever the
+        budget is; so they are after a stop, where there is no budget.
         """
         size = self.lane.size
         done: list[Request] = []

@@ -15,8 +15,8 @@ A chain that does not fit into its ring's share gets the lone region: memory bes
 pool that the control plane makes for this one chain, of the chain's size. There is one
 at a time, and other such chains wait for theirs.
 
-Rings share a pool. Each ring has a guaranteed part, which it can always have. What is
-left is the common part, for the ring that asks first. So a ring full of posted receive
+Rings share a pool. Each ring has a guaranteed part, which it can always have. The
+rest is the common part, for the ring that asks first. So a ring full of posted receive
 buffers can't starve another.
 """
 

@@ -88,7 +88,8 @@ DETAILS = {
     BAD_USED_INDEX: "to {number} from {other}",
     BAD_USED_ID: "id {number}, {other} in a row",
 }
-"""What a fault was found at, for its message: words of the ring, never of a buffer.
+"""The place and the values of a fault, for its message: words of the ring, never of a
+buffer.
 
 `head`, `descs` and `bytes` are of the chain at hand, `number` and `other` are Blamed.
 """

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from vhost_airlock.errors import StartError
-from vhost_airlock.process.sockets import Listener, inherited, require_socket
+from vhost_airlock.process.sockets import (
+    Listener,
+    Peer,
+    inherited,
+    peer_of,
+    require_socket,
+)
 
 
 def bound(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -53,6 +59,38 @@ def test_who_connects_is_accepted(path: Path) -> None:
     listener.close()
     assert not path.exists()
     listener.close()
+
+
+def test_peer_is_the_process_that_connected(path: Path) -> None:
+    """Each end is told the numbers of the process at the other end."""
+    listener = Listener(str(path))
+    me = Peer(os.getpid(), os.geteuid(), os.getegid())
+    child = os.fork()
+    if child == 0:
+        with socket.socket(socket.AF_UNIX) as front:
+            front.connect(str(path))
+            os._exit(0 if peer_of(front) == me else 1)
+    with listener.accept() as accepted:
+        assert peer_of(accepted) == me._replace(pid=child)
+    assert os.waitpid(child, 0)[1] == 0
+    listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_peer_of_another_user_is_its_effective_user() -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # the kernel makes up an address that any user may connect to
+        listener.listen()
+        child = os.fork()
+        if child == 0:
+            with socket.socket(socket.AF_UNIX) as front:
+                os.setresgid(0, 5353, 0)
+                os.setresuid(0, 4242, 0)
+                front.connect(listener.getsockname())
+                os._exit(0)
+        with listener.accept()[0] as accepted:
+            assert peer_of(accepted) == Peer(child, 4242, 5353)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_only_the_owner_can_connect(path: Path) -> None:

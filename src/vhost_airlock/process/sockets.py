@@ -7,10 +7,33 @@ import contextlib
 import os
 import socket
 import stat
+import struct
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from ..errors import StartError
+
+
+class Peer(NamedTuple):
+    """The process that connected a socket, or listened for it, as it was then.
+
+    0 as `pid` and 65534 as `uid` and `gid` stand for numbers that this process's
+    namespaces don't have. The peer of a socket pair is the process that made the pair.
+    """
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Return the process at the other end of a connected socket."""
+    layout = struct.Struct("iII")  # struct ucred of <sys/socket.h>
+    return Peer._make(
+        layout.unpack(
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
+        )
+    )
 
 
 @dataclass(frozen=True)

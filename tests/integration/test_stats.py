@@ -96,6 +96,7 @@ def test_numbers_are_those_of_the_work_done(
         for _ in range(reads):
             guest.read(8, [(buffer, size)])
         document = look(path)
+        assert document["name"] == "front.sock"
         assert document["version"] == stats_server.version()
         assert document["sessions"] == 1
         assert document["vmm_connected"] is True
@@ -147,6 +148,37 @@ def test_without_a_vmm_there_is_nothing_to_count(
             document = look(path)
             assert document["sessions"] == 2
             assert document["counters"]["ring 0"]["chains"] == 1
+
+
+def test_a_vmm_that_waits_is_seen(
+    front: Path, path: Path, where: Path, back: ScriptedBack
+) -> None:
+    """Behind another VMM."""
+    with running(front, where, path) as program:
+        with small_guest() as guest:
+            start(guest, program, front)
+            assert not look(path)["vmm_waits"]
+            with connect(front, program):
+                document = look(path)
+                assert (document["vmm_connected"], document["vmm_waits"]) == (
+                    True,
+                    True,
+                )
+        wait_until(lambda: not look(path)["vmm_waits"], "it has its turn")
+
+
+def test_a_vmm_that_waits_for_the_back_end_is_seen(
+    front: Path, path: Path, tmp_path: Path
+) -> None:
+    where = tmp_path / "back.sock"
+    with Program(
+        f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"
+    ) as program:
+        with connect(front, program):
+            connect(path, program).close()
+            document = look(path)
+            assert (document["vmm_connected"], document["vmm_waits"]) == (False, True)
+        assert program.stop() == 0
 
 
 def test_kept_back_end_is_connected_without_a_vmm(

@@ -59,7 +59,8 @@ def config_of(configs: list[ProcessConfig], *arguments: str) -> ProcessConfig:
 
 def test_defaults_are_those_of_config(configs: list[ProcessConfig]) -> None:
     config = config_of(configs, *WAYS)
-    assert config == ProcessConfig(socket_path="/front", backend="/back")
+    device = Config(name="front")
+    assert config == ProcessConfig(socket_path="/front", backend="/back", device=device)
 
 
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
@@ -85,6 +86,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--timeout=0.5"], {"timeout": 0.5}),
     (["--drain-timeout=3600"], {"drain_timeout": 3600.0}),
     (["--log-level=debug"], {"log_level": "debug"}),
+    (["--name=vm 1: disk"], {"name": "vm 1: disk"}),
     (["--device-type=net"], {"copy": "used"}),
     (["--device-type=1"], {"copy": "used"}),
     (["--device-type=net", "--copy=full"], {"copy": "full"}),
@@ -98,7 +100,8 @@ def test_option(
 ) -> None:
     plain = ProcessConfig(socket_path="/front", backend="/back")
     of_device = {field.name for field in dataclasses.fields(Config)} & {*changes}
-    device = Config(**{name: changes.pop(name) for name in of_device})
+    chosen = {name: changes.pop(name) for name in of_device}
+    device = Config(**{"name": "front", **chosen})
     expected = dataclasses.replace(plain, device=device, **changes)
     assert config_of(configs, *WAYS, *arguments) == expected
 
@@ -119,7 +122,25 @@ def test_option(
 def test_ways_to_the_front_and_the_back(
     configs: list[ProcessConfig], arguments: list[str], expected: ProcessConfig
 ) -> None:
-    assert config_of(configs, *arguments) == expected
+    config = config_of(configs, *arguments)
+    assert dataclasses.replace(config, device=Config()) == expected
+
+
+@pytest.mark.parametrize(
+    ("front", "name"),
+    [
+        ("--socket-path=/run/vm/disk.sock", "disk.sock"),
+        ("--socket-path=disk.sock", "disk.sock"),
+        ("--front-connect=./vm.sock", "vm.sock"),
+        ("--fd=3", "fd 3"),
+        ("--socket-path=/run/disk\n<3>\udcff.sock", "disk?<3>?.sock"),
+        (f"--socket-path={'d' * 90}", "d" * 64),
+    ],
+)
+def test_device_is_named_after_the_front_s_socket(
+    configs: list[ProcessConfig], front: str, name: str
+) -> None:
+    assert config_of(configs, front, "--backend=/back").device.name == name
 
 
 UNUSABLE: list[tuple[list[str], str]] = [
@@ -171,6 +192,14 @@ UNUSABLE: list[tuple[list[str], str]] = [
     ),
     (["run", *WAYS, "--copy=all"], "--copy: .*'all'"),
     (["run", *WAYS, "--log-level=loud"], "--log-level: .*'loud'"),
+    *(
+        (["run", *WAYS, f"--name={bad}"], f"--name: {shown}: no name of 1 to 64")
+        for bad, shown in (
+            ("", "''"),
+            ("a\nb", r"'a\\nb'"),
+            ("n" * 65, f"'{'n' * 65}'"),
+        )
+    ),
     (["run", *WAYS, "--device-type=toaster"], "--device-type toaster: not one of net"),
     (["run", "--socket-path=/f", "--", "back"], r"either \{fd\} or \{listen-fd\}"),
     (["run", "--socket-path=/f", "--", "b", "{fd}{listen-fd}"], r"either \{fd\} or"),

@@ -95,7 +95,7 @@ def test_command_in_the_readme_is_one(command):
     program, *argv = shlex.split(command.replace('"$fd"', "3"))
     assert program == "vhost-airlock"
     options = cli.parse(argv)
-    if options.name != "run":
+    if options.chosen != "run":
         return
     config = run.config_of(options)
     assert any((config.backend, config.backend_listen, config.command))

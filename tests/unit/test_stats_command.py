@@ -30,10 +30,12 @@ RING = {
 }
 WORKER = {"rounds": 5000, "sleeps": 50, "polled": 1_000_000_000}
 BEFORE = Document(
+    name="disk.sock",
     version="1.2.3",
     uptime=100.0,
     sessions=2,
     vmm_connected=True,
+    vmm_waits=False,
     backend_connected=True,
     rings={
         "ring 0": {"phase": "running", "fault": None},
@@ -115,10 +117,10 @@ def test_session_that_ends_has_no_negative_rates() -> None:
 
 def test_table_has_all_there_is() -> None:
     lines = table(BEFORE).splitlines()
-    assert lines[0] == (
-        "vhost-airlock 1.2.3, up 0:01:40, sessions: 2;"
-        " VMM connected, back-end connected"
-    )
+    assert lines[:2] == [
+        "disk.sock: VMM connected, back-end connected",
+        "vhost-airlock 1.2.3, up 0:01:40, sessions: 2",
+    ]
     cells = [line.split() for line in lines]
     assert ["ring", "0", "ring", "1", "ring", "2"] in cells
     assert ["phase", "running", "disabled", "stopped"] in cells
@@ -134,8 +136,17 @@ def test_table_without_a_session() -> None:
         BEFORE, vmm_connected=False, backend_connected=False, rings={}, counters={}
     )
     assert table(idle) == (
-        "vhost-airlock 1.2.3, up 0:01:40, sessions: 2; no VMM, no back-end"
+        "disk.sock: no VMM, no back-end\nvhost-airlock 1.2.3, up 0:01:40, sessions: 2"
     )
+
+
+def test_table_says_that_a_vmm_waits() -> None:
+    second = replace(BEFORE, vmm_waits=True)
+    first = replace(second, vmm_connected=False, backend_connected=False)
+    assert [table(each).splitlines()[0] for each in (second, first)] == [
+        "disk.sock: VMM connected, another waits, back-end connected",
+        "disk.sock: VMM waits, no back-end",
+    ]
 
 
 def test_rings_of_a_large_device_stand_below_each_other() -> None:
@@ -167,10 +178,11 @@ def test_prometheus_has_a_sample_for_each_number() -> None:
     assert samples['vhost_airlock_worker_polled_total{worker="0"}'] == "1000000000"
     assert samples["vhost_airlock_pool_used"] == "4096"
     assert samples["vhost_airlock_vmm_connected"] == "1"
+    assert samples["vhost_airlock_vmm_waits"] == "0"
     assert kinds["vhost_airlock_ring_chains_total"] == "counter"
     assert kinds["vhost_airlock_ring_outstanding"] == "gauge"
     numbers = sum(len(each) for each in BEFORE.counters.values())
-    assert len(samples) == numbers + len(BEFORE.rings) + 5
+    assert len(samples) == numbers + len(BEFORE.rings) + 6
 
 
 # Whom it asks.

@@ -10,6 +10,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+LONGEST_NAME = 64
 
 
 def size(least: str, most: str) -> Callable[[str], int]:
@@ -67,6 +68,17 @@ def cpus(text: str) -> tuple[int, ...]:
     if surplus := set(found) - os.sched_getaffinity(0):
         raise ArgumentTypeError(f"{text}: may not run on processor {min(surplus)}")
     return tuple(found)
+
+
+def name(text: str) -> str:
+    """Return a name for a device: a few printable characters, since lines of the log
+    begin with it.
+    """
+    if not text or len(text) > LONGEST_NAME or not text.isprintable():
+        raise ArgumentTypeError(
+            f"{text!a}: no name of 1 to {LONGEST_NAME} printable characters"
+        )
+    return text
 
 
 def switch(text: str) -> bool:

@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     chosen = parser
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="chosen", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command_parser = commands.add_parser(name, help=text, allow_abbrev=False)
         if argv[:1] == [name]:

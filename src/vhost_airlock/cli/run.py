@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from ..process.daemon import Daemon
 from ..process.program import CONNECTED_FD, LISTENING_FD
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
-from .arguments import cpus, number, seconds, size, switch
+from .arguments import LONGEST_NAME, cpus, name, number, seconds, size, switch
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -126,6 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
     )
+    parser.add_argument(
+        "--name",
+        type=name,
+        help="the device's name in the log and in stats"
+        " (default: that of the VMM's socket, without its folder)",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default=ProcessConfig.log_level)
     parser.add_argument(
         "--sandbox",
@@ -161,10 +168,20 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
     _exactly_one(options, ("socket_path", "fd", "front_connect"))
     _exactly_one(options, ("backend", "backend_listen", "command"))
+    if options.name is None:
+        options.name = _default_name(options)
     return ProcessConfig(
         device=Config(**_chosen(options, Config)),
         **_chosen(options, ProcessConfig),
     )
+
+
+def _default_name(options: argparse.Namespace) -> str:
+    """Return the name of the VMM's socket, with ? for what can't be printed."""
+    path = options.socket_path or options.front_connect
+    base = f"fd {options.fd}" if path is None else os.path.basename(path)
+    printable = "".join(char if char.isprintable() else "?" for char in base)
+    return printable[:LONGEST_NAME] or Config.name
 
 
 def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -38,10 +38,14 @@ GAUGES = {
 class Document:
     """The state of an airlock at one moment, by its own account."""
 
+    name: str
     version: str
     uptime: float
     sessions: int
     vmm_connected: bool
+    vmm_waits: bool
+    """A VMM is connected, and not served yet: for want of the back-end, or since
+    another VMM is served."""
     backend_connected: bool
     rings: dict[str, dict[str, str | None]]
     counters: dict[str, dict[str, int]]
@@ -200,10 +204,12 @@ def table(document: Document) -> str:
     """Return a table: a column for each ring, a line for each worker and the pool."""
     up = timedelta(seconds=int(document.uptime))
     vmm = "VMM connected" if document.vmm_connected else "no VMM"
+    if document.vmm_waits:
+        vmm = "VMM connected, another waits" if document.vmm_connected else "VMM waits"
     back = "back-end connected" if document.backend_connected else "no back-end"
     lines = [
-        f"vhost-airlock {document.version}, up {up}, sessions: {document.sessions};"
-        f" {vmm}, {back}"
+        f"{document.name}: {vmm}, {back}",
+        f"vhost-airlock {document.version}, up {up}, sessions: {document.sessions}",
     ]
 
     rings = list(document.rings)
@@ -232,6 +238,7 @@ def prometheus(document: Document) -> str:
         "uptime_seconds": [f" {document.uptime}"],
         "sessions_total": [f" {document.sessions}"],
         "vmm_connected": [f" {document.vmm_connected:d}"],
+        "vmm_waits": [f" {document.vmm_waits:d}"],
         "backend_connected": [f" {document.backend_connected:d}"],
     }
     for ring, condition in document.rings.items():

@@ -108,8 +108,10 @@ class Daemon:
             "counters": {},
         }
         return {
+            "name": self.config.device.name,
             "sessions": self._sessions,
             "vmm_connected": session is not None,
+            "vmm_waits": self._fronts.waiting(),
             **(idle if session is None else session.describe()),
         }
 

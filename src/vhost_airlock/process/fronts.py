@@ -32,6 +32,10 @@ class Fronts(ABC):
         """Wait for the next front. False: there is none, or `stop` was signalled."""
 
     @abstractmethod
+    def waiting(self) -> bool:
+        """Is there a front that was not taken yet? Any thread may ask."""
+
+    @abstractmethod
     def take(self) -> socket.socket:
         """Return the front's connection. OSError: the system has no room for it."""
 
@@ -54,6 +58,11 @@ class Accepted(Fronts):
         poll.register(self._stop.fileno(), select.POLLIN)
         return all(fd != self._stop.fileno() for fd, _ in poll.poll())
 
+    def waiting(self) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def take(self) -> socket.socket:
         return self._socket.accept()[0]
 
@@ -68,6 +77,9 @@ class Given(Fronts):
         self._sock = sock
 
     def wait(self) -> bool:
+        return self._sock is not None
+
+    def waiting(self) -> bool:
         return self._sock is not None
 
     def take(self) -> socket.socket:

@@ -15,6 +15,8 @@ Another device's feature of this number costs speed at most."""
 class Config:
     """How the airlock treats a device: its memory, its threads, and its time-outs."""
 
+    name: str = "device"
+    """Names the device in the log and in stats."""
     copy: str = "full"
     """One of dataplane.pump.POLICIES."""
     whole_batches: int = MRG_RXBUF

@@ -50,7 +50,8 @@ def doc(name: str) -> str:
 
 
 PROTOCOL, ARCHITECTURE = doc("protocol.md"), doc("architecture.md")
-TUNING = doc("tuning.md")
+OPERATING, TUNING = doc("operating.md"), doc("tuning.md")
+LIBRARY = doc("library.md")
 
 
 def section(text: str, title: str) -> str:
@@ -76,15 +77,15 @@ def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 # Commands and options.
 
 COMMANDS = [
     re.sub(r"^exec ", "", line)
-    for block in blocks("sh")
+    for block in blocks("sh", README)
     for line in block.replace("\\\n", "").splitlines()
     if re.match(r"(exec )?vhost-airlock ", line)
 ]
@@ -105,16 +106,16 @@ def test_commands_are_found():
     assert len(COMMANDS) > 6
 
 
-def test_readme_has_every_option_of_run():
+def test_every_option_of_run_is_described():
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
     options = set(re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", parser.format_help()))
-    table = section(README, "Options of `vhost-airlock run`")
+    table = section(OPERATING, "Options of `vhost-airlock run`")
     described = {names(row[0])[0].split()[0] for row in rows(table)}
     assert described - {"--"} == options - {"-h", "--help"}
     runs = [command for command in COMMANDS if "airlock run " in command]
     mentioned = set(re.findall(r"(--[a-z][a-z-]+)", "".join(runs)))
-    for text in [TUNING, ARCHITECTURE]:
+    for text in [OPERATING, TUNING, ARCHITECTURE]:
         mentioned |= set(re.findall(r"`(--[a-z][a-z-]+)", text))
     foreign = {"--reuid", "--regid", "--clear-groups", "--no-new-privs", "--shared-dir"}
     assert mentioned - foreign - {"--foreground", "--vhost-user"} <= options
@@ -122,7 +123,7 @@ def test_readme_has_every_option_of_run():
 
 # Examples of the library.
 
-BACK_END, FRONT_END, GUEST = blocks("python")
+BACK_END, FRONT_END, GUEST = blocks("python", LIBRARY)
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_examples_of_both_roles_talk_through_an_airlock(folder):
 
 def test_example_of_a_guest_writes_to_the_disk(folder):
     command = "-m vhost_airlock.peers.blk --socket-path=blk.sock --blk-file=disk.img"
-    assert f"python {command}\n" in README
+    assert f"python {command}\n" in LIBRARY
     disk = folder / "disk.img"
     disk.write_bytes(bytes(4096))
     with python(folder, "back.log", *command.split()) as back:

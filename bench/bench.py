@@ -211,7 +211,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="for bench.json and bench.html (default: build)",
     )
     parser.add_argument(
-        "--document", action="store_true", help="put figures into docs/benchmarks.md"
+        "--document",
+        action="store_true",
+        help="put figures into docs/benchmark-tables.md",
     )
     parser.set_defaults(
         rounds=3, ms=250, patience=30.0, targets=list(QUICK), parts=["disk"]

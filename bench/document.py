@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of docs/benchmarks.md, between marks that name their part."""
+"""The figures of docs/benchmark-tables.md, between marks that name their part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.table import STAR, amount, axes, heading
 from bench.targets import DIRECT
 from tests.real.programs import PROJECT
 
-DOCUMENT = PROJECT / "docs" / "benchmarks.md"
+DOCUMENT = PROJECT / "docs" / "benchmark-tables.md"
 POLLED = ", idle cores poll"
 """Ends the names of parts that were measured so."""
 

@@ -354,7 +354,7 @@ def test_every_failure_of_others_is_there_once():
 
 
 def test_every_copy_policy_is_described():
-    table = rows(section(TUNING, "What is copied back"))
+    table = rows(section(TUNING, "How much is copied back"))
     assert {names(row[0])[0] for row in table} == set(POLICIES)
 
 

@@ -26,6 +26,8 @@ test:                                   ## everything, with real programs where 
 	@tools/phase 0.5 "style and types" $(MAKE) lint types
 	@tools/phase $(if $(wildcard .real/root/ready),0,3) "real programs" \
 	    tools/real-root --or-say-why
+	@tools/phase $(if $(wildcard .real/debian-13/ready),0,3) "Debian 12 and 13" \
+	    tools/release-roots --or-say-why
 	@echo "$$(date +%T) tests: 11 min; those that measure time come last, alone"
 	@pytest $(IN_PARALLEL)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the real programs are: in the Debian of tools/real-root."""
+"""Where the real programs are: in the Debians of tools/real-root and release-roots."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[2]
-ROOT = PROJECT / ".real" / "root"
+REAL = PROJECT / ".real"
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,19 @@ def new_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def find() -> Programs | str:
-    """The programs, or why there are none."""
+def find(name: str = "root", keep: bool = True) -> Programs | str:
+    """The programs in .real/NAME, or why there are none.
+
+    Without `keep`, each command has a root of its own, whose changes end with it.
+    """
+    root = REAL / name
     if os.environ.get("REAL") == "no":
         return "REAL=no"
     if os.geteuid() != 0:
-        return "entering .real/root needs root"
-    if not (ROOT / "ready").exists():
-        return "no .real/root: tools/real-root makes it"
-    return Programs(
-        (str(PROJECT / "tools" / "in-real-root"),), ROOT, "/var/cache/vhost-airlock"
-    )
+        return f"entering .real/{name} needs root"
+    if not (root / "ready").exists():
+        tool = "real-root" if name == "root" else "release-roots"
+        return f"no .real/{name}: tools/{tool} makes it"
+    settings = [f"REAL_ROOT={root}", f"REAL_KEEP={'yes' if keep else 'no'}"]
+    prefix = ("env", *settings, str(PROJECT / "tools" / "in-real-root"))
+    return Programs(prefix, root, "/var/cache/vhost-airlock")

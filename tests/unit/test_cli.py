@@ -21,6 +21,7 @@ from vhost_airlock.cli import main as cli
 from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
 from vhost_airlock.process.config import ProcessConfig
+from vhost_airlock.process.sockets import Group, Rights
 from vhost_airlock.proxy.config import MIB, Config
 from vhost_airlock.proxy.device_types import TYPES
 
@@ -85,6 +86,10 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--worker-cpus=5,1-3,0"], {"worker_cpus": (5, 1, 2, 3, 0)}),
     (["--timeout=0.5"], {"timeout": 0.5}),
     (["--drain-timeout=3600"], {"drain_timeout": 3600.0}),
+    (["--socket-mode=0660"], {"socket_mode": 0o660}),
+    (["--socket-mode=777"], {"socket_mode": 0o777}),
+    (["--socket-group=root"], {"socket_group": Group("root", 0)}),
+    (["--socket-group=1234567"], {"socket_group": Group("1234567", 1234567)}),
     (["--log-level=debug"], {"log_level": "debug"}),
     (["--name=vm 1: disk"], {"name": "vm 1: disk"}),
     (["--device-type=net"], {"copy": "used"}),
@@ -104,6 +109,14 @@ def test_option(
     device = Config(**{"name": "front", **chosen})
     expected = dataclasses.replace(plain, device=device, **changes)
     assert config_of(configs, *WAYS, *arguments) == expected
+
+
+def test_group_may_connect_when_one_is_given() -> None:
+    group = Group("kvm", 99)
+    assert ProcessConfig().rights == Rights(0o600)
+    assert ProcessConfig(socket_group=group).rights == Rights(0o660, group)
+    assert ProcessConfig(socket_mode=0o640).rights == Rights(0o640)
+    assert ProcessConfig(socket_mode=0, socket_group=group).rights == Rights(0, group)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +204,27 @@ UNUSABLE: list[tuple[list[str], str]] = [
         for bad in ("-1", "nan")
     ),
     (["run", *WAYS, "--copy=all"], "--copy: .*'all'"),
+    *(
+        (
+            ["run", *WAYS, f"--socket-mode={bad}"],
+            f"--socket-mode: {bad}: no mode in oct",
+        )
+        for bad in ("", "60", "0680", "1777", "0o660", "u=rw", "-660")
+    ),
+    *(
+        (
+            ["run", *WAYS, f"--socket-group={bad}"],
+            f"group: {bad}: there is no such group",
+        )
+        for bad in ("", "no-such-group", "-1", "9999999999")
+    ),
+    *(
+        (
+            ["run", "--fd=3", "--backend=/b", f"--socket-{name}"],
+            "needs one of --socket-path, --backend-listen, --stats-path",
+        )
+        for name in ("mode=0660", "group=root")
+    ),
     (["run", *WAYS, "--log-level=loud"], "--log-level: .*'loud'"),
     *(
         (["run", *WAYS, f"--name={bad}"], f"--name: {shown}: no name of 1 to 64")

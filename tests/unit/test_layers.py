@@ -39,7 +39,8 @@ LAYERS = """
     process.connector  process.fronts  process.stats_server
     process.broker
     process.program
-    process.sockets  process.signals  process.config  process.__init__
+    process.config
+    process.sockets  process.signals  process.__init__
 
     sandbox.enter
     sandbox.syscalls  sandbox.files  sandbox.__init__

@@ -6,15 +6,21 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vhost_airlock.errors import StartError
 from vhost_airlock.process.sockets import (
+    OWNER,
+    Group,
     Listener,
     Peer,
+    Rights,
     inherited,
     peer_of,
     require_socket,
@@ -93,15 +99,126 @@ def test_peer_of_another_user_is_its_effective_user() -> None:
         assert os.waitpid(child, 0)[1] == 0
 
 
-def test_only_the_owner_can_connect(path: Path) -> None:
-    before = os.umask(0)
+ANOTHER = Group("others", 5353 if os.geteuid() == 0 else os.getgid())
+"""A group that a socket can be given."""
+RIGHTS = [OWNER, Rights(0o660), Rights(0o600, ANOTHER), Rights(0o666, ANOTHER)]
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
     try:
-        listener = Listener(str(path))
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert os.umask(0) == 0, "the umask is as it was"
+        yield
+        assert os.umask(mask) == mask, "the umask is as it was"
     finally:
         os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o777], ids=oct)
+@pytest.mark.parametrize("rights", RIGHTS, ids=str)
+def test_socket_has_the_rights_that_were_asked_for(
+    path: Path, rights: Rights, mask: int
+) -> None:
+    with umask(mask):
+        listener = Listener(str(path), rights)
+    found = path.stat()
+    assert stat.S_IMODE(found.st_mode) == rights.mode
+    if rights.group is not None:
+        assert found.st_gid == rights.group.number
     listener.close()
+    assert not path.exists(), "it is known by its inode, whatever its rights"
+
+
+def test_rights_are_never_wider_than_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two steps the owner alone has rights, and nobody can connect."""
+    seen = []
+
+    def looking(name: str) -> None:
+        call = getattr(os, name)
+
+        def look(*arguments: Any) -> None:
+            found = path.stat()
+            front = socket.socket(socket.AF_UNIX)
+            with front, pytest.raises(ConnectionRefusedError):
+                front.connect(str(path))
+            seen.append((name, stat.S_IMODE(found.st_mode), found.st_gid))
+            call(*arguments)
+
+        monkeypatch.setattr(os, name, look)
+
+    looking("chown")
+    looking("chmod")
+    with umask(0):
+        Listener(str(path), Rights(0o666, ANOTHER)).close()
+    assert seen == [("chown", 0o600, os.getgid()), ("chmod", 0o600, ANOTHER.number)]
+
+
+def test_acl_of_the_folder_widens_nothing(path: Path) -> None:
+    """Where a folder has a default ACL, the kernel does not look at the umask."""
+    acl = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", tag, 7, number)
+        for tag, number in ((1, 2**32 - 1), (2, 4242), (4, 2**32 - 1))
+    )
+    acl += struct.pack("<HHIHHI", 0x10, 7, 2**32 - 1, 0x20, 7, 2**32 - 1)
+    try:
+        os.setxattr(path.parent, "system.posix_acl_default", acl)
+    except OSError as error:
+        pytest.skip(f"{path.parent}: {error.strerror}")
+    listener = Listener(str(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    listener.close()
+
+
+@pytest.mark.parametrize("taken_by", ["a file", "a link"])
+def test_rights_come_to_no_other_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, taken_by: str
+) -> None:
+    """A file has taken the path by the time that rights are given."""
+    precious = path.with_suffix(".file")
+    precious.write_text("precious")
+    precious.chmod(0o600)
+    opened = os.open
+
+    def swap(name: str, flags: int) -> int:
+        path.unlink()
+        if taken_by == "a link":
+            path.symlink_to(precious)
+        else:
+            path.hardlink_to(precious)
+        return opened(name, flags)
+
+    monkeypatch.setattr(os, "open", swap)
+    with pytest.raises(StartError, match=f"{path}: another file has taken the path"):
+        Listener(str(path), Rights(0o666))
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o600
+    assert path.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_group_of_others_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.parent.chmod(0o777)
+    monkeypatch.chdir(path.parent)
+    told, telling = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setresgid(4242, 4242, 4242)
+        os.setresuid(4242, 4242, 4242)
+        try:
+            Listener(path.name, Rights(0o660, Group("kvm", 5353)))
+        except StartError as error:
+            os.write(telling, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(told, 999).decode() == (
+        "can't listen at front.sock: --socket-group kvm:"
+        " the airlock's user is no member of this group"
+    )
+    assert not path.exists()
+    os.close(told)
+    os.close(telling)
 
 
 def test_stale_socket_is_replaced(path: Path) -> None:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+
+from ..process.sockets import Group
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LONGEST_NAME = 64
@@ -79,6 +82,22 @@ def name(text: str) -> str:
             f"{text!a}: no name of 1 to {LONGEST_NAME} printable characters"
         )
     return text
+
+
+def mode(text: str) -> int:
+    """Return the mode of a file, from octal digits."""
+    if not re.fullmatch(r"0?[0-7]{3}", text, re.ASCII):
+        raise ArgumentTypeError(f"{text}: no mode in octal digits, as 0660")
+    return int(text, 8)
+
+
+def group(text: str) -> Group:
+    """Return the group with this name or number."""
+    with contextlib.suppress(KeyError):
+        return Group(text, grp.getgrnam(text).gr_gid)
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise ArgumentTypeError(f"{text}: there is no such group")
+    return Group(text, int(text))
 
 
 def switch(text: str) -> bool:

@@ -19,7 +19,17 @@ from ..process.daemon import Daemon
 from ..process.program import CONNECTED_FD, LISTENING_FD
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
-from .arguments import LONGEST_NAME, cpus, name, number, seconds, size, switch
+from .arguments import (
+    LONGEST_NAME,
+    cpus,
+    group,
+    mode,
+    name,
+    number,
+    seconds,
+    size,
+    switch,
+)
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -133,6 +143,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the device's name in the log and in stats"
         " (default: that of the VMM's socket, without its folder)",
     )
+    parser.add_argument(
+        "--socket-mode",
+        type=mode,
+        metavar="MODE",
+        help="the mode of the sockets at which the airlock listens, in octal digits"
+        " (default: 0600, with a group 0660)",
+    )
+    parser.add_argument(
+        "--socket-group",
+        type=group,
+        metavar="GROUP",
+        help="the group of these sockets, by name or number",
+    )
     parser.add_argument("--log-level", choices=LEVELS, default=ProcessConfig.log_level)
     parser.add_argument(
         "--sandbox",
@@ -170,6 +193,7 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     _exactly_one(options, ("backend", "backend_listen", "command"))
     if options.name is None:
         options.name = _default_name(options)
+    _need_listening(options)
     return ProcessConfig(
         device=Config(**_chosen(options, Config)),
         **_chosen(options, ProcessConfig),
@@ -210,11 +234,24 @@ def print_capabilities(options: argparse.Namespace) -> int:
     return done.returncode
 
 
+def _need_listening(options: argparse.Namespace) -> None:
+    """Raise UsageError if there are rights for sockets, and no sockets to have them."""
+    paths = ("socket_path", "backend_listen", "stats_path")
+    for right in _given(options, ("socket_mode", "socket_group")):
+        if not _given(options, paths):
+            flags = ", ".join(map(_flag, paths))
+            raise UsageError(f"{_flag(right)} needs one of {flags}")
+
+
 def _exactly_one(options: argparse.Namespace, names: Sequence[str]) -> None:
-    given = [name for name in names if getattr(options, name) not in (None, ())]
-    if len(given) != 1:
-        flags = [
-            "-- COMMAND" if name == "command" else "--" + name.replace("_", "-")
-            for name in names
-        ]
-        raise UsageError(f"one of {', '.join(flags)} is needed, and only one")
+    if len(_given(options, names)) != 1:
+        flags = ", ".join(map(_flag, names))
+        raise UsageError(f"one of {flags} is needed, and only one")
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(options, name) not in (None, ())]
+
+
+def _flag(name: str) -> str:
+    return "-- COMMAND" if name == "command" else "--" + name.replace("_", "-")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..proxy.config import Config
+from .sockets import Group, Rights
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,20 @@ class ProcessConfig:
     """End when the back goes away; otherwise wait for the next front."""
     stats_path: str | None = None
     """Where to listen for readers of the counters."""
+    socket_mode: int | None = None
+    """The mode of sockets that are made; None: 0660 with `socket_group`, else 0600."""
+    socket_group: Group | None = None
+    """The group of sockets that are made; None: the kernel's choice."""
     log_level: str = "warning"
     sandbox: bool = True
     """Give up the rights that the running process does not need; False to debug it."""
     device: Config = field(default_factory=Config)
     """How the device is treated."""
+
+    @property
+    def rights(self) -> Rights:
+        """The users that may connect to sockets that are made."""
+        mode = self.socket_mode
+        if mode is None:
+            mode = 0o600 if self.socket_group is None else 0o660
+        return Rights(mode, self.socket_group)

@@ -112,7 +112,7 @@ class Waiter(Connector):
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
-        self.listener = Listener(config.backend_listen or "")
+        self.listener = Listener(config.backend_listen or "", config.rights)
         broker.entrust(self.listener)
 
     def connect(self, deadline: float | None) -> Channel:

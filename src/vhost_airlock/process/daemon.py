@@ -30,6 +30,7 @@ from .config import ProcessConfig
 from .connector import make_connector
 from .fronts import make_fronts
 from .signals import ENDING
+from .sockets import Listener
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
@@ -77,9 +78,10 @@ class Daemon:
             self._fronts = make_fronts(config, self.stop, broker)
             self._open.callback(self._fronts.close)
             if config.stats_path is not None:
-                self._stats = Stats(config.stats_path, self.describe)
+                listener = Listener(config.stats_path, config.rights)
+                self._stats = Stats(listener, self.describe)
                 self._open.callback(self._stats.close)
-                broker.entrust(self._stats.listener)
+                broker.entrust(listener)
             broker.start()
             undo.pop_all()
 

@@ -122,6 +122,6 @@ def make_fronts(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Front
     if config.fd is not None:
         sock, listening = inherited(config.fd)
         return Accepted(sock, stop) if listening else Given(sock)
-    listener = Listener(config.socket_path or "")
+    listener = Listener(config.socket_path or "", config.rights)
     broker.entrust(listener)
     return Accepted(listener, stop)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from ..errors import StartError
+from ..vhost.fds import Fd
 
 
 class Peer(NamedTuple):
@@ -34,6 +36,27 @@ def peer_of(sock: socket.socket) -> Peer:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
         )
     )
+
+
+class Group(NamedTuple):
+    """A group of users, by the name under which the user gave it."""
+
+    name: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Rights:
+    """The users that may connect to a socket."""
+
+    mode: int = 0o600
+    """Of the socket's file; the right to write is the right to connect."""
+    group: Group | None = None
+    """Of the socket's file; None: the kernel's choice."""
+
+
+OWNER = Rights()
+"""Only the airlock's own user may connect."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +83,25 @@ class SocketFile:
 
 
 class Listener:
-    """A listening socket at a path, to which only its owner can connect.
+    """A listening socket at a path, to which the users with these rights can connect.
 
     A stale socket, on which no process listens, is replaced. A socket that is in use,
     or another file at that path, is left alone: StartError. close() removes the path,
     unless disown() was called.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, rights: Rights = OWNER) -> None:
         self.path = path
         if not path:
             raise StartError("can't listen at : no path")  # Linux would make one up
         _remove_stale(path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o177)
         try:
-            self.socket.bind(path)
+            self.file = _bind(self.socket, path, rights)
             self.socket.listen(1)
         except OSError as error:
             self.socket.close()
             raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
-        finally:
-            os.umask(mask)
-        self.file = SocketFile.at(path)
         self._owned = True
 
     def fileno(self) -> int:
@@ -100,6 +119,43 @@ class Listener:
     def disown(self) -> None:
         """Leave it to the broker to remove the path."""
         self._owned = False
+
+
+def _bind(sock: socket.socket, path: str, rights: Rights) -> SocketFile:
+    """Bind a socket to a path; returns its file, with these rights. OSError otherwise.
+
+    Until it has its group it is for its owner alone, and until it listens no process
+    can connect, whatever its rights. They are set by descriptor, so that they don't
+    come to another file that has taken the path meanwhile.
+    """
+    os.fchmod(sock.fileno(), OWNER.mode)  # bind() gives the file this mode
+    sock.bind(path)
+    file = SocketFile.at(path)
+    try:
+        with Fd(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+            mode = os.fstat(fd.fileno()).st_mode
+            if not stat.S_ISSOCK(mode):
+                raise OSError("another file has taken the path")
+            same = f"/proc/self/fd/{fd.fileno()}"
+            if rights.group is not None:
+                _give(same, rights.group)
+            if stat.S_IMODE(mode) != rights.mode:
+                os.chmod(same, rights.mode)
+    except OSError:
+        file.remove()
+        raise
+    return file
+
+
+def _give(path: str, group: Group) -> None:
+    try:
+        os.chown(path, -1, group.number)
+    except OSError as error:
+        reason = reason_of(error)
+        if error.errno == errno.EPERM:
+            reason = "the airlock's user is no member of this group"
+        trouble = f"--socket-group {group.name}: {reason}"
+        raise OSError(error.errno, trouble) from None
 
 
 def require_socket(path: str, *, may_come: bool = False) -> str:

@@ -33,17 +33,19 @@ PAUSE = 0.1
 
 
 class Stats:
-    """Listens at a path, from now on until close(). StartError if it can't.
+    """Answers readers that connect to a listener, which it closes in close().
 
     Readers are answered from start() on, by a thread that calls `describe` for each.
     It has the sandbox of the thread that starts it.
     """
 
-    def __init__(self, path: str, describe: Callable[[], dict[str, object]]) -> None:
+    def __init__(
+        self, listener: Listener, describe: Callable[[], dict[str, object]]
+    ) -> None:
         self._describe = describe
         self._started = time.monotonic()
         self._version = version()
-        self.listener = Listener(path)
+        self.listener = listener
         self._stop = eventfd()
         self._thread = threading.Thread(
             target=self._serve, name="airlock-stats", daemon=True
@@ -61,7 +63,7 @@ class Stats:
         }
 
     def close(self) -> None:
-        """Stop listening, and remove the path."""
+        """Stop listening."""
         if self._thread.ident is not None:
             notify(self._stop)
             self._thread.join()

@@ -14,6 +14,7 @@ import os
 import select
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -151,9 +152,29 @@ class World:
         total = sum(sizes) if limit is None else limit
         if largest is None:
             largest = 1 << (total.bit_length() - 1)
-        self.pool = Pool(total, largest=largest, lone_limit=lone_limit, shared=shared)
-        self.pool_regions = [self.grow(size) for size in sizes]
+        self._make_pool = partial(
+            Pool, total, largest=largest, lone_limit=lone_limit, shared=shared
+        )
+        self._sizes = sizes
+        self._open_pool()
         self.set_regions()
+
+    def _open_pool(self) -> None:
+        self.pool = self._make_pool()
+        self.pool_regions = [self.grow(size) for size in self._sizes]
+
+    def lose_back(self) -> None:
+        """The back is gone with its isolated memory: to touch that is a SIGBUS. There
+        is another back, with memory of its own. All lanes are stopped.
+        """
+        for lane in self.lanes:
+            lane.pump.lose_back()
+        for memory in self.isolated.pieces.values():
+            memory.cut()
+        self.isolated.pieces.clear()
+        self._open_pool()
+        for lane in self.lanes:
+            lane.move_in()
 
     def grow(self, size: int) -> int:
         """One more region for the pool; its number."""
@@ -237,10 +258,8 @@ class Lane:
         self.reset(base, size)
         self.policy = policy
         self.index = len(world.lanes)
-        ring_size = -(-shadow_bytes(most) // PAGE) * PAGE
-        self.piece_at = world.add_isolated(2 * ring_size + slot_bytes(most))
-        self.rings_at = [self.piece_at, self.piece_at + ring_size]
-        self.slots_at = self.piece_at + 2 * ring_size
+        self._most = most
+        self._add_isolated()
         self.renew()
         world.lanes.append(self)
         if start:
@@ -258,9 +277,22 @@ class Lane:
             self.ring, base=base, event_idx=self.guest_event_idx, tables=self.tables
         )
 
+    def _add_isolated(self) -> None:
+        ring_size = -(-shadow_bytes(self._most) // PAGE) * PAGE
+        size = 2 * ring_size + slot_bytes(self._most)
+        self.piece_at = self.world.add_isolated(size)
+        self.rings_at = [self.piece_at, self.piece_at + ring_size]
+        self.slots_at = self.piece_at + 2 * ring_size
+
     def renew(self) -> None:
         """A new pump, as for a new session, in the place of the old one."""
         self.pump = Pump(self.index, self.world.memory, self.world.pool, self.policy)
+
+    def move_in(self) -> None:
+        """Use the isolated memory of another back from now on."""
+        self._add_isolated()
+        slots = self.world.isolated.host(self.slots_at)
+        self.pump.move_in(self.world.pool, slots, self.slots_at)
 
     @property
     def guest_parts(self) -> tuple[int, int, int]:

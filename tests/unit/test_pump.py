@@ -212,6 +212,7 @@ class TestStep:
             "clamped": 3,
             "faults": 0,
             "adopted": 0,
+            "replayed": 0,
             "outstanding": 0,
             "quarantined": 0,
             "used": 0,
@@ -831,6 +832,199 @@ class TestLeftBehind:
         lane.step()
         assert [head for head, _ in lane.used()] == heads
         assert lane.stop(3) == (1, 0, True)
+
+
+class TestAnotherBack:
+    """The back is gone, and another one takes its place."""
+
+    def lost(self, world, *, done=(), chains=4, **options):
+        """A ring whose back is gone with all of its chains but `done`."""
+        lane = Lane(world, size=16, **options)
+        heads = [
+            lane.offer((PAGE * i, 6), (PAGE * (8 + i), PAGE, True))
+            for i in range(chains)
+        ]
+        for i in range(chains):
+            world.ram.write(PAGE * i, b"read %d" % i)
+        lane.step()
+        old = [lane.take() for _ in range(chains)]
+        for i in done:
+            lane.complete(old[i], b"done")
+        lane.step()
+        assert len(lane.used()) == len(done)
+        found = lane.stop(None)
+        world.lose_back()
+        return lane, heads, found
+
+    def finish(self, lane, count):
+        """The back completes so many chains; returns the bytes that it has read."""
+        read = []
+        for _ in range(count):
+            chain = lane.take()
+            read.append(lane.bytes_of(chain))
+            lane.complete(chain, b"again")
+        while lane.step():
+            pass
+        assert lane.device.take() is None
+        return read
+
+    def test_the_guest_has_the_last_ones_still(self, world):
+        lane, heads, (base, *_) = self.lost(world)
+        assert base == 0
+        lane.start(base)
+        assert lane.step() == 4
+        assert self.finish(lane, 4) == [b"read %d" % i for i in range(4)]
+        assert lane.used() == [(head, 5) for head in heads]
+        assert lane.counter("replayed") == 0
+
+    def test_those_in_the_middle_are_offered_again_first_and_in_order(self, world):
+        lane, heads, (base, unfinished, last) = self.lost(world, done=[1, 4], chains=6)
+        assert (base, unfinished, last) == (5, 3, False)
+        lane.start(base)
+        assert lane.step() == 3
+        assert lane.step() == 1
+        assert self.finish(lane, 4) == [b"read %d" % i for i in (0, 2, 3, 5)]
+        assert [head for head, _ in lane.used()] == [heads[i] for i in (0, 2, 3, 5)]
+        for i in (0, 2, 3, 5):
+            assert world.ram.read(PAGE * (8 + i), 5) == b"again"
+        assert lane.counter("replayed") == 3
+        assert world.pool.used == 0
+
+    def test_their_bytes_are_read_again_and_their_descriptors_are_not(self, world):
+        lane, heads, (base, *_) = self.lost(world, done=[1, 2, 3])
+        world.ram.write(0, b"newer!")
+        world.ram.write(lane.ring_at + 16 * heads[0], bytes(16))
+        lane.start(base)
+        lane.step()
+        assert self.finish(lane, 1) == [b"newer!"]
+
+    def test_a_head_that_is_offered_again_is_in_flight(self, world):
+        lane, heads, (base, *_) = self.lost(world, done=[1])
+        lane.start(base)
+        lane.step()
+        lane.ring.set_avail_entry(base & 15, heads[0])
+        lane.ring.avail_idx = base + 1
+        lane.step()
+        assert lane.fault == "the guest offered a head that is still in flight"
+
+    def test_a_ring_that_was_reset_waits_for_none(self, world):
+        lane, *_ = self.lost(world, done=[1])
+        lane.ring.avail_idx = lane.ring.used_idx = 0
+        lane.driver = DriverRing(lane.ring, base=0, event_idx=True)
+        lane.start(0)
+        assert lane.step() == 0
+        new = [lane.offer((PAGE * i, PAGE, True)) for i in range(8)]
+        assert lane.step() == 8
+        assert self.finish(lane, 8) == [b""] * 8
+        assert [head for head, _ in lane.used()] == new
+
+    def test_without_room_they_wait_and_nothing_else_is_taken(self):
+        world = World(pool=4 * PAGE)
+        lane = Lane(world, size=8)
+        for i in range(3):
+            lane.offer((PAGE * i, PAGE, True))
+        lane.step()
+        chains = [lane.take() for _ in range(3)]
+        lane.complete(chains[2])
+        lane.step()
+        base, *_ = lane.stop(None)
+        world.lose_back()
+        other = Lane(world, size=8)
+        for i in range(3):
+            other.offer((PAGE * i, PAGE, True))
+        assert other.step() == 3
+        lane.start(base)
+        lane.offer((PAGE, 16, True))
+        assert lane.step() == 1
+        assert lane.step() == 0
+        assert not lane.pump.rest()
+        for _ in range(3):
+            other.complete(other.take())
+        other.step()
+        assert lane.step() == 1
+        assert lane.step() == 1
+        assert lane.counter("replayed") == 2
+
+    def test_a_stop_before_they_were_fetched_keeps_them(self, world):
+        """The new back is asked to stop before it has seen all of them."""
+        lane, heads, (base, *_) = self.lost(world, done=[1, 4], chains=6)
+        lane.start(base)
+        lane.step()
+        lane.step()
+        lane.complete(lane.take(), b"again")
+        lane.step()
+        assert lane.used() == [(heads[0], 5)]
+        assert lane.stop(1) == (5, 2, False)
+        assert lane.pump.quarantined == 0
+        lane.start(base)
+        assert lane.step() == 2
+        assert lane.step() == 1
+        assert self.finish(lane, 3) == [b"read %d" % i for i in (2, 3, 5)]
+        assert [head for head, _ in lane.used()] == [heads[i] for i in (2, 3, 5)]
+        assert world.pool.used == 0
+
+    def test_several_backs_may_be_lost_one_after_the_other(self, world):
+        lane, heads, (base, *_) = self.lost(world, done=[1, 4], chains=6)
+        for _ in range(3):
+            lane.start(base)
+            lane.step()
+            lane.take()
+            base, unfinished, last = lane.stop(None)
+            assert (base, unfinished, last) == (5, 3, False)
+            world.lose_back()
+        lane.start(base)
+        lane.step()
+        lane.step()
+        assert self.finish(lane, 4) == [b"read %d" % i for i in (0, 2, 3, 5)]
+        assert [head for head, _ in lane.used()] == [heads[i] for i in (0, 2, 3, 5)]
+
+    def test_chains_of_before_a_stop_are_recalled_too(self, world):
+        """The ring stands still when the back is lost: some are done meanwhile."""
+        lane = Lane(world, size=8)
+        heads = [lane.offer((PAGE * i, PAGE, True)) for i in range(4)]
+        lane.step()
+        old = [lane.take() for _ in range(4)]
+        lane.complete(old[3])
+        lane.step()
+        lane.used()
+        base, *_ = lane.stop(4)
+        assert lane.pump.quarantined == 3
+        lane.device.complete(old[0].head, 0)
+        lane.device.publish()
+        lane.pump.look_back()
+        world.lose_back()
+        assert lane.pump.quarantined == 0
+        lane.start(base)
+        assert lane.step() == 3
+        self.finish(lane, 3)
+        assert [head for head, _ in lane.used()] == heads[:3]
+
+    def test_a_quarantine_ends_with_its_back(self, world):
+        lane = Lane(world, size=2)
+        for i in range(2):
+            lane.offer((PAGE * i, PAGE, True))
+        lane.step()
+        lane.stop(None)
+        lane.ring.avail_idx = lane.ring.used_idx = 0
+        lane.driver = DriverRing(lane.ring, base=0, event_idx=True)
+        lane.start(0)
+        lane.stop(None)
+        world.lose_back()
+        lane.start(0)
+        for i in range(2):
+            lane.offer((PAGE * i, PAGE, True))
+        assert lane.step() == 2
+
+    def test_memory_that_is_gone_meanwhile_breaks_the_ring(self, world):
+        lane, _, (base, *_) = self.lost(world, done=[1])
+        world.set_regions(without=[0])
+        lane.start(base)
+        assert lane.step() == 0
+        assert lane.fault == "a descriptor points outside of the guest's memory"
+
+    def test_a_ring_that_is_started_loses_no_back(self, world):
+        with pytest.raises(ValueError, match="ring 0 is attached"):
+            Lane(world).pump.lose_back()
 
 
 class TestStop:

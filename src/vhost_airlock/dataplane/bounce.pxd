@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chain's doubles in isolated memory: place, copy in, copy back, release."""
+"""A chain's record, and its doubles in isolated memory: place, copy, release."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -40,6 +40,8 @@ cdef struct Slot:
     # needed to offer the chain to a back once more, and nothing else knows it.
     # The chain's place in the order in which the guest offered its chains.
     uint64_t position
+    # Its place among the chains that shadow rings were offered.
+    uint64_t order
     # The used length that the back has said, of a chain that waits for the guest.
     uint32_t length
     uint16_t head
@@ -61,9 +63,8 @@ cdef struct Slot:
     Buffer *buffer
     Buffer few[FEW]
 
-cdef int place(
-    Slot *slot, const Chain *chain, bint table, PoolState *pool, Share *share
-) noexcept nogil
+cdef bint record(Slot *slot, const Chain *chain) noexcept nogil
+cdef int place(Slot *slot, bint table, PoolState *pool, Share *share) noexcept nogil
 cdef int copy_to_back(
     Slot *slot, const Share *share, RegionTable *memory, int *hint
 ) noexcept nogil
@@ -75,4 +76,6 @@ cdef bint is_same(
     const Slot *slot, const Chain *chain, RegionTable *memory, int *hint
 ) noexcept nogil
 cdef uint16_t describe(Slot *slot, Desc *desc) noexcept nogil
+cdef void vacate(Slot *slot, PoolState *pool, Share *share) noexcept nogil
 cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil
+cdef void forget_buffers(Slot *slot) noexcept nogil

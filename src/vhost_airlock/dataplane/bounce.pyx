@@ -18,8 +18,7 @@ from libc.string cimport memcpy, memset
 
 from vhost_airlock.dataplane.guest cimport Chain
 from vhost_airlock.dataplane.layout cimport (
-    DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, OUT_OF_MEMORY, PAGE,
-    store_int,
+    DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, PAGE, store_int,
 )
 from vhost_airlock.dataplane.pool cimport (
     MAX_ORDER, NO_BLOCK, PoolState, Share, give_block, give_lone, join_free,
@@ -47,43 +46,17 @@ cdef inline int segment_order(uint64_t guest, uint32_t size) noexcept nogil:
     return order_of(segment_pages(guest, size))
 
 
-cdef int place(
-    Slot *slot, const Chain *chain, bint table, PoolState *pool, Share *share
-) noexcept nogil:
-    """Find room for the chain, with an indirect table if `table`.
-
-    Returns 1 when it is placed; 0 when there is no room now, and nothing is taken;
-    NEVER_FITS when it is larger than any chain that is placed; OUT_OF_MEMORY.
-    """
-    cdef uint64_t small = step64(chain.count * sizeof(Desc)) if table else 0
-    cdef uint64_t largest = 0
-    cdef uint64_t pages = 0
-    cdef uint64_t block
-    cdef bint alone, placed
+cdef bint record(Slot *slot, const Chain *chain) noexcept nogil:
+    """Let a free slot have this chain. False: there is no memory for the record."""
     cdef int i
 
-    for i in range(chain.count):
-        if chain.segment[i].len < SMALL:
-            small += step64(chain.segment[i].len)
-        else:
-            block = <uint64_t> 1 << segment_order(
-                chain.segment[i].addr, chain.segment[i].len
-            )
-            pages += block
-            largest = max(largest, block)
-    if small > AREA:
-        block = <uint64_t> 1 << order_of(pages_of(small))
-        pages += block
-        largest = max(largest, block)
-    alone = largest > pool.largest or pages > share.guaranteed + pool.common
-    if alone and is_refused(chain, pool, share):
-        return NEVER_FITS
-
-    slot.buffer = slot.few
     if chain.count > FEW:
         slot.buffer = <Buffer *> malloc(chain.count * sizeof(Buffer))
         if slot.buffer == NULL:
-            return OUT_OF_MEMORY  # not reached: no memory
+            slot.buffer = slot.few  # not reached: no memory
+            return False  # not reached: no memory
+    else:
+        slot.buffer = slot.few
     slot.head = chain.head
     slot.count = chain.count
     slot.readable = chain.readable
@@ -95,28 +68,57 @@ cdef int place(
         slot.buffer[i].guest = chain.segment[i].addr
         slot.buffer[i].len = chain.segment[i].len
         slot.buffer[i].block.order = NO_BLOCK
+    return True
 
+
+cdef int place(Slot *slot, bint table, PoolState *pool, Share *share) noexcept nogil:
+    """Find room for the slot's chain, with an indirect table if `table`.
+
+    Returns 1 when it is placed; 0 when there is no room now, NEVER_FITS when it is
+    larger than any chain that is placed: then nothing is taken.
+    """
+    cdef uint64_t small = step64(slot.count * sizeof(Desc)) if table else 0
+    cdef uint64_t largest = 0
+    cdef uint64_t pages = 0
+    cdef uint64_t block
+    cdef bint alone, placed
+    cdef int i
+
+    for i in range(slot.count):
+        if slot.buffer[i].len < SMALL:
+            small += step64(slot.buffer[i].len)
+        else:
+            block = <uint64_t> 1 << segment_order(
+                slot.buffer[i].guest, slot.buffer[i].len
+            )
+            pages += block
+            largest = max(largest, block)
+    if small > AREA:
+        block = <uint64_t> 1 << order_of(pages_of(small))
+        pages += block
+        largest = max(largest, block)
+    alone = largest > pool.largest or pages > share.guaranteed + pool.common
+    if alone and is_refused(slot, pool, share):
+        return NEVER_FITS
     if alone:
         placed = place_alone(slot, small, pool, share)
     else:
         placed = place_in_blocks(slot, small, pages, largest, pool, share)
-    if not placed:
-        forget_buffers(slot)
-        return 0
-    lay_out(slot, table, small)
-    return 1
+    if placed:
+        lay_out(slot, table, small)
+    return placed
 
 
 cdef bint is_refused(
-    const Chain *chain, PoolState *pool, Share *share
+    const Slot *slot, PoolState *pool, Share *share
 ) noexcept nogil:
     """Have the chain's large segments more bytes than any chain that is placed?"""
     cdef uint64_t size = 0
     cdef int i
 
-    for i in range(chain.count):
-        if chain.segment[i].len >= SMALL:
-            size += chain.segment[i].len
+    for i in range(slot.count):
+        if slot.buffer[i].len >= SMALL:
+            size += slot.buffer[i].len
     if size <= pool.largest_chain:
         return False
     share.refused = size
@@ -148,6 +150,7 @@ cdef bint place_in_blocks(
     if not placed:
         give_blocks(slot, pool)
         unreserve(pool, share, slot.pages)
+        slot.pages = 0
         pool.waited_for = pool.shared
     unlock_pool(pool)
     return placed
@@ -376,7 +379,13 @@ cdef void give_blocks(Slot *slot, PoolState *pool) noexcept nogil:
 
 
 cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
-    """Give back all that place() took."""
+    """The slot is free: give back all that place() and record() took."""
+    vacate(slot, pool, share)
+    forget_buffers(slot)
+
+
+cdef void vacate(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
+    """Give back all that place() took; the record of the chain stays."""
     lock_pool(pool)
     give_blocks(slot, pool)
     unreserve(pool, share, slot.pages)
@@ -387,13 +396,12 @@ cdef void release(Slot *slot, PoolState *pool, Share *share) noexcept nogil:
         pool.waited_for = False
         store_int(&pool.room_due, 1)
     unlock_pool(pool)
-    forget_buffers(slot)
+    slot.pages = 0
 
 
 cdef void forget_buffers(Slot *slot) noexcept nogil:
-    """The slot is free: it has no buffers, and is charged with nothing."""
+    """The slot is free: it has no record of a chain."""
     if slot.buffer != slot.few:
         free(slot.buffer)
         slot.buffer = slot.few
-    slot.pages = 0
     slot.count = 0

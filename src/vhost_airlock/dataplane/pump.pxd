@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from libc.stdint cimport uint16_t, uint64_t
+from libc.stdint cimport uint16_t, uint64_t, uintptr_t
 
 from vhost_airlock.dataplane.pool cimport Pool
 from vhost_airlock.dataplane.regions cimport GuestMemory
@@ -23,4 +23,6 @@ cdef class Pump:
     cdef _grow(self, uint16_t size)
     cdef bint _goes_on(self)
     cdef _resume(self)
+    cdef _hand_back(self)
+    cdef _place_areas(self, uint16_t first, uintptr_t host, uint64_t back)
     cdef str _details(self, int fault)

@@ -10,6 +10,10 @@ A stop says at which base the guest's ring can go on. When it does go on there, 
 chains that were left behind are the guest's again: those before the base are in flight
 as before, and those behind it the guest offers anew, see adopt() in step.pyx. A ring
 that begins elsewhere was reset, and nobody waits for these chains.
+
+When the back is gone, lose_back() recalls the chains that it had: those before the base
+are offered again when the ring goes on, with the isolated memory of another back, see
+replay() in step.pyx.
 """
 
 cimport cython
@@ -33,13 +37,13 @@ from vhost_airlock.dataplane.layout cimport (
 from vhost_airlock.dataplane.pool cimport Pool, leave_queue, over, tell_room
 from vhost_airlock.dataplane.regions cimport GuestMemory
 from vhost_airlock.dataplane.shadow cimport (
-    FOLLOWER, FREE, IN_FLIGHT, PARKED, RETURNED, RingForBack, give_slot,
-    is_with_back,
+    FOLLOWER, FREE, IN_FLIGHT, PARKED, QUARANTINED, RECALLED, RETURNED, RingForBack,
+    give_slot, is_with_back,
 )
 from vhost_airlock.dataplane.shadow_split cimport split_shadow
 from vhost_airlock.dataplane.step cimport (
     Counters, PumpState, disown, end_chain, fail, go_on_with, is_drained, let_go,
-    look_unfetched, owed, pending, rest, run, step, tell,
+    look_unfetched, owed, pending, recall, rest, run, step, tell,
 )
 
 from vhost_airlock.dataplane import guest_split
@@ -149,6 +153,7 @@ cdef class Pump:
         free(self.state.shadow.next)
         free(self.state.shadow.state)
         free(self.state.awaited)
+        free(self.state.recalled)
         free(self.state.slot)
 
     @property
@@ -163,14 +168,27 @@ cdef class Pump:
         memory at `host`, where the back sees `back`.
         """
         cdef uint16_t old = self.state.shadow.slots
-        cdef uint16_t i
 
         if size <= old:
             return
         self._grow(size)
-        for i in range(old, size):
-            self.state.slot[i].area = <uint8_t *> host + (i - old) * AREA
-            self.state.slot[i].area_back = back + (i - old) * AREA
+        self._place_areas(old, host, back)
+
+    cdef _place_areas(self, uint16_t first, uintptr_t host, uint64_t back):
+        """Let the slots from `first` on have their areas in this memory."""
+        cdef uint16_t i
+
+        for i in range(first, self.state.shadow.slots):
+            self.state.slot[i].area = <uint8_t *> host + (i - first) * AREA
+            self.state.slot[i].area_back = back + (i - first) * AREA
+
+    def move_in(self, Pool pool, uintptr_t host, uint64_t back):
+        """Use another back's isolated memory, after lose_back(): its pool, and for all
+        slots slot_bytes() at `host`, where the back sees `back`.
+        """
+        self.pool = pool
+        self.state.pool = &pool.state
+        self._place_areas(0, host, back)
 
     def prepare(self, uint16_t size, uintptr_t host, uint64_t back):
         """Make a shadow ring for attach() in shadow_bytes(size) bytes at `host`.
@@ -236,11 +254,13 @@ cdef class Pump:
 
         if goes_on:
             pump.next = self.resumes_at
-        pump.began = pump.reached = pump.next
+        pump.began = pump.next
+        pump.reached = pump.offers
         pump.outstanding = pump.adopted = pump.awaited_count = 0
+        pump.replayed = pump.recalled_count = 0
         memset(pump.guest.busy, 0, pump.guest.size)
         for i in range(pump.shadow.slots):
-            if pump.shadow.state[i] not in (PARKED, RETURNED):
+            if pump.shadow.state[i] not in (PARKED, RETURNED, RECALLED):
                 continue
             if not goes_on:
                 disown(pump, i)
@@ -249,7 +269,12 @@ cdef class Pump:
                 pump.awaited_count += 1
             else:
                 pump.guest.ops.retake(&pump.guest, pump.slot[i].head)
-                run(pump, take_back, i)
+                if pump.shadow.state[i] == RECALLED:
+                    pump.recalled[pump.recalled_count] = i
+                    pump.recalled_count += 1
+                else:
+                    run(pump, take_back, i)
+        sort_by_position(pump.recalled, pump.recalled_count, pump.slot)
         self.parked = False
         run(pump, show, 0)
         pump.shadow.free_count = 0
@@ -278,14 +303,15 @@ cdef class Pump:
         has fetched and not completed; whether these are the last ones fetched). If they
         are, the base lies before them, and the guest offers them again. If they are
         not, no base says that: it lies behind them, and they end only if the ring goes
-        on with this pump. Chains that the back did not fetch are the guest's again.
-        Buffers that the back may still write to stay out of use until it completes
-        them.
+        on with this pump. Chains that the back did not fetch are the guest's again, or
+        recalled if others behind them are done. Buffers that the back may still write
+        to stay out of use until it completes them.
         """
         cdef PumpState *pump = &self.state
-        cdef int64_t most = pump.next - pump.reached
+        cdef int64_t most = pump.offers - pump.reached
         cdef int64_t unfetched = most
         cdef uint64_t end, before
+        cdef int recalled
         cdef int last = 0
         cdef int i
 
@@ -293,24 +319,27 @@ cdef class Pump:
             raise ValueError(f"ring {self.index} is not attached")
         if base is not None:
             unfetched = min(most, pump.shadow.ops.unfetched_at(&pump.shadow, base))
-        end = pump.next - unfetched
         for i in range(pump.shadow.size):
-            if pump.shadow.state[i] == IN_FLIGHT and pump.slot[i].position >= end:
-                let_go(pump, i)
+            if (
+                pump.shadow.state[i] == IN_FLIGHT
+                and pump.slot[i].order >= pump.offers - unfetched
+            ):
+                recall(pump, i)
                 pump.outstanding -= 1
+        end, recalled = self._hand_back()
         before = end - pump.outstanding
         for i in range(pump.shadow.size):
             if pump.shadow.state[i] == IN_FLIGHT:
                 last += pump.slot[i].position >= before
                 pump.shadow.state[i] = PARKED
                 pump.shadow.next[i] = i
-        self.parked = pump.outstanding != 0 or pump.adopted < pump.awaited_count
-        self.resumes_at = before if last == pump.outstanding else end
+        unfinished = pump.outstanding + recalled
+        self.parked = unfinished != 0 or pump.adopted < pump.awaited_count
+        self.resumes_at = before if last == unfinished else end
         if pump.fault not in (RING_UNMAPPED, MEMORY_LOST):
             run(pump, arm_guest, 0)     # the next device of this ring wants kicks
         leave_queue(pump.pool, &pump.share)
         tell_room(pump.pool)
-        unfinished = pump.outstanding
         pump.outstanding = 0
         pump.attached = False
         pump.taking = False
@@ -322,6 +351,52 @@ cdef class Pump:
         )
         self.standing = pump.guest.ops.standing(&pump.guest, found)
         return found, unfinished, last == unfinished
+
+    cdef _hand_back(self):
+        """Give the last recalled chains back to the guest.
+
+        Returns (the position from which on the guest has all chains again, the number
+        of chains before it that are recalled).
+        """
+        cdef PumpState *pump = &self.state
+        cdef uint64_t end = pump.next
+        cdef int count = 0
+        cdef int i
+
+        for i in range(pump.shadow.size):
+            if pump.shadow.state[i] == RECALLED:
+                pump.recalled[count] = i
+                count += 1
+        sort_by_position(pump.recalled, count, pump.slot)
+        while count and pump.slot[pump.recalled[count - 1]].position == end - 1:
+            count -= 1
+            end -= 1
+            let_go(pump, pump.recalled[count])
+        pump.replayed = pump.recalled_count = 0
+        return end, count
+
+    def lose_back(self):
+        """The back is gone, and its isolated memory goes: chains that it had are
+        recalled, or the guest's again. move_in() must follow before the next start.
+
+        The pump is detached. Returns the number of chains that are recalled.
+        """
+        cdef PumpState *pump = &self.state
+        cdef int count = 0
+        cdef int i
+
+        if pump.attached:
+            raise ValueError(f"ring {self.index} is attached")
+        for i in range(pump.shadow.slots):
+            if pump.shadow.state[i] in (PARKED, RETURNED):
+                if self.parked and pump.slot[i].position < self.resumes_at:
+                    recall(pump, i)
+                else:
+                    let_go(pump, i)
+            elif pump.shadow.state[i] == QUARANTINED:
+                let_go(pump, i)
+            count += pump.shadow.state[i] == RECALLED
+        return count
 
     def look_back(self):
         """See which chains the back has completed since the ring has stopped."""
@@ -529,12 +604,24 @@ cdef class Pump:
         pump.shadow.free = <uint16_t *> grown(pump.shadow.free, old, size, 2)
         pump.shadow.next = <uint16_t *> grown(pump.shadow.next, old, size, 2)
         pump.awaited = <uint16_t *> grown(pump.awaited, old, size, 2)
+        pump.recalled = <uint16_t *> grown(pump.recalled, old, size, 2)
         pump.shadow.state = <uint8_t *> grown(pump.shadow.state, old, size, 1)
         pump.slot = <Slot *> grown(pump.slot, old, size, sizeof(Slot))
         for i in range(old):
             if pump.slot[i].count <= FEW:
                 pump.slot[i].buffer = pump.slot[i].few
         pump.shadow.slots = size
+
+
+cdef void sort_by_position(
+    uint16_t *slots, int count, const Slot *slot
+) noexcept:
+    """Sort numbers of slots by the order in which the guest offered their chains."""
+    cdef int i
+
+    numbers = sorted([(slot[slots[i]].position, slots[i]) for i in range(count)])
+    for i, (_, number) in enumerate(numbers):
+        slots[i] = number
 
 
 cdef int zero(void *what, int size) noexcept nogil:

@@ -29,6 +29,8 @@ cdef enum SlotState:
     # Left behind by a stop, and the guest waits for it no more. The back may still
     # write to its buffers, so they are not used until it completes it.
     QUARANTINED = 5
+    # No back has it any more, and the guest waits for it: it is to be offered again.
+    RECALLED = 6
 
 cdef struct ShadowRing
 

@@ -25,6 +25,8 @@ cdef struct Counters:
     uint64_t faults
     # Chains that the guest offered again while the back still had them.
     uint64_t adopted
+    # Chains that were offered again, since the back that had them is gone.
+    uint64_t replayed
 
 cdef struct PumpState:
     RegionTable *memory
@@ -40,7 +42,9 @@ cdef struct PumpState:
     uint64_t next
     # Where the ring was started.
     uint64_t began
-    # The back has fetched all chains before this one for sure: it had them from before
+    # How many chains shadow rings were offered.
+    uint64_t offers
+    # The back has fetched all of them before this one for sure: it had them from before
     # the start, or a later one is done.
     uint64_t reached
     # Chains that the back has and that are not done.
@@ -50,6 +54,11 @@ cdef struct PumpState:
     uint16_t *awaited
     uint16_t awaited_count
     uint16_t adopted
+    # The slots of recalled chains, in the guest's order, how many there were at the
+    # start, and how many were offered again since.
+    uint16_t *recalled
+    uint16_t recalled_count
+    uint16_t replayed
     # The chain at hand: taken from the guest, not yet offered to the back.
     Chain chain
     bint waiting
@@ -87,6 +96,7 @@ cdef uint64_t end_chain(
 cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept nogil
 cdef void disown(PumpState *pump, uint16_t number) noexcept nogil
 cdef void let_go(PumpState *pump, uint16_t number) noexcept nogil
+cdef void recall(PumpState *pump, uint16_t number) noexcept nogil
 cdef int64_t owed(const PumpState *pump, int64_t unfetched) noexcept nogil
 cdef void go_on_with(PumpState *pump, uint16_t number) noexcept nogil
 cdef void tell(PumpState *pump) noexcept nogil

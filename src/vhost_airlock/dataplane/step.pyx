@@ -22,6 +22,10 @@ Chains that a stop left with the back are *adopted* when the ring goes on where 
 stopped: the guest offers them again, first of all and in the same order, and the back,
 which has them still, does not get them a second time.
 
+Chains that no back has any more are *recalled*: they are offered again from the slots'
+own records, before any other, in the guest's order. Where all chains behind a recalled
+one are recalled too, the guest's ring has them still, and they are taken from there.
+
 Faults of the guest end the taking of chains; those in flight are still completed.
 Faults of the back end all use of the shadow ring.
 
@@ -32,15 +36,17 @@ gone: a fault too, which ends all use of both rings. The pool's mutex is not hel
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.bounce cimport (
-    Buffer, Slot, copy_to_back, copy_to_guest, describe, is_same, place, release,
+    Buffer, Slot, copy_to_back, copy_to_guest, describe, forget_buffers, is_same, place,
+    record, release, vacate,
 )
 from vhost_airlock.dataplane.guard cimport Job, guarded
 from vhost_airlock.dataplane.layout cimport (
-    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, back_usable, blame, load16,
+    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, OUT_OF_MEMORY, back_usable, blame, load16,
 )
 from vhost_airlock.dataplane.pool cimport leave_queue
 from vhost_airlock.dataplane.shadow cimport (
-    FREE, IN_FLIGHT, PARKED, QUARANTINED, RETURNED, free_chain, give_slot, take_slot,
+    FREE, IN_FLIGHT, PARKED, QUARANTINED, RECALLED, RETURNED, free_chain, give_slot,
+    take_slot,
 )
 
 cdef enum:
@@ -164,7 +170,7 @@ cdef uint64_t end_chain(
         pump.shadow.state[number] = RETURNED
         return 0
     if pump.shadow.state[number] == IN_FLIGHT:
-        pump.reached = max(pump.reached, slot.position + 1)
+        pump.reached = max(pump.reached, slot.order + 1)
         copied = finish(pump, number, length)
         pump.outstanding -= 1
     let_go(pump, number)
@@ -198,6 +204,16 @@ cdef void let_go(PumpState *pump, uint16_t number) noexcept nogil:
     free_chain(&pump.shadow, number)
 
 
+cdef void recall(PumpState *pump, uint16_t number) noexcept nogil:
+    """No back has a slot's chain any more; its record stays, and all else is free.
+
+    The list of free slots is made anew when the ring is.
+    """
+    vacate(&pump.slot[number], pump.pool, &pump.share)
+    pump.shadow.state[number] = RECALLED
+    pump.shadow.next[number] = number
+
+
 cdef void tell(PumpState *pump) noexcept nogil:
     """Show the guest all that was completed, and note if it wants to be called."""
     if pump.untold and tell_guest(pump, 0):
@@ -218,6 +234,8 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
     cdef int rc
 
     pump.stalled = False
+    if pump.replayed < pump.recalled_count:
+        return replay(pump, budget)
     while moved < budget and bytes < BYTES_A_STEP and descs < DESCS_A_STEP:
         if not pump.waiting:
             rc = pump.guest.ops.take(&pump.guest, &pump.chain)
@@ -246,31 +264,79 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
     if moved:
         pump.counters.chains += moved
         tell(pump)
-    if offered and pump.shadow.ops.publish(&pump.shadow):
+    if offered:
+        show_back(pump)
+    return moved
+
+
+cdef void show_back(PumpState *pump) noexcept nogil:
+    """Show the back all that it was offered, and note if it wants to be kicked."""
+    if pump.shadow.ops.publish(&pump.shadow):
         pump.kick_due = True
         pump.counters.kicks += 1
+
+
+cdef int replay(PumpState *pump, int budget) noexcept nogil:
+    """Offer recalled chains to the back again. Returns how many were offered."""
+    cdef uint16_t number
+    cdef int moved = 0
+    cdef int rc
+
+    while moved < budget and pump.replayed < pump.recalled_count:
+        number = pump.recalled[pump.replayed]
+        if needed(pump, pump.slot[number].count) > pump.shadow.free_count + 1:
+            pump.stalled = True  # not reached: all of them were in a ring of this size
+            break
+        rc = offer(pump, number)
+        if rc < 0:
+            fail(pump, rc)
+        if rc <= 0:
+            break
+        pump.replayed += 1
+        pump.counters.replayed += 1
+        moved += 1
+    if moved:
+        show_back(pump)
     return moved
+
+
+cdef inline uint16_t needed(const PumpState *pump, uint16_t count) noexcept nogil:
+    """The descriptors that a chain of this many buffers takes in the shadow ring."""
+    return 1 if pump.shadow.indirect else count
 
 
 cdef int bounce(PumpState *pump) noexcept nogil:
     """Offer the chain at hand to the back: 1 done, 0 no room, or a Fault."""
-    cdef bint table = pump.shadow.indirect and pump.chain.count > 1
-    cdef uint16_t needed = 1 if table else pump.chain.count
     cdef uint16_t number
-    cdef Slot *slot
-    cdef const Buffer *missing
     cdef int rc
 
-    if needed > pump.shadow.size:
+    if needed(pump, pump.chain.count) > pump.shadow.size:
         return NEVER_FITS
-    if needed > pump.shadow.free_count:
+    if needed(pump, pump.chain.count) > pump.shadow.free_count:
         pump.stalled = True
         return 0
     number = take_slot(&pump.shadow)
-    slot = &pump.slot[number]
-    rc = place(slot, &pump.chain, table, pump.pool, &pump.share)
+    if not record(&pump.slot[number], &pump.chain):
+        give_slot(&pump.shadow, number)  # not reached: no memory
+        return OUT_OF_MEMORY  # not reached: no memory
+    rc = offer(pump, number)
     if rc <= 0:
+        forget_buffers(&pump.slot[number])
         give_slot(&pump.shadow, number)
+        return rc
+    pump.slot[number].position = pump.next
+    pump.counters.bytes_in += pump.chain.bytes_readable
+    return 1
+
+
+cdef int offer(PumpState *pump, uint16_t number) noexcept nogil:
+    """Offer the chain that a slot has a record of: 1 done, 0 no room, or a Fault."""
+    cdef Slot *slot = &pump.slot[number]
+    cdef bint table = pump.shadow.indirect and slot.count > 1
+    cdef const Buffer *missing
+    cdef int rc = place(slot, table, pump.pool, &pump.share)
+
+    if rc <= 0:
         pump.stalled = rc == 0
         return rc
     pump.at_hand = slot
@@ -279,16 +345,15 @@ cdef int bounce(PumpState *pump) noexcept nogil:
         missing = &slot.buffer[rc]
         rc = blame(&pump.guest.blamed, BAD_ADDRESS, missing.guest, missing.len)
         pump.at_hand = NULL
-        release(slot, pump.pool, &pump.share)
-        give_slot(&pump.shadow, number)
+        vacate(slot, pump.pool, &pump.share)
         return rc
     pump.shadow.ops.offer(
         &pump.shadow, number, pump.desc, describe(slot, pump.desc)
     )
     pump.at_hand = NULL
-    slot.position = pump.next
+    slot.order = pump.offers
+    pump.offers += 1
     pump.outstanding += 1
-    pump.counters.bytes_in += pump.chain.bytes_readable
     return 1
 
 
@@ -314,7 +379,6 @@ cdef bint adopt_awaited(PumpState *pump) noexcept nogil:
         pump.awaited_count = 0
         return False
     pump.adopted += 1
-    pump.reached = pump.next + 1
     pump.counters.adopted += 1
     go_on_with(pump, number)
     return True
@@ -334,10 +398,10 @@ cdef void go_on_with(PumpState *pump, uint16_t number) noexcept nogil:
 
 
 cdef void disown(PumpState *pump, uint16_t number) noexcept nogil:
-    """The guest waits no more for a chain that a stop has left with the back."""
+    """The guest waits no more for a chain that a stop has left behind."""
     if pump.shadow.state[number] == PARKED:
         pump.shadow.state[number] = QUARANTINED
-    elif pump.shadow.state[number] == RETURNED:
+    elif pump.shadow.state[number] in (RETURNED, RECALLED):
         let_go(pump, number)
 
 
@@ -376,7 +440,10 @@ cdef int look(void *what, int _) noexcept nogil:
             return True
     return (
         pump.fault == 0 and pump.taking and not pump.stalled
-        and pump.guest.ops.pending(&pump.guest)
+        and (
+            pump.replayed < pump.recalled_count
+            or pump.guest.ops.pending(&pump.guest)
+        )
     )
 
 

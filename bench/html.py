@@ -6,24 +6,31 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from bench.extras import ExtraRow
 from bench.goals import Goal
+from bench.look import (
+    HATCHING,
+    LOOKS,
+    key,
+    legend,
+    legend_of_parts,
+    patterns,
+    style_sheet,
+)
 from bench.runs import Case, Row
 from bench.svg import Series, bars, lines
 from bench.table import NOTES, STAR, full_table, heading
 from bench.targets import DIRECT, NAMES
 from vhost_airlock.cli.bench_report import Spread
 
-COLOURS = dict(
-    zip(
-        NAMES,
-        ("#4b5563", "#9ca3af", "#0072b2", "#56b4e9", "#009e73", "#d55e00"),
-        strict=True,
-    )
+AIRLOCK = "airlock"
+RATIOS = (
+    "The rate to that of the direct connection in the same round, median; higher is"
+    " better. 1.00 is as fast as direct, blue is faster, orange slower."
 )
-PARTS = {"front": "#9ca3af", "airlock": "#0072b2", "back": "#4b5563"}
 MEANING = {
     "direct": "the front-end on the back-end's own socket, nothing between",
     "tuned": "direct, with everything that polling can do: both ends spin",
@@ -33,32 +40,12 @@ MEANING = {
     "nbd": "NBD over a Unix socket: what keeps a process out of guest memory today",
 }
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1f2937; max-width: 1240px;
-       margin: 32px auto; padding: 0 24px; }
-h1 { font-size: 26px; margin: 0; } h2 { font-size: 19px; margin: 36px 0 6px; }
-p { margin: 4px 0 10px; color: #4b5563; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 18px 0 6px; }
-.tile { border: 1px solid #d1d5db; border-left: 6px solid; border-radius: 6px;
-        padding: 8px 10px; width: 156px; }
-.tile b { font-size: 26px; display: block; } .tile small { color: #4b5563; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { text-align: right; font-weight: 600; padding: 3px 10px; }
-th:first-child, td:first-child { text-align: left; }
-td { text-align: right; padding: 3px 10px; border: 1px solid #fff; }
-.charts { display: flex; flex-wrap: wrap; gap: 10px 18px; }
-.legend span { display: inline-block; margin-right: 18px; }
-.legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
-            margin-right: 6px; vertical-align: -1px; }
-svg text { font: 11.5px system-ui, sans-serif; fill: #4b5563; }
-svg .title { font-weight: 600; font-size: 13px; fill: #1f2937; }
-svg .end { text-anchor: end; } svg .middle { text-anchor: middle; }
-svg .grid { stroke: #e5e7eb; } svg polyline { fill: none; stroke-width: 2; }
-svg .spread { stroke-width: 1.5; opacity: .55; fill: none; }
-pre { overflow-x: auto; font-size: 12px; background: #f9fafb; padding: 12px; }
-.warning { background: #fef3c7; padding: 8px 14px; border-radius: 6px; }
-"""
+MODES = {
+    "randread": "Random reads",
+    "randwrite": "Random writes",
+    "read": "Reads in order",
+    "write": "Writes in order",
+}
 
 
 def page(
@@ -71,19 +58,39 @@ def page(
     """All results as HTML."""
     parts = [
         "<!doctype html><meta charset=utf-8><title>vhost-airlock: benchmark</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>{style_sheet()}</style>{patterns()}",
         "<h1>What an airlock costs</h1>",
+        f'<p class="result">{escape(result(rows, goals, extras))}</p>',
         f"<p>{escape(heading(machine))}; {escape(when)}</p>",
     ]
     parts += disk(rows) if rows else []
     if goals:
-        parts += [section("Goals", "Whatever the load."), goals_table(goals)]
+        parts.append(section("Goals", "The airlock has to meet them under any load."))
+        parts.append(goals_table(goals))
     if extras:
-        parts += [section("Other devices", "As they see it."), extras_table(extras)]
+        parts.append(section("Network and shared folder", RATIOS))
+        parts.append(extras_table(extras))
     if rows:
         parts.append(section("All figures", NOTES + ". " + STAR + "."))
         parts.append(f"<pre>{escape(full_table(rows))}</pre>")
     return "\n".join(parts) + "\n"
+
+
+def result(
+    rows: Iterable[Row], goals: Iterable[Goal], extras: Iterable[ExtraRow]
+) -> str:
+    """One sentence: of the disk, of other devices, or of goals, if there is no disk."""
+    for device, measured in (("a disk", rows), ("another device", extras)):
+        found = [each.ratio.median for each in measured if each.target == AIRLOCK]
+        if found:
+            return (
+                f"Through the airlock, {device} has {statistics.median(found):.2f} of"
+                f" the rate of a direct connection: the median of {len(found)} loads,"
+                f" {min(found):.2f} in the slowest and {max(found):.2f} in the fastest."
+            )
+    wanted = [goal for goal in goals if goal.wanted]
+    met = sum(goal.met for goal in wanted)
+    return f"The airlock meets {met} of {len(wanted)} goals."
 
 
 def disk(rows: Sequence[Row]) -> list[str]:
@@ -92,34 +99,35 @@ def disk(rows: Sequence[Row]) -> list[str]:
     return [
         warning(sum(bool(row.disturbed) for row in rows), len(rows)),
         tiles(rows, names),
+        section("Rate, relative to direct", RATIOS),
+        heat_tables(rows, names),
         section(
-            "Rate, relative to direct",
-            "IOPS to those of the direct connection in the same round, median. 1.00 is"
-            " as fast, blue is faster, orange slower.",
+            "Rate",
+            "Requests a second, by requests in flight. A point is the median of the"
+            " rounds, and its bar goes from the lowest to the highest.",
         ),
-        heat_table(rows, names),
-        section(
-            "Rate", "Requests in a second, by requests in flight. Higher is better."
-        ),
-        legend({name: COLOURS[name] for name in names}),
-        charts(rows, names, "requests a second", lambda row: row.iops),
+        legend(names),
+        charts(rows, names, "requests a second", "higher", lambda row: row.iops),
         section(
             "Latency",
-            "In us, on a scale of decades: half of all requests took no longer than"
-            " the point, and 99 of 100 no longer than the end of its bar. Lower is"
-            " better.",
+            "On a scale of decades: half of all requests took no longer than"
+            " the point, and 99 of 100 no longer than the end of its bar.",
         ),
+        legend(names),
         charts(
             rows,
             names,
             "us",
+            "lower",
             lambda row: Spread(row.p50_us, row.p50_us, row.p99_us),
             decades=True,
         ),
         section(
-            "CPU time", "For each request, in us, polling included. Lower is better."
+            "CPU time",
+            "For each request, polling included: the front-end's, the airlock's and the"
+            " back-end's.",
         ),
-        legend(PARTS),
+        legend_of_parts(),
         cpu_charts(rows),
     ]
 
@@ -130,18 +138,17 @@ def goals_table(goals: Iterable[Goal]) -> str:
         + ("" if goal.met else " <b>not met</b>")
         for goal in goals
     ]
-    return f"<table><tr><th><th>found<th>wanted{''.join(lines)}</table>"
+    head = "<tr><th><th>found<th>wanted"
+    return f'<table class="goals">{head}{"".join(lines)}</table>'
 
 
-def extras_table(extras: Iterable[ExtraRow]) -> str:
-    lines = [
-        f"<tr><td>{escape(row.case)}<td>{row.target}"
-        f"<td>{row.value.median:.2f} {row.unit}"
-        f'<td style="background:{shade(row.ratio.median)}">{row.ratio}'
-        for row in extras
-    ]
-    head = "<tr><th><th>target<th>rate<th>to direct"
-    return f"<table>{head}{''.join(lines)}</table>"
+def extras_table(extras: Sequence[ExtraRow]) -> str:
+    names = [name for name in NAMES if any(row.target == name for row in extras)]
+    found: dict[str, dict[str, Cell]] = {}
+    for row in extras:
+        figure = f"{row.value.median:.2f} {row.unit}"
+        found.setdefault(row.case, {})[row.target] = Cell(row.ratio, figure)
+    return heat_table("", found, names)
 
 
 def warning(disturbed: int, total: int) -> str:
@@ -171,32 +178,56 @@ def tiles(rows: Sequence[Row], names: Iterable[str]) -> str:
                 f" {min(ratios):.2f} to {max(ratios):.2f}"
             )
         found.append(
-            f'<div class="tile" style="border-left-color:{COLOURS[name]}">{name}'
+            f'<div class="tile">{key(name)}{name}'
             f"<b>{big}</b><small>{escape(small)}</small></div>"
         )
     return f'<div class="tiles">{"".join(found)}</div>'
 
 
-def heat_table(rows: Sequence[Row], names: Sequence[str]) -> str:
+def heat_tables(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A table for each kind of access."""
+    found: dict[str, dict[str, dict[str, Cell]]] = {}
+    for row in rows:
+        figure = f"{row.iops.median:,.0f} IOPS"
+        cell = Cell(row.ratio, figure, "*" if row.disturbed else "")
+        cases = found.setdefault(row.case.mode, {})
+        cases.setdefault(str(row.case), {})[row.target] = cell
+    tables = [heat_table(MODES[mode], cases, names) for mode, cases in found.items()]
+    return f'<div class="tables">{"".join(tables)}</div>'
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A ratio, the figure that it comes from, and a star if that is disturbed."""
+
+    ratio: Spread
+    figure: str
+    star: str = ""
+
+
+def heat_table(
+    title: str, cases: Mapping[str, Mapping[str, Cell]], names: Iterable[str]
+) -> str:
     """A line for each case, a coloured cell for each target."""
     shown = [name for name in names if name != DIRECT]
-    head = "".join(f"<th>{name}</th>" for name in shown)
-    found = [f"<tr><th>load<th>direct, IOPS{head}</tr>"]
-    for case, mine in by_case(rows).items():
-        cells = [f"<td>{case}", f"<td>{mine[DIRECT].iops.median:,.0f}"]
+    head = "".join(f"<th>{key(name)}{name}" for name in shown)
+    found = [f"<tr><th>load<th>direct{head}</tr>"]
+    for case, mine in cases.items():
+        direct = mine[DIRECT].figure if DIRECT in mine else ""
+        cells = [f"<td>{escape(case)}", f"<td>{escape(direct)}"]
         for name in shown:
-            row = mine.get(name)
-            if row is None:
+            cell = mine.get(name)
+            if cell is None:
                 cells.append("<td>")
                 continue
-            star = "*" if row.disturbed else ""
             cells.append(
-                f'<td style="background:{shade(row.ratio.median)}"'
-                f' title="{row.iops.median:,.0f} IOPS, ratio {row.ratio}">'
-                f"{row.ratio.median:.2f}{star}"
+                f'<td style="background:{shade(cell.ratio.median)}"'
+                f' title="{cell.figure}, ratio {cell.ratio}">'
+                f"{cell.ratio.median:.2f}{cell.star}"
             )
         found.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table>{''.join(found)}</table>"
+    heading = f"<h3>{escape(title)}</h3>" if title else ""
+    return f"<div>{heading}<table>{''.join(found)}</table></div>"
 
 
 def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
@@ -207,22 +238,23 @@ def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, Row]]:
 
 
 def shade(ratio: float) -> str:
-    """Return a colour: orange below 1, blue above, darker with the distance."""
+    """Return a colour: orange below 1, blue above, stronger with the distance."""
     distance = max(-2.0, min(2.0, math.log2(ratio))) if ratio > 0 else -2.0
-    hue = 24 if distance < 0 else 205
-    return f"hsl({hue} 85% {100 - 19 * abs(distance):.0f}%)"
+    colour = "slow" if distance < 0 else "fast"
+    return f"color-mix(in srgb,var(--{colour}) {50 * abs(distance):.0f}%,var(--page))"
 
 
 def charts(
     rows: Sequence[Row],
     names: Sequence[str],
     unit: str,
+    better: str,
     figure: Callable[[Row], Spread],
     *,
     decades: bool = False,
 ) -> str:
     """A chart for each kind of case that has several depths; a line for each mode."""
-    found: dict[str, list[str]] = {}
+    found = []
     for kind, cases in kinds(rows).items():
         depths = sorted({case.depth for case in cases})
         if len(depths) < 2:
@@ -235,13 +267,10 @@ def charts(
                 if row.target == name and row.case.kind == kind
             }
             values = [figure(mine[d]) if d in mine else None for d in depths]
-            series.append(Series(name, COLOURS[name], values))
+            series.append(Series(name, LOOKS[name].mark, values))
         steps = [f"depth {depth}" for depth in depths]
-        chart = lines(kind, steps, series, unit, decades=decades)
-        found.setdefault(kind.partition("-")[0], []).append(chart)
-    return "".join(
-        f'<div class="charts">{"".join(each)}</div>' for each in found.values()
-    )
+        found.append(lines(kind, steps, series, unit, better, decades=decades))
+    return f'<div class="charts">{"".join(found)}</div>'
 
 
 def kinds(rows: Iterable[Row]) -> dict[str, set[Case]]:
@@ -257,19 +286,15 @@ def cpu_charts(rows: Iterable[Row]) -> str:
         bars(
             str(case),
             [
-                (name, {part: row.cpu_us[part] for part in PARTS if part in row.cpu_us})
+                (
+                    name,
+                    {part: row.cpu_us[part] for part in HATCHING if part in row.cpu_us},
+                )
                 for name, row in mine.items()
             ],
-            PARTS,
+            "us a request",
+            "lower",
         )
         for case, mine in by_case(rows).items()
     ]
     return f'<div class="charts">{"".join(found)}</div>'
-
-
-def legend(colours: Mapping[str, str]) -> str:
-    marks = "".join(
-        f'<span><i style="background:{colour}"></i>{name}</span>'
-        for name, colour in colours.items()
-    )
-    return f'<p class="legend">{marks}</p>'

@@ -13,8 +13,8 @@ from html import escape
 
 from vhost_airlock.cli.bench_report import Spread
 
-WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 32
+WIDTH, HEIGHT = 380, 244
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 44, 32
 BAR, GAP = 15, 4
 
 
@@ -23,7 +23,9 @@ class Series:
     """One line: a spread at each step, or nothing."""
 
     name: str
-    colour: str
+    """Also the class of its elements, for a style sheet."""
+    mark: str
+    """The outline of its points."""
     values: Sequence[Spread | None]
 
 
@@ -32,12 +34,14 @@ def lines(
     steps: Sequence[str],
     series: Iterable[Series],
     unit: str,
+    better: str,
     *,
     decades: bool = False,
 ) -> str:
     """A chart of lines, with the lowest and highest figures as bars.
 
-    Its axis goes from zero up, or is divided into decades.
+    Its axis goes from zero up, or is divided into decades. `better` is "higher" or
+    "lower".
     """
     series = list(series)
     figures = [v for s in series for v in s.values if v]
@@ -50,7 +54,7 @@ def lines(
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * height_of(value)
 
-    parts = [text(LEFT, 16, title, "title")]
+    parts = caption(title, unit, better)
     for mark in marks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(text(LEFT - 6, y(mark) + 4, short(mark), "end"))
@@ -67,18 +71,18 @@ def lines(
             if value
         ]
         path = " ".join(f"{at:.1f},{y(value.median):.1f}" for at, value, _ in points)
-        parts.append(f'<polyline points="{path}" stroke="{each.colour}"/>')
+        parts.append(f'<g class="{each.name}"><polyline points="{path}"/>')
         for at, value, step_name in points:
             parts.append(
-                f'<g stroke="{each.colour}" fill="{each.colour}">'
-                f"<title>{escape(each.name)}, {escape(step_name)}:"
+                f"<g><title>{escape(each.name)}, {escape(step_name)}:"
                 f" {short(value.median)} {unit}"
                 f" ({short(value.low)} to {short(value.high)})</title>"
                 f'<path class="spread" d="M{at:.1f} {y(value.low):.1f}'
-                f'V{y(value.high):.1f}"/>'
-                f'<circle cx="{at:.1f}" cy="{y(value.median):.1f}" r="3.2"/></g>'
+                f'V{y(value.high):.1f}"/><path class="mark" d="{each.mark}"'
+                f' transform="translate({at:.1f} {y(value.median):.1f})"/></g>'
             )
-    return svg(WIDTH, HEIGHT, parts)
+        parts.append("</g>")
+    return svg(title, HEIGHT, parts)
 
 
 Axis = tuple[list[float], Callable[[float], float]]
@@ -106,35 +110,44 @@ def decades_axis(figures: Sequence[Spread]) -> Axis:
 
 
 def bars(
-    title: str,
-    rows: Sequence[tuple[str, Mapping[str, float]]],
-    colours: Mapping[str, str],
+    title: str, rows: Sequence[tuple[str, Mapping[str, float]]], unit: str, better: str
 ) -> str:
-    """Stacked bars, one below the other, with their sums."""
+    """Stacked bars, one below the other, with their sums.
+
+    The bar of a part has the class `part-NAME`.
+    """
     height = TOP + len(rows) * (BAR + GAP) + 6
     left = 72
     top = max((sum(parts.values()) for _, parts in rows), default=0.0) or 1.0
     scale = (WIDTH - left - 52) / top
-    parts = [text(LEFT, 16, title, "title")]
+    parts = caption(title, unit, better)
     for number, (name, figures) in enumerate(rows):
         y = TOP + number * (BAR + GAP)
         parts.append(text(left - 6, y + 12, name, "end"))
         x = float(left)
         for part, value in figures.items():
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{value * scale:.1f}" height="{BAR}"'
-                f' fill="{colours[part]}"><title>{escape(name)}, {escape(part)}:'
-                f" {value:.2f}</title></rect>"
+                f'<rect class="part-{part}" x="{x:.1f}" y="{y}"'
+                f' width="{value * scale:.1f}" height="{BAR}"><title>{escape(name)},'
+                f" {escape(part)}: {value:.2f} {unit}</title></rect>"
             )
             x += value * scale
         parts.append(text(x + 5, y + 12, short(sum(figures.values())), "value"))
-    return svg(WIDTH, height, parts)
+    return svg(title, height, parts)
 
 
-def svg(width: float, height: float, parts: Iterable[str]) -> str:
+def caption(title: str, unit: str, better: str) -> list[str]:
+    """The title, and below it the unit and which figures are the good ones."""
+    return [
+        text(LEFT, 14, title, "title"),
+        text(LEFT, 30, f"{unit}; {better} is better", "unit"),
+    ]
+
+
+def svg(title: str, height: float, parts: Iterable[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-        f' role="img">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg>"
     )
 
 

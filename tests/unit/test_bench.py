@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +18,7 @@ from bench.document import DOCUMENT, POLLED, parts, replaced
 from bench.extras import ExtraRow, Figure, in_rounds
 from bench.goals import Goal
 from bench.html import page, shade
+from bench.look import HATCHING, LOOKS, style_sheet
 from bench.machine import (
     Watched,
     context_switches,
@@ -411,10 +413,13 @@ def some_rows(disturbed: bool = False):
 
 
 def charts(text: str) -> list[ElementTree.Element]:
-    return [
-        ElementTree.fromstring(f"<svg{part.partition('</svg>')[0]}</svg>")
-        for part in text.split("<svg")[1:]
-    ]
+    """The charts of a page. The keys beside names are pictures too, but no charts."""
+    found = re.findall(r'<svg [^>]*role="img".*?</svg>', text, re.S)
+    return [ElementTree.fromstring(each) for each in found]
+
+
+def with_class(chart: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    return [each for each in chart.iter() if each.get("class") == name]
 
 
 def test_page_has_everything():
@@ -430,6 +435,76 @@ def test_page_has_everything():
     assert "http" not in text, "it must not need anything"
 
 
+@pytest.mark.parametrize(
+    ("rows", "goals", "extras", "words"),
+    [
+        (
+            some_rows(),
+            GOALS,
+            EXTRAS,
+            "a disk has 0.80 of the rate of a direct connection",
+        ),
+        ([], GOALS, EXTRAS, "another device has 0.50 of the rate"),
+        ([], GOALS, [], "The airlock meets 0 of 1 goals."),
+    ],
+)
+def test_page_begins_with_the_result(rows, goals, extras, words):
+    text = page(MACHINE, "today", rows, goals, extras)
+    found = re.findall(r"<p.*?</p>", text)[0]
+    assert words in found
+    assert found.startswith('<p class="result">')
+
+
+def test_each_chart_tells_which_figures_are_good():
+    told = [
+        with_class(chart, "unit")[0].text
+        for chart in charts(page(MACHINE, "today", some_rows()))
+    ]
+    assert told == [
+        "requests a second; higher is better",
+        "us; lower is better",
+        "us a request; lower is better",
+        "us a request; lower is better",
+    ]
+
+
+def test_targets_differ_without_their_colours():
+    assert list(LOOKS) == list(NAMES)
+    assert len({look.mark for look in LOOKS.values()}) == len(NAMES)
+    assert len({pattern for _, _, pattern in HATCHING.values()}) == len(HATCHING)
+
+
+def light_of(colour: str) -> float:
+    """The relative luminance of #rrggbb, by WCAG 2."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in parts
+    ]
+    return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_targets_are_seen_on_a_light_and_on_a_dark_page():
+    """WCAG 2 asks for a contrast of 3 in pictures."""
+    light, dark = re.findall(r"--page: (#\w+)", style_sheet())
+    assert light == "#fff"
+    for name, look in LOOKS.items():
+        assert 1.05 / (light_of(look.light) + 0.05) >= 3, name
+        assert (light_of(look.dark) + 0.05) / (light_of(dark) + 0.05) >= 3, name
+
+
+def test_each_line_has_its_targets_look():
+    text = page(MACHINE, "today", some_rows())
+    rate, *_ = charts(text)
+    for name in ("direct", "airlock"):
+        (line,) = with_class(rate, name)
+        assert {each.get("d") for each in with_class(line, "mark")} == {
+            LOOKS[name].mark
+        }
+        assert f".{name} polyline" in text
+        assert f'class="key {name}"' in text
+
+
 def test_page_warns_of_disturbed_rows():
     text = page(MACHINE, "today", some_rows(disturbed=True))
     assert "during 4 of 4 rows" in text
@@ -442,9 +517,9 @@ def test_page_of_one_part():
 
 
 def test_shades_tell_faster_from_slower():
-    assert shade(1) == "hsl(205 85% 100%)"
-    assert shade(2) == "hsl(205 85% 81%)"
-    assert shade(0.5) == "hsl(24 85% 81%)"
+    assert shade(1) == "color-mix(in srgb,var(--fast) 0%,var(--page))"
+    assert shade(2) == "color-mix(in srgb,var(--fast) 50%,var(--page))"
+    assert shade(0.5) == "color-mix(in srgb,var(--slow) 50%,var(--page))"
     assert shade(0) == shade(0.01) == shade(0.25)
 
 
@@ -453,27 +528,29 @@ def test_points_are_as_high_as_figures(decades, height):
     """100 on a scale from 0 to 200, or on one of decades from 1 to 1000."""
     values = [Spread(100, 100, 200), None, Spread(5, 5, 5)]
     series = [
-        Series("a", "red", values),
-        Series("b", "blue", [Spread(150, 2, 200)] * 3),
+        Series("a", "M0 0z", values),
+        Series("b", "M1 1z", [Spread(150, 2, 200)] * 3),
     ]
     steps = ["1", "2", "3"]
-    (chart,) = charts(lines("t", steps, series, "us", decades=decades))
-    circles = list(chart.iter("circle"))
-    assert len(circles) == 5
-    marks = [
-        each.get("d", "") for each in chart.iter("path") if each.get("class") == "grid"
-    ]
-    bottom, *_, top = (float(mark.split()[1].partition("H")[0]) for mark in marks)
-    found = (bottom - float(circles[0].get("cy", ""))) / (bottom - top)
+    (chart,) = charts(lines("t", steps, series, "us", "lower", decades=decades))
+    marks = with_class(chart, "mark")
+    assert len(marks) == 5
+    grid = [each.get("d", "") for each in with_class(chart, "grid")]
+    bottom, *_, top = (float(mark.split()[1].partition("H")[0]) for mark in grid)
+    at = float(marks[0].get("transform", "").split()[1].rstrip(")"))
+    found = (bottom - at) / (bottom - top)
     assert found == pytest.approx(height, abs=0.01)
 
 
 def test_bars_are_as_long_as_figures():
     rows = [("direct", {"a": 1.0, "b": 3.0}), ("airlock", {"a": 2.0})]
-    (chart,) = charts(bars("t", rows, {"a": "red", "b": "blue"}))
+    (chart,) = charts(bars("t", rows, "us", "lower"))
     widths = [float(each.get("width", "")) for each in chart.iter("rect")]
     assert [width / widths[0] for width in widths] == pytest.approx([1, 3, 2], abs=0.01)
     assert {each.text for each in chart.iter("text")} >= {"4", "2", "direct", "airlock"}
+    assert [each.get("class") for each in chart.iter("rect")] == [
+        *("part-a", "part-b", "part-a")
+    ]
 
 
 def test_numbers_are_short():

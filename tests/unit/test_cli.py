@@ -373,6 +373,9 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
     for field in (*dataclasses.fields(Config), *dataclasses.fields(ProcessConfig)):
-        # Of the device, and what follows from its type.
-        if field.name not in ("command", "device", "whole_batches"):
+        # Of the device, what follows from its type, and from the service manager.
+        if field.name not in (
+            *("command", "device", "whole_batches"),
+            *("backend_fd", "stats_fd", "notify_socket"),
+        ):
             assert "--" + field.name.replace("_", "-") in text

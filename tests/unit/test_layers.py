@@ -39,7 +39,7 @@ LAYERS = """
     process.connector  process.fronts  process.stats_server
     process.broker
     process.program
-    process.config
+    process.config  process.manager
     process.sockets  process.signals  process.__init__
 
     sandbox.enter

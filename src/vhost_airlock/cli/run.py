@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from ..dataplane.pump import POLICIES
 from ..errors import StartError, UsageError
+from ..process import manager
 from ..process.config import ProcessConfig
 from ..process.daemon import Daemon
 from ..process.program import CONNECTED_FD, LISTENING_FD
@@ -31,6 +32,9 @@ from .arguments import (
     switch,
 )
 
+FRONT = ("socket_path", "fd", "front_connect")
+BACK = ("backend", "backend_listen", "command")
+"""The options for one side, of which one is needed."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -178,7 +182,31 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(
         level=options.log_level.upper(), format="vhost-airlock: %(message)s"
     )
+    take_from_manager(options, os.environ)
     return Daemon(config_of(options)).run()
+
+
+def take_from_manager(
+    options: argparse.Namespace, environ: MutableMapping[str, str]
+) -> None:
+    """Add the sockets of the service manager to the options, and where it hears us.
+
+    UsageError if there is an option for the same side.
+    """
+    options.notify_socket = environ.pop("NOTIFY_SOCKET", None)
+    passed = manager.take_sockets(environ)
+    for side, field, others in (
+        (manager.FRONT, "fd", FRONT),
+        (manager.BACK, "backend_fd", BACK),
+        (manager.STATS, "stats_fd", ("stats_path",)),
+    ):
+        if side in passed:
+            for other in _given(options, others):
+                raise UsageError(
+                    f"{_flag(other)}: the service manager passes a socket for this side"
+                    f" ({side})"
+                )
+            setattr(options, field, passed[side])
 
 
 def config_of(options: argparse.Namespace) -> ProcessConfig:
@@ -189,8 +217,9 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     if options.copy is None:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
-    _exactly_one(options, ("socket_path", "fd", "front_connect"))
-    _exactly_one(options, ("backend", "backend_listen", "command"))
+    _exactly_one(options, FRONT)
+    if vars(options).get("backend_fd") is None:
+        _exactly_one(options, BACK)
     if options.name is None:
         options.name = _default_name(options)
     _need_listening(options)

@@ -36,7 +36,14 @@ from ..errors import AirlockError, StartError, Stopped
 from ..vhost.fds import Fd, HasFileno
 from .program import GRACE, PATIENCE, Program
 from .signals import ENDING
-from .sockets import Listener, SocketFile, reason_of
+from .sockets import (
+    Listener,
+    ListeningSocket,
+    Rights,
+    SocketFile,
+    inherited,
+    reason_of,
+)
 
 ANSWER = 10.0
 """Seconds that the broker has to answer, beside those that a program has to end."""
@@ -73,6 +80,22 @@ class Broker:
         """The broker's process number, while it runs."""
         self._listeners: list[Listener] = []
         self._sock: socket.socket | None = None
+
+    def listen(
+        self, path: str | None, fd: int | None, rights: Rights
+    ) -> ListeningSocket:
+        """Listen with an inherited socket, if there is the number of one, or else at a
+        path, which the broker removes at the end. StartError if that can't be.
+        """
+        if fd is not None:
+            sock, listening = inherited(fd)
+            if listening:
+                return ListeningSocket(sock)
+            sock.detach()
+            raise StartError(f"descriptor {fd} does not listen")
+        listener = Listener(path or "", rights)
+        self.entrust(listener)
+        return listener
 
     def entrust(self, listener: Listener) -> None:
         """Let the broker remove this listener's path, once it runs."""

@@ -14,7 +14,7 @@ class ProcessConfig:
     """The ways to front and back, and the options of the process beside its device.
 
     Exactly one of `socket_path`, `fd` and `front_connect` is set, and exactly one of
-    `backend`, `backend_listen` and `command`.
+    `backend`, `backend_listen`, `backend_fd` and `command`.
     """
 
     socket_path: str | None = None
@@ -27,6 +27,8 @@ class ProcessConfig:
     """Where the back listens."""
     backend_listen: str | None = None
     """Where to wait for the back to connect."""
+    backend_fd: int | None = None
+    """The number of an inherited socket at which to wait for the back to connect."""
     command: tuple[str, ...] = ()
     """The command that starts the back, with a place for a socket's number, see
     program.py."""
@@ -38,6 +40,10 @@ class ProcessConfig:
     """End when the back goes away; otherwise wait for the next front."""
     stats_path: str | None = None
     """Where to listen for readers of the counters."""
+    stats_fd: int | None = None
+    """The number of an inherited socket at which to listen for them."""
+    notify_socket: str | None = None
+    """The address at which the service manager listens for news of us."""
     socket_mode: int | None = None
     """The mode of sockets that are made; None: 0660 with `socket_group`, else 0600."""
     socket_group: Group | None = None

@@ -30,7 +30,7 @@ from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
 from .program import CONNECTED_FD, LISTENING_FD
-from .sockets import Listener, require_socket
+from .sockets import require_socket
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +108,13 @@ class Dialler(Connector):
 
 
 class Waiter(Connector):
-    """Listens at a path to which the back-end connects."""
+    """Listens where the back-end connects."""
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
-        self.listener = Listener(config.backend_listen or "", config.rights)
-        broker.entrust(self.listener)
+        self.listener = broker.listen(
+            config.backend_listen, config.backend_fd, config.rights
+        )
 
     def connect(self, deadline: float | None) -> Channel:
         if not self._wait(0, self.listener):
@@ -191,7 +192,7 @@ def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Co
     """Return the way to the back-end that the user chose. The broker need not run."""
     if config.command:
         return Starter(config, stop, broker)
-    if config.backend_listen is not None:
+    if config.backend_listen is not None or config.backend_fd is not None:
         return Waiter(config, stop, broker)
     return Dialler(config, stop, broker)
 

@@ -29,14 +29,20 @@ from .broker import Broker
 from .config import ProcessConfig
 from .connector import make_connector
 from .fronts import make_fronts
+from .manager import Manager
 from .signals import ENDING
-from .sockets import Listener
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
 
 PAUSE = 0.1
 """Seconds until the next try, when the system has no room for another session."""
+
+WAITING = "STATUS=waiting for a VMM"
+REACHING = "STATUS=a VMM waits for the back-end"
+SERVING = "STATUS=a VMM is connected"
+DRAINING = "STATUS=ending"
+"""News for the service manager."""
 
 WANT = (OSError, MemoryError)
 """Raised for want of descriptors or memory."""
@@ -59,6 +65,8 @@ class Daemon:
         self._session: Session | None = None
         self._sessions = 0
         self._stats: Stats | None = None
+        self._manager = Manager(config.notify_socket)
+        self._open.callback(self._manager.close)
         # From here on there may be sockets and processes to clean away.
         for number in ENDING:
             old = signal.signal(number, self._on_signal)
@@ -77,11 +85,12 @@ class Daemon:
             self._open.callback(self.connector.close)
             self._fronts = make_fronts(config, self.stop, broker)
             self._open.callback(self._fronts.close)
-            if config.stats_path is not None:
-                listener = Listener(config.stats_path, config.rights)
+            if config.stats_path is not None or config.stats_fd is not None:
+                listener = broker.listen(
+                    config.stats_path, config.stats_fd, config.rights
+                )
                 self._stats = Stats(listener, self.describe)
                 self._open.callback(self._stats.close)
-                broker.entrust(listener)
             broker.start()
             undo.pop_all()
 
@@ -92,8 +101,9 @@ class Daemon:
                 sandbox.enter()
             if self._stats is not None:
                 self._stats.start()
+            self._manager.tell("READY=1")
             try:
-                while self._fronts.wait():
+                while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
                         log.error("the back is gone: ending as told")
                         return 1
@@ -121,6 +131,11 @@ class Daemon:
         """Close everything, and remove the sockets that were made."""
         self._drop_back()
         self._open.close()
+
+    def _wait(self) -> bool:
+        """Wait for the next front. False: there is none, or the process is to end."""
+        self._manager.tell(WAITING)
+        return self._fronts.wait()
 
     def _serve_next(self) -> bool:
         """Serve the front that waits; returns True if the back was lost."""
@@ -162,6 +177,7 @@ class Daemon:
             return False
         self._session = session
         self._sessions += 1
+        self._manager.tell(SERVING)
         try:
             self._kept = session.run() or self._kept
         finally:
@@ -183,6 +199,7 @@ class Daemon:
             self._drop_back()
         if self._kept is None and self._reached is None:
             deadline = time.monotonic() + self.config.device.timeout
+            self._manager.tell(REACHING)
             try:
                 self._reached = self.connector.connect(
                     None if self._awaited else deadline
@@ -248,6 +265,7 @@ class Daemon:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: ending", signal.Signals(number).name)
+        self._manager.tell("STOPPING=1", DRAINING)
         notify(self.stop)
 
 

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
-from .sockets import Listener, inherited
+from .sockets import ListeningSocket, inherited
 
 log = logging.getLogger(__name__)
 
@@ -47,24 +47,23 @@ class Fronts(ABC):
 class Accepted(Fronts):
     """Fronts that connect to a listening socket."""
 
-    def __init__(self, listener: Listener | socket.socket, stop: HasFileno) -> None:
+    def __init__(self, listener: ListeningSocket, stop: HasFileno) -> None:
         self._listener = listener
-        self._socket = listener.socket if isinstance(listener, Listener) else listener
         self._stop = stop
 
     def wait(self) -> bool:
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self._listener.fileno(), select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)
         return all(fd != self._stop.fileno() for fd, _ in poll.poll())
 
     def waiting(self) -> bool:
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
+        poll.register(self._listener.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
     def take(self) -> socket.socket:
-        return self._socket.accept()[0]
+        return self._listener.accept()
 
     def close(self) -> None:
         self._listener.close()
@@ -121,7 +120,5 @@ def make_fronts(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Front
         return Dialled(config.front_connect, stop, broker)
     if config.fd is not None:
         sock, listening = inherited(config.fd)
-        return Accepted(sock, stop) if listening else Given(sock)
-    listener = Listener(config.socket_path or "", config.rights)
-    broker.entrust(listener)
-    return Accepted(listener, stop)
+        return Accepted(ListeningSocket(sock), stop) if listening else Given(sock)
+    return Accepted(broker.listen(config.socket_path, None, config.rights), stop)

@@ -82,27 +82,13 @@ class SocketFile:
                 os.unlink(self.path)
 
 
-class Listener:
-    """A listening socket at a path, to which the users with these rights can connect.
+class ListeningSocket:
+    """A socket that listens, and that another process has made."""
 
-    A stale socket, on which no process listens, is replaced. A socket that is in use,
-    or another file at that path, is left alone: StartError. close() removes the path,
-    unless disown() was called.
-    """
-
-    def __init__(self, path: str, rights: Rights = OWNER) -> None:
-        self.path = path
-        if not path:
-            raise StartError("can't listen at : no path")  # Linux would make one up
-        _remove_stale(path)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.file = _bind(self.socket, path, rights)
-            self.socket.listen(1)
-        except OSError as error:
-            self.socket.close()
-            raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
-        self._owned = True
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.path = os.fsdecode(sock.getsockname())
+        """Its address, for messages."""
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -111,8 +97,35 @@ class Listener:
         return self.socket.accept()[0]
 
     def close(self) -> None:
-        """Stop listening, and remove the path if it is still ours."""
+        """Close the socket. Its path is its maker's."""
         self.socket.close()
+
+
+class Listener(ListeningSocket):
+    """A listening socket at a path, to which the users with these rights can connect.
+
+    A stale socket, on which no process listens, is replaced. A socket that is in use,
+    or another file at that path, is left alone: StartError. close() removes the path,
+    unless disown() was called.
+    """
+
+    def __init__(self, path: str, rights: Rights = OWNER) -> None:
+        if not path:
+            raise StartError("can't listen at : no path")  # Linux would make one up
+        _remove_stale(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.file = _bind(sock, path, rights)
+            sock.listen(1)
+        except OSError as error:
+            sock.close()
+            raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
+        super().__init__(sock)
+        self._owned = True
+
+    def close(self) -> None:
+        """Stop listening, and remove the path if it is still ours."""
+        super().close()
         if self._owned:
             self.file.remove()
 

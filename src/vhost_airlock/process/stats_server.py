@@ -24,7 +24,7 @@ from typing import Self
 
 from ..vhost.fds import eventfd, notify
 from .signals import ENDING
-from .sockets import Listener
+from .sockets import ListeningSocket
 
 READ_TIME = 1.0
 """Seconds that a reader has. Nearly every document fits into a socket's buffer."""
@@ -40,7 +40,7 @@ class Stats:
     """
 
     def __init__(
-        self, listener: Listener, describe: Callable[[], dict[str, object]]
+        self, listener: ListeningSocket, describe: Callable[[], dict[str, object]]
     ) -> None:
         self._describe = describe
         self._started = time.monotonic()

@@ -50,7 +50,8 @@ def passed(
 
 
 def listening(path: Path, stack: ExitStack) -> socket.socket:
-    sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+    kind = socket.SOCK_SEQPACKET if path.name == "stats" else socket.SOCK_STREAM
+    sock = stack.enter_context(socket.socket(socket.AF_UNIX, kind))
     sock.bind(str(path))
     sock.listen()
     return sock
@@ -185,7 +186,8 @@ def test_conflict_with_an_option_is_told(
 
 def test_sockets_that_do_not_listen_are_named(tmp_path: Path) -> None:
     for name in ("back", "stats"):
-        ours, theirs = socket.socketpair()
+        kind = socket.SOCK_SEQPACKET if name == "stats" else socket.SOCK_STREAM
+        ours, theirs = socket.socketpair(type=kind)
         with ours, theirs, ExitStack() as stack:
             sockets = {"front": listening(tmp_path / f"{name}.front", stack)}
             sockets[name] = ours
@@ -193,3 +195,14 @@ def test_sockets_that_do_not_listen_are_named(tmp_path: Path) -> None:
             with passed(sockets, *more) as program:
                 assert program.wait() == 1
                 assert "descriptor 4 does not listen" in program.errors()
+
+
+def test_stream_is_no_socket_for_stats(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        sockets = {name: listening(tmp_path / name, stack) for name in ("front", "x")}
+        renamed = {"front": sockets["front"], "stats": sockets["x"]}
+        with passed(renamed, f"--backend={tmp_path}/front") as program:
+            assert program.wait() == 1
+            assert program.errors() == (
+                "vhost-airlock: descriptor 4 is no unix sequential-packet socket\n"
+            )

@@ -20,6 +20,7 @@ from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait
 from tests.support.program import LOOKED_INTO, Program, connect, listening
 from tests.support.sessions import await_reaped, serve, small_guest
 from vhost_airlock.cli import stats
+from vhost_airlock.errors import StartError
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.process import stats_server
@@ -47,8 +48,7 @@ def running(front: Path, where: Path, path: Path, *options: str) -> Iterator[Pro
     """A program that ends well, and takes its sockets with it."""
     ways = [f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"]
     with Program(*ways, *options) as program:
-        with connect(path, program) as reader:  # the path is there before it listens
-            reader.makefile().read()
+        connect(path, program, socket.SOCK_SEQPACKET).close()  # it listens
         yield program
         assert program.stop() == 0
         assert program.errors() == ""
@@ -175,7 +175,7 @@ def test_a_vmm_that_waits_for_the_back_end_is_seen(
         f"--socket-path={front}", f"--backend={where}", f"--stats-path={path}"
     ) as program:
         with connect(front, program):
-            connect(path, program).close()
+            connect(path, program, socket.SOCK_SEQPACKET).close()
             document = look(path)
             assert (document["vmm_connected"], document["vmm_waits"]) == (False, True)
         assert program.stop() == 0
@@ -264,7 +264,7 @@ def test_broken_ring_is_named(
 def test_who_connects_and_never_reads_does_no_harm(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+    silent = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(10)]
     with (
         running(front, where, path, *LOOKED_INTO) as program,
         small_guest() as guest,
@@ -294,6 +294,19 @@ def test_command_shows_rates_while_a_session_works(
         assert 'ring_chains_total{ring="0"} 1\n' in command(path, "--prometheus")
         document = json.loads(command(path, "--json"))
         assert document["counters"]["ring 0"]["completions"] == 1
+
+
+def test_the_vmms_place_is_not_taken(
+    front: Path, path: Path, where: Path, back: ScriptedBack
+) -> None:
+    with running(front, where, path) as program, small_guest() as guest:
+        with pytest.raises(StartError, match="the socket is a VMM's or a back-end's"):
+            stats.ask(str(front))
+        document = look(path)
+        assert (document["vmm_waits"], document["sessions"]) == (False, 0)
+        assert not document["backend_connected"]
+        start(guest, program, front)
+        serve(back, guest)
 
 
 def test_path_that_is_in_use_keeps_it_from_starting(

@@ -127,9 +127,11 @@ class Program:
         self.close()
 
 
-def connect(path: Path, program: Program) -> socket.socket:
+def connect(
+    path: Path, program: Program, kind: int = socket.SOCK_STREAM
+) -> socket.socket:
     """There is no event for a socket that somebody else makes."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, kind)
     while True:
         try:
             sock.connect(str(path))

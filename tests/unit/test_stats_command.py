@@ -191,14 +191,15 @@ def test_prometheus_has_a_sample_for_each_number() -> None:
 @contextmanager
 def answering(path: Path, answers: Sequence[bytes]) -> Iterator[str]:
     """Somebody who listens, and says this to one after the other."""
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
         listener.listen()
 
         def serve() -> None:
             for answer in answers:
                 with listener.accept()[0] as sock:
-                    sock.sendall(answer)
+                    if answer:  # an empty packet is taken for the end
+                        sock.send(answer)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -261,11 +262,29 @@ def test_who_says_nothing_is_not_waited_for_long(
 ) -> None:
     monkeypatch.setattr(stats, "PATIENCE", 0.05)
     path = tmp_path / "s"
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
         listener.listen()
         with pytest.raises(StartError, match="no answer"):
             stats.ask(str(path))
+
+
+def test_a_server_of_another_kind_notices_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The VMM's socket: connecting to it would take the VMM's place."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        server.setblocking(False)
+        assert cli.main(["stats", str(path)]) == 1
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert capsys.readouterr().err == (
+        f"vhost-airlock: no airlock's stats at {path}: the socket is a VMM's or a"
+        " back-end's; see run --stats-path\n"
+    )
 
 
 def test_who_says_too_much_is_not_listened_to(

@@ -15,7 +15,7 @@ import pytest
 from vhost_airlock.cli.stats import ask
 from vhost_airlock.process import stats_server
 from vhost_airlock.process.sockets import Listener
-from vhost_airlock.process.stats_server import Stats
+from vhost_airlock.process.stats_server import KIND, Stats
 
 LARGE = "x" * (8 << 20)
 """More than any socket's buffer holds."""
@@ -34,11 +34,11 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 def stats(path: Path, describe: Callable[[], dict[str, object]]) -> Stats:
-    return Stats(Listener(str(path)), describe)
+    return Stats(Listener(str(path), kind=KIND), describe)
 
 
 def connected(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.connect(str(path))
     return sock
 

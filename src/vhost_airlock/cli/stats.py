@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import socket
 import time
@@ -165,7 +166,7 @@ def ask(path: str) -> str:
     """Return the answer of the airlock at this path. StartError: there is none."""
     until = time.monotonic() + PATIENCE
     data = bytearray()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(PATIENCE)
         try:
             _connect(sock, path, until)
@@ -176,6 +177,8 @@ def ask(path: str) -> str:
                     raise StartError(f"no airlock's stats at {path}: it says too much")
         except OSError as error:
             reason = error.strerror or "no answer"
+            if error.errno == errno.EPROTOTYPE:
+                reason = "the socket is a VMM's or a back-end's; see run --stats-path"
             raise StartError(f"no airlock's stats at {path}: {reason}") from None
     return data.decode(errors="replace")
 

@@ -82,18 +82,22 @@ class Broker:
         self._sock: socket.socket | None = None
 
     def listen(
-        self, path: str | None, fd: int | None, rights: Rights
+        self,
+        path: str | None,
+        fd: int | None,
+        rights: Rights,
+        kind: int = socket.SOCK_STREAM,
     ) -> ListeningSocket:
         """Listen with an inherited socket, if there is the number of one, or else at a
         path, which the broker removes at the end. StartError if that can't be.
         """
         if fd is not None:
-            sock, listening = inherited(fd)
+            sock, listening = inherited(fd, kind)
             if listening:
                 return ListeningSocket(sock)
             sock.detach()
             raise StartError(f"descriptor {fd} does not listen")
-        listener = Listener(path or "", rights)
+        listener = Listener(path or "", rights, kind)
         self.entrust(listener)
         return listener
 

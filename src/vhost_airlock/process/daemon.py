@@ -31,6 +31,7 @@ from .connector import make_connector
 from .fronts import make_fronts
 from .manager import Manager
 from .signals import ENDING
+from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Daemon:
             self._open.callback(self._fronts.close)
             if config.stats_path is not None or config.stats_fd is not None:
                 listener = broker.listen(
-                    config.stats_path, config.stats_fd, config.rights
+                    config.stats_path, config.stats_fd, config.rights, STATS_KIND
                 )
                 self._stats = Stats(listener, self.describe)
                 self._open.callback(self._stats.close)

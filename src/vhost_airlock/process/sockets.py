@@ -59,6 +59,13 @@ OWNER = Rights()
 """Only the airlock's own user may connect."""
 
 
+KINDS: dict[int, str] = {
+    socket.SOCK_STREAM: "stream",
+    socket.SOCK_SEQPACKET: "sequential-packet",
+}
+"""Kinds of sockets that listen, with their names."""
+
+
 @dataclass(frozen=True)
 class SocketFile:
     """A socket at a path, with the numbers that tell it from a later one there."""
@@ -109,11 +116,13 @@ class Listener(ListeningSocket):
     unless disown() was called.
     """
 
-    def __init__(self, path: str, rights: Rights = OWNER) -> None:
+    def __init__(
+        self, path: str, rights: Rights = OWNER, kind: int = socket.SOCK_STREAM
+    ) -> None:
         if not path:
             raise StartError("can't listen at : no path")  # Linux would make one up
         _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, kind)
         try:
             self.file = _bind(sock, path, rights)
             sock.listen(1)
@@ -188,16 +197,16 @@ def require_socket(path: str, *, may_come: bool = False) -> str:
     return ""
 
 
-def inherited(fd: int) -> tuple[socket.socket, bool]:
-    """Return (the stream socket with this inherited number, does it listen?)."""
+def inherited(fd: int, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, bool]:
+    """Return (the socket with this inherited number, does it listen?)."""
     try:
         sock = socket.socket(fileno=fd)
     except (OSError, ValueError, OverflowError) as error:
         raise StartError(f"descriptor {fd}: {reason_of(error)}") from None
     listens = bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
     trouble = ""
-    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
-        trouble = "is no unix stream socket"
+    if sock.family != socket.AF_UNIX or sock.type != kind:
+        trouble = f"is no unix {KINDS[kind]} socket"
     elif not listens and not _connected(sock):
         trouble = "neither listens nor is connected"
     if trouble:
@@ -224,15 +233,17 @@ def _remove_stale(path: str) -> None:
         raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
     if not stat.S_ISSOCK(mode):
         raise StartError(f"can't listen at {path}: it is there and no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
+    # A datagram socket can't connect to a stream, and the server there notices nothing.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
         except OSError as error:
-            raise StartError(f"can't listen at {path}: {reason_of(error)}") from None
+            if error.errno != errno.EPROTOTYPE:
+                reason = reason_of(error)
+                raise StartError(f"can't listen at {path}: {reason}") from None
     raise StartError(f"can't listen at {path}: another process does")
 
 

@@ -6,6 +6,10 @@ wants to look. So this is a thread of its own. It only reads: counters that the 
 write are read word by word while they run, and no object of the control plane is
 changed. No other thread ever waits for it.
 
+The socket has packets. So a reader that connects to the VMM's socket, or a back-end's,
+by mistake, is refused by the kernel: those are streams, and their servers notice
+nothing of it. A VMM that connects here is refused likewise.
+
 Readers are answered one at a time, and have READ_TIME to read: a slow reader can only
 make the next one wait for this time.
 """
@@ -26,8 +30,12 @@ from ..vhost.fds import eventfd, notify
 from .signals import ENDING
 from .sockets import ListeningSocket
 
+KIND = socket.SOCK_SEQPACKET
+"""Of the socket."""
 READ_TIME = 1.0
 """Seconds that a reader has. Nearly every document fits into a socket's buffer."""
+PACKET = 32 << 10
+"""Bytes at most in a packet: any socket's buffer has room for it."""
 PAUSE = 0.1
 """Seconds until the next try, when there is no descriptor left for a reader."""
 
@@ -87,9 +95,12 @@ class Stats:
                 self._answer(reader)
 
     def _answer(self, reader: socket.socket) -> None:
-        reader.settimeout(READ_TIME)
+        data = json.dumps(self.document()).encode() + b"\n"
+        until = time.monotonic() + READ_TIME
         with contextlib.suppress(OSError):  # gone, or too slow
-            reader.sendall(json.dumps(self.document()).encode() + b"\n")
+            for start in range(0, len(data), PACKET):
+                reader.settimeout(max(0.001, until - time.monotonic()))
+                reader.send(data[start : start + PACKET])
 
 
 def version() -> str:

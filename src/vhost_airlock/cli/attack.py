@@ -55,18 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as-guest",
         metavar="PATH",
-        help="be a guest of the block back-end, or airlock, that listens here",
+        help="attack the block back-end or airlock that listens here, as its guest",
     )
     parser.add_argument(
-        "--as-vmm", metavar="PATH", help="be a VMM of the program that listens here"
+        "--as-vmm",
+        metavar="PATH",
+        help="attack the program that listens here, as its VMM",
     )
     parser.add_argument(
         "--as-backend",
         metavar="PATH",
-        help="listen here, and be the back-end of the airlock that connects",
+        help="listen here, and attack the airlock that connects, as its back-end",
     )
     parser.add_argument(
-        "--front", metavar="PATH", help="where that airlock listens for its VMM"
+        "--front", metavar="PATH", help="the socket of that airlock for its VMM"
     )
     parser.add_argument(
         "--list", action="store_true", help="print all attacks, and end"
@@ -79,10 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=TIMEOUT,
         metavar="S",
-        help="seconds that the program has to serve a good request; more than its own"
-        " time-outs (default: %(default)s)",
+        help="seconds in which the program has to serve a good request; set more than"
+        " its own time-outs (default: %(default)s)",
     )
-    parser.add_argument("--log", metavar="FILE", help="file for COMMAND's output")
+    parser.add_argument(
+        "--log", metavar="FILE", help="write the output of COMMAND to this file"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

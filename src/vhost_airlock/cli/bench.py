@@ -30,12 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " destroy the data on the disk."
     )
     parser.add_argument(
-        "--socket-path", required=True, metavar="PATH", help="the device to measure"
+        "--socket-path",
+        required=True,
+        metavar="PATH",
+        help="the socket of the device to measure",
     )
     parser.add_argument(
         "--compare",
         metavar="PATH",
-        help="another way to it: ratios are to the rate there",
+        help="the socket of another way to the same device; ratios are to its rate",
     )
     plan = LoadPlan()
     parser.add_argument(
@@ -59,8 +62,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="requests in flight in each queue (default: 1,8,32,128)",
     )
-    parser.add_argument("--queues", type=NUMBER, default=1, metavar="N")
-    parser.add_argument("--rounds", type=NUMBER, default=3, metavar="N")
+    parser.add_argument(
+        "--queues",
+        type=NUMBER,
+        default=1,
+        metavar="N",
+        help="queues to drive at the same time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=NUMBER,
+        default=3,
+        metavar="N",
+        help="times that each load is measured; the table has medians"
+        " (default: %(default)s)",
+    )
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -72,10 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-indirect",
         dest="indirect",
         action="store_false",
-        help="let all descriptors be in the ring itself",
+        help="put all descriptors into the ring itself, and none into indirect tables",
     )
     parser.add_argument(
-        "--busy-wait", action="store_true", help="spin for completions, take no calls"
+        "--busy-wait",
+        action="store_true",
+        help="poll for completions without a pause, and ask for no calls",
     )
     parser.add_argument(
         "--segment",
@@ -89,15 +107,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=SIZE,
         default=0,
         metavar="SIZE",
-        help="memory of each queue that requests walk through, so that it is in no"
-        " cache (default: as little as they need)",
+        help="memory over which each queue spreads its buffers; much more than the"
+        " caches hold keeps buffers out of them (default: as little as requests need)",
     )
     parser.add_argument(
         "--ram",
         type=SIZE,
         default=0,
         metavar="SIZE",
-        help="memory of the guest that is there and not used",
+        help="guest memory that the device is told of and no request uses",
     )
     parser.add_argument(
         "--json", action="store_true", help="print all measurements as JSON"

@@ -49,18 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fd",
         type=int,
         metavar="N",
-        help="an inherited socket, listening or connected",
+        help="use this inherited socket, listening or connected",
     )
     front.add_argument(
-        "--front-connect", metavar="PATH", help="connect to the VMM, which listens here"
+        "--front-connect", metavar="PATH", help="connect to a VMM that listens here"
     )
     back = parser.add_argument_group(
         "the back-end's side, one of",
         f"Or, after --, the command that starts it, with {CONNECTED_FD} in place of the"
         f" number of a connected socket, or {LISTENING_FD} of a listening one.",
     )
-    back.add_argument("--backend", metavar="PATH", help="connect to it here")
-    back.add_argument("--backend-listen", metavar="PATH", help="wait for it here")
+    back.add_argument("--backend", metavar="PATH", help="connect to the back-end here")
+    back.add_argument(
+        "--backend-listen", metavar="PATH", help="listen here for the back-end"
+    )
     parser.add_argument(
         "--no-wait",
         action="store_true",
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-backend",
         action="store_true",
-        help="hold the connection to the back-end from one VMM to the next",
+        help="keep the connection to the back-end from one VMM to the next",
     )
     parser.add_argument(
         "--exit-with-backend",
@@ -79,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
-        help="the part of a request's writable buffers that is copied back"
+        help="how much of a request's writable buffers is copied back to the guest"
         f" (default: {Config.copy}, or the device type's)",
     )
     parser.add_argument(
@@ -93,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(1, 64),
         default=Config.workers,
         metavar="N",
-        help="threads over which the queues are spread (default: %(default)s)",
+        help="number of threads that move requests; queues are spread over them"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--worker-cpus",
@@ -114,29 +117,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=size("0", "4G"),
         default=Config.request_limit,
         metavar="SIZE",
-        help="the largest single request, also beyond the pool limit (default: 1G)",
+        help="the largest single request; it may be larger than the pool (default: 1G)",
     )
     parser.add_argument(
         "--poll-us",
         type=number(0, 1_000_000),
         default=Config.poll_us,
         metavar="N",
-        help="microseconds to poll at most before sleeping (default: %(default)s)",
+        help="microseconds to poll before sleeping, at most; 0 never polls"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
         type=seconds,
         default=Config.timeout,
         metavar="S",
-        help="seconds that the back-end has to answer all that one message of the VMM"
-        " makes necessary (default: %(default)s)",
+        help="seconds in which the back-end has to answer, in all, when the VMM has sent"
+        " a message (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-timeout",
         type=seconds,
         default=Config.drain_timeout,
         metavar="S",
-        help="seconds that requests have to end when rings stop (default: %(default)s)",
+        help="seconds to wait, when queues stop, for requests that the back-end still"
+        " works on (default: %(default)s)",
     )
     parser.add_argument(
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
@@ -160,7 +165,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GROUP",
         help="the group of these sockets, by name or number",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default=ProcessConfig.log_level)
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default=ProcessConfig.log_level,
+        help="leave out messages below this level (default: %(default)s)",
+    )
     parser.add_argument(
         "--sandbox",
         type=switch,

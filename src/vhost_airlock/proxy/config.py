@@ -35,4 +35,4 @@ class Config:
     timeout: float = 5.0
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0
-    """Seconds that requests in flight have to end when a ring stops."""
+    """Seconds to wait, when rings stop, for requests that the back still works on."""

@@ -132,8 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=Config.timeout,
         metavar="S",
-        help="seconds in which the back-end has to answer, in all, when the VMM has sent"
-        " a message (default: %(default)s)",
+        help="seconds in which the back-end has to answer, in all, after a message of"
+        " the VMM (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-timeout",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -56,7 +57,13 @@ class PlayedWorker(Worker):
 
 class PlayedWorkers(Workers):
     def __init__(
-        self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
+        self,
+        count: int,
+        events: HasFileno,
+        *,
+        poll_us: int,
+        cpus: Sequence[int] = (),
+        log: logging.Logger,
     ) -> None:
         self._workers = [PlayedWorker(events.fileno()) for _ in range(count)]
         self._threads = []

@@ -89,7 +89,7 @@ def one(data: bytes) -> None:
             send_good(theirs, steps)
             sent += len(steps) or 1
         theirs.shutdown(socket.SHUT_WR)
-        front = Channel(ours, stop=stop, peer="front", timeout=CONFIG.timeout)
+        front = Channel(ours, stop=stop, peer="VMM", timeout=CONFIG.timeout)
         session = Session(
             front, CONFIG, lambda changed: back.connect(CONFIG, changed), stop
         )

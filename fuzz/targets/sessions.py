@@ -264,7 +264,7 @@ class Play(Session):
         protocol = PROTOCOL if source.flag() else P.MQ | P.CONFIG
         self.busy_back = BusyBack(protocol, source, self.guest.taken)
         ours, self.peer = socket.socketpair()
-        channel = Channel(ours, stop=self.stop_event, peer="front", timeout=0)
+        channel = Channel(ours, stop=self.stop_event, peer="VMM", timeout=0)
         super().__init__(
             channel,
             CONFIG,

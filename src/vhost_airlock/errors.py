@@ -22,6 +22,9 @@ as far as they are known. It is what the log shows.
 class AirlockError(Exception):
     """Base of all."""
 
+    status = 1
+    """The exit status of a command that it ends."""
+
 
 class StartError(AirlockError):
     """The process can't start: one line on stderr, status 1."""
@@ -29,6 +32,8 @@ class StartError(AirlockError):
 
 class UsageError(StartError):
     """The arguments make no sense: one line on stderr, status 2."""
+
+    status = 2
 
 
 class SessionError(AirlockError):

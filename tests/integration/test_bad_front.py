@@ -283,7 +283,7 @@ def test_refused_message_is_told_and_changes_nothing(
         assert U64.unpack(answer.payload).value != 0
         assert not answer.fds
     (line,) = errors(caplog)
-    assert line.startswith("front: refused: ")
+    assert line.startswith("VMM: refused: ")
     assert "\n" not in line
     assert_found(case[3], line)
     vmm.work()
@@ -311,7 +311,7 @@ def test_refused_message_without_an_ack_ends_the_session(
     assert hung_up(vmm.front.channel)
     airlock.join()
     line = errors(caplog)[-1]
-    assert line.startswith("front: can't be told no: ")
+    assert line.startswith("VMM: can't be told no: ")
     assert_found(case[3], line)
     assert_serves(airlock)
 
@@ -386,7 +386,7 @@ IMPOSSIBLE: dict[str, Case] = {
             request,
             bytes(RULES[request].payload.MIN_SIZE),
             ["memfd"],
-            f"front: {request.name}: 1 fds, not 0",
+            f"VMM: {request.name}: 1 fds, not 0",
         )
         for request in (R.GET_FEATURES, R.SET_OWNER, R.SET_VRING_NUM, R.GET_VRING_BASE)
     },
@@ -421,7 +421,7 @@ def test_base_of_a_ring_that_can_not_be_ends_the_session(
     assert hung_up(vmm.front.channel)
     airlock.join()
     line = errors(caplog)[-1]
-    assert_found(f"front: can't be told no: GET_VRING_BASE: index is {index},", line)
+    assert_found(f"VMM: can't be told no: GET_VRING_BASE: index is {index},", line)
     assert_serves(airlock)
 
 
@@ -458,7 +458,7 @@ def test_message_that_is_cut_off_ends_the_session(
     airlock.join()
     assert errors(caplog) in (
         [],
-        ["front: closed the connection in the middle of a message"],
+        ["VMM: closed the connection in the middle of a message"],
     )
     assert_serves(airlock)
 
@@ -472,7 +472,7 @@ def test_message_that_does_not_go_on_ends_the_session(
             vmm.work()
             raw(vmm, Header(R.SET_FEATURES, VERSION, 8).pack() + b"half")
             assert hung_up(vmm.front.channel)
-        assert errors(caplog) == ["front: did not answer in time"]
+        assert errors(caplog) == ["VMM: did not answer in time"]
         assert_serves(airlock)
 
 
@@ -483,7 +483,7 @@ def test_size_that_is_too_large_is_not_waited_for(
     assert hung_up(vmm.front.channel)
     airlock.join()
     assert errors(caplog) == [
-        "front: request 2 has 4294967295 bytes, at most 8 are possible"
+        "VMM: request 2 has 4294967295 bytes, at most 8 are possible"
     ]
 
 
@@ -496,7 +496,7 @@ def test_more_descriptors_than_a_message_can_have_end_the_session(
     vmm.front.channel.send(R.SET_OWNER, b"", [files["memfd"]] * 253)
     assert hung_up(vmm.front.channel)
     airlock.join()
-    assert errors(caplog) == ["front: sent more fds than we can take"]
+    assert errors(caplog) == ["VMM: sent more fds than we can take"]
     assert_serves(airlock)
 
 
@@ -569,7 +569,7 @@ def test_ring_can_not_move_to_where_it_is_misaligned(
     vmm.front.channel.send(R.SET_VRING_ADDR, moved, flags=VERSION | NEED_REPLY)
     with vmm.front.channel.recv() as answer:
         assert U64.unpack(answer.payload).value != 0
-    assert errors(caplog) == ["front: refused: ring 0 is misaligned in its file"]
+    assert errors(caplog) == ["VMM: refused: ring 0 is misaligned in its file"]
     vmm.work()
 
 

@@ -162,7 +162,7 @@ def test_state_is_for_stopped_rings(
         with pytest.raises(PeerRefused):
             save(guest)
         assert errors(caplog) == [
-            "front: refused: SET_DEVICE_STATE_FD: rings are started"
+            "VMM: refused: SET_DEVICE_STATE_FD: rings are started"
         ]
         guest.disconnect()
 
@@ -173,7 +173,7 @@ def test_nothing_to_check(guest: BlkGuest, caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(PeerRefused):
             guest.front.check_device_state()
         assert errors(caplog) == [
-            "front: refused: CHECK_DEVICE_STATE: nothing was transferred"
+            "VMM: refused: CHECK_DEVICE_STATE: nothing was transferred"
         ]
         assert save(guest) == STATE
         guest.disconnect()

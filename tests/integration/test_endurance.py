@@ -14,7 +14,7 @@ import pytest
 from tests.support.airlock import hung_up
 from tests.support.backs import ScriptedBack, readable, wait_until
 from tests.support.profiles import STRESS
-from tests.support.program import LOOKED_INTO, Holdings, Program, listening
+from tests.support.program import LINE, LOOKED_INTO, Holdings, Program, listening
 from tests.support.sessions import serve
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -125,7 +125,7 @@ def test_i9_many_sessions(setting: Setting) -> None:
 def test_i9_reconnects_under_load(setting: Setting) -> None:
     """The guest goes on where it was: with what was not done yet."""
     setting.lines = {
-        f"vhost-airlock: ring {index}: stopped with 1 requests unfinished"
+        f"{LINE}: warning: ring {index}: stopped with 1 requests unfinished"
         for index in range(2)
     }
     with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest:
@@ -196,7 +196,7 @@ def messages(guest: BlkGuest, spare: list[Fd], extra: Fd) -> list[Callable[[], N
 
 def test_i9_repeated_messages(setting: Setting) -> None:
     """Twenty kinds, a thousand times each, with a ring that works in between."""
-    setting.lines = {"vhost-airlock: front: refused: request 45 is unknown"}
+    setting.lines = {f"{LINE}: warning: VMM: refused: request 45 is unknown"}
     ours, theirs = socket.socketpair()
     spare = [eventfd(), eventfd(), eventfd(), Fd(theirs.detach())]
     extra = Fd(os.memfd_create("extra", os.MFD_CLOEXEC))

@@ -239,8 +239,8 @@ def test_i5_any_message_may_be_answered_in_any_way(
     airlock.assert_no_message_took_longer(LATE)
     lines = errors(caplog)
     assert lines
-    assert all(line.startswith(("back: ", "front: ")) for line in lines), lines
-    assert lines[0].startswith("back: "), lines
+    assert all(line.startswith(("back-end: ", "VMM: ")) for line in lines), lines
+    assert lines[0].startswith("back-end: "), lines
     assert_serves_the_next(airlock, back)
 
 
@@ -317,7 +317,7 @@ def test_back_that_is_of_no_use_is_named(
     guest.disconnect()
     airlock.join()
     (line,) = errors(caplog)
-    assert line.startswith("back: ")
+    assert line.startswith("back-end: ")
     assert text in line
     assert_serves_the_next(airlock, back)
 
@@ -433,7 +433,7 @@ def test_i5_back_may_do_anything_at_any_time(
     assert hung_up(guest.front.channel)
     airlock.join()
     assert io.status is None
-    assert errors(caplog)[0].startswith("back: ")
+    assert errors(caplog)[0].startswith("back-end: ")
     assert_serves_the_next(airlock, back)
 
 

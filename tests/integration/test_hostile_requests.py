@@ -189,7 +189,7 @@ def test_i5_nonsense_on_the_backs_own_socket_ends_the_session(
         rights = array.array("i", [fd.fileno()] * fds)
         sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     assert hung_up(guest.front.channel)
-    assert errors(caplog)[0].startswith("back: ")
+    assert errors(caplog)[0].startswith("back-end: ")
 
 
 def test_i5_back_that_closes_its_own_socket(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backs import ScriptedBack, readable
-from tests.support.program import Program, listening
+from tests.support.program import LINE, Program, listening
 from tests.support.sessions import serve
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -21,10 +21,10 @@ from vhost_airlock.vhost.wire import MemoryRegion
 
 PLUGGED = HIGH << 4
 BROKEN = (
-    "vhost-airlock: ring 0 is broken:"
+    f"{LINE}: error: ring 0 is broken:"
     " a page of memory that the ring or a request is in can't be had"
 )
-UNFINISHED = "vhost-airlock: ring 0: stopped with 1 requests unfinished"
+UNFINISHED = f"{LINE}: warning: ring 0: stopped with 1 requests unfinished"
 
 
 @pytest.fixture

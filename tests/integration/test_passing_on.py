@@ -127,7 +127,7 @@ def test_any_other_refusal_ends_the_session(
     guest.front.channel.send(request_, SAMPLES[request_][0].pack(), flags=9)
     assert hung_up(guest.front.channel)
     airlock.join()
-    assert f"back: {request_.name} refused: U64(value=1)" in errors(caplog)
+    assert f"back-end: {request_.name} refused: U64(value=1)" in errors(caplog)
 
 
 @pytest.mark.parametrize("request_", sorted(SAMPLES))
@@ -190,7 +190,7 @@ def test_values_that_make_no_sense_never_reach_the_back(
     with guest.front.channel.recv() as got:
         assert (got.request, got.payload) == (request_, refusal.pack())
     (line,) = errors(caplog)
-    assert line.startswith(f"front: refused: {request_.name}: ")
+    assert line.startswith(f"VMM: refused: {request_.name}: ")
     serve(back, guest)
     assert back.got(request_) == before
 

@@ -330,4 +330,4 @@ def test_back_that_refuses_a_region_is_of_no_use(
         chains += [scene.back.take() for _ in range(5)]
         scene.complete(chains)
     scene.airlock.join()
-    assert any(f"back: {request_.name} refused" in line for line in errors(caplog))
+    assert any(f"back-end: {request_.name} refused" in line for line in errors(caplog))

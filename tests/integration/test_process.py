@@ -22,7 +22,7 @@ import pytest
 
 from tests.support.airlock import hung_up
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
-from tests.support.program import COMMAND, LOOKED_INTO, Program, listening
+from tests.support.program import COMMAND, LINE, LOOKED_INTO, Program, listening
 from tests.support.sessions import serve, small_guest
 from tests.support.talk import talking_back, talking_guest
 from vhost_airlock.errors import AirlockError, Disconnected
@@ -151,7 +151,7 @@ def test_signal_is_obeyed_though_the_back_is_not_done(
         back.ring().arm()
         assert program.stop(number) == 0
         assert program.errors() == (
-            "vhost-airlock: ring 0: stopped with 1 requests unfinished\n"
+            f"{LINE}: warning: ring 0: stopped with 1 requests unfinished\n"
         )
         assert not front.exists()
 
@@ -179,7 +179,7 @@ def test_signal_while_the_back_does_not_answer(
         channel.send(Request.GET_FEATURES)
         assert asked.wait(PATIENCE)
         assert program.stop() == 0
-        assert "back: did not answer in time (GET_FEATURES)" in program.errors()
+        assert "back-end: did not answer in time (GET_FEATURES)" in program.errors()
         assert not front.exists()
 
 
@@ -252,7 +252,8 @@ def test_trouble_is_told_in_one_line(
         )
     assert done.returncode == status
     assert done.stdout == ""
-    assert done.stderr.startswith(f"vhost-airlock: {text}")
+    head = ": " if status == 2 else " [^:]+: error: "
+    assert re.match(f"vhost-airlock{head}{re.escape(text)}", done.stderr)
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"S"}
 
@@ -270,7 +271,7 @@ def test_socket_of_a_live_airlock_is_left_to_it(
             with Program(f"--socket-path={front}", f"--backend={where}") as second:
                 assert second.wait() == 1
                 assert second.errors() == (
-                    f"vhost-airlock: can't listen at {front}: another process does\n"
+                    f"{LINE}: error: can't listen at {front}: another process does\n"
                 )
             assert front.is_socket()
             if turn:
@@ -405,8 +406,8 @@ def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) ->
         wait_until(lambda: program.errors().count("ended") == 2, "its end is told")
         assert program.stop() == 0
         told = (
-            "vhost-airlock: back: closed the connection\n"
-            r"vhost-airlock: back: false \(process \d+\) ended: status 1\n"
+            rf"{LINE}: error: back-end: closed the connection\n"
+            rf"{LINE}: warning: back-end: false \(process \d+\) ended: status 1\n"
         )
         assert re.fullmatch(2 * told, program.errors())
         assert not front.exists()
@@ -441,7 +442,10 @@ def test_back_end_that_does_not_come_is_told_of(front: Path, tmp_path: Path) -> 
             connect(guest, program, front)
         assert program.stop() == 0
         assert program.errors() == (
-            f"vhost-airlock: back: did not connect to {path} in time\n"
+            f"{LINE}: warning: no back-end has connected to {path};"
+            " a VMM waits for it\n"
+            f"{LINE}: error: back-end: did not connect to {path} in time;"
+            " the VMM's connection is closed\n"
         )
 
 
@@ -460,7 +464,7 @@ def test_back_end_that_is_not_there_is_tried_for_by_each_front(
 ) -> None:
     path = tmp_path / "back.sock"
     make_stale(path)
-    away = f"vhost-airlock: back: can't connect to {path}: Connection refused"
+    away = f"back-end: can't connect to {path}: Connection refused"
     with (
         Program(
             f"--socket-path={front}", f"--backend={path}", "--timeout=0.2", "--no-wait"
@@ -470,7 +474,10 @@ def test_back_end_that_is_not_there_is_tried_for_by_each_front(
         with pytest.raises(AirlockError):
             connect(guest, program, front)
         guest.disconnect()
-        assert program.errors() == f"{away}; trying again\n{away}\n"
+        assert program.errors() == (
+            f"{LINE}: warning: {away}; a VMM waits, trying again\n"
+            f"{LINE}: error: {away}; the VMM's connection is closed\n"
+        )
         back = ScriptedBack()
         with listening(back, path):
             connect(guest, program, front)
@@ -587,7 +594,9 @@ def test_loss_of_the_back_ends_the_session(
             for queue in guest.queues:
                 queue.reset()
         assert program.stop() == 0
-        assert program.errors() == 2 * "vhost-airlock: back: closed the connection\n"
+        assert (
+            program.errors() == 2 * f"{LINE}: error: back-end: closed the connection\n"
+        )
         assert not front.exists()
 
 
@@ -623,11 +632,16 @@ def test_loss_of_the_back_ends_the_process_if_it_shall(
             # It is there, and of no use.
             assert hung_up(first)
             assert program.stop() == 0
-            assert program.errors().startswith("vhost-airlock: back: features 0x0 lack")
+            assert program.errors().startswith(
+                f"{LINE}: error: back-end: features 0x0 lack"
+            )
         else:
             assert program.wait() == 1
             *_, last = program.errors().splitlines()
-            assert last == "vhost-airlock: the back is gone: ending as told"
+            assert last == (
+                f"{LINE}: error: the back-end is gone: ending, as --exit-with-backend"
+                " says"
+            )
         first.close()
         assert not front.exists()
 
@@ -783,7 +797,7 @@ def test_loss_of_the_broker_ends_the_process_when_it_is_needed(
             serve(back, guest)
         with program.connect(front):
             assert program.wait() == 1
-        assert program.errors() == "vhost-airlock: the broker is gone\n"
+        assert program.errors() == f"{LINE}: error: the broker is gone\n"
 
 
 # Bad peers.
@@ -810,7 +824,7 @@ def test_back_end_without_what_we_need_is_told_of(
         guest.disconnect()
         assert program.stop() == 0
         (line,) = program.errors().splitlines()
-        assert line.startswith("vhost-airlock: back: ")
+        assert line.startswith(f"{LINE}: error: back-end: ")
         assert text in line
 
 
@@ -846,7 +860,7 @@ def test_front_end_that_breaks_the_protocol_is_told_of(
             serve(back, guest)
         assert program.stop() == 0
         assert program.errors() == (
-            "vhost-airlock: front: SET_FEATURES: U64 has 5 bytes, not 8\n"
+            f"{LINE}: error: VMM: SET_FEATURES: U64 has 5 bytes, not 8\n"
         )
 
 
@@ -939,7 +953,7 @@ def test_want_of_threads_ends_the_session_and_not_the_process(
         assert program.stop() == 0
         (line,) = program.errors().splitlines()
         assert line == (
-            "vhost-airlock: the system lacks a resource that a session takes:"
+            f"{LINE}: error: the system lacks a resource that a session takes:"
             " can't start new thread"
         )
 
@@ -1007,11 +1021,11 @@ def test_log_tells_of_sessions_if_it_shall(
         back.join()
         assert program.stop() == 0
         lines = program.errors().splitlines()
-    assert all(line.startswith("vhost-airlock: ") for line in lines)
+    assert all(line.startswith(f"{LINE}: ") for line in lines)
     (counters,) = [line for line in lines if "counters: " in line]
     rings = json.loads(counters.partition("counters: ")[2])
     assert rings["ring 0"]["completions"] == 1
-    assert "vhost-airlock: SIGTERM: ending" in lines
+    assert f"{LINE}: info: SIGTERM: ending" in lines
 
 
 def test_capabilities_are_printed_whatever_else_there_is(tmp_path: Path) -> None:

@@ -318,7 +318,8 @@ def test_path_that_is_in_use_keeps_it_from_starting(
         with Program(*ways, f"--stats-path={path}") as second:
             assert second.wait() == 1
             assert second.errors() == (
-                f"vhost-airlock: can't listen at {path}: another process does\n"
+                f"vhost-airlock other.sock: error: can't listen at {path}:"
+                " another process does\n"
             )
         assert not other.exists()
         assert look(path)["sessions"] == 0

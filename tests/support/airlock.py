@@ -85,7 +85,7 @@ class Airlock:
         front = Channel(
             theirs,
             stop=self.stop,
-            peer="front",
+            peer="VMM",
             timeout=self.config.timeout,
             lost=FrontLost,
         )
@@ -113,7 +113,9 @@ class Airlock:
     def _connect(self, config_changed: Callable[[], None]) -> Back:
         ours, theirs = socket.socketpair()
         self.back.start(theirs)
-        channel = Channel(ours, timeout=self.config.timeout, lost=BackLost)
+        channel = Channel(
+            ours, peer="back-end", timeout=self.config.timeout, lost=BackLost
+        )
         try:
             return Back(channel, self.config, config_changed)
         except BaseException:

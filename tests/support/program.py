@@ -23,6 +23,8 @@ from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
 
 COMMAND = (sys.executable, "-m", "vhost_airlock", "run")
+LINE = "vhost-airlock front.sock"
+"""Begins every line of the log of an airlock with --socket-path=.../front.sock."""
 LOOKED_INTO = () if os.geteuid() == 0 else ("--sandbox=off",)
 """Options of an airlock whose holdings are asked for: none but root may otherwise."""
 

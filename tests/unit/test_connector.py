@@ -172,7 +172,7 @@ def test_dialler_connects_each_time(stack: ExitStack, stop: Fd, path: str) -> No
     dialler = make(stack, stop, backend=path)
     for _ in range(3):
         with connect(dialler) as channel, back.accept()[0] as accepted:
-            assert channel.peer == "back"
+            assert channel.peer == "back-end"
             assert channel.lost is BackLost
             channel.send(Request.SET_OWNER)
             assert len(accepted.recv(100)) == 12
@@ -217,10 +217,10 @@ def test_dialler_says_when_nobody_listens(
 ) -> None:
     listening(path, stack).close()
     dialler = make(stack, stop, backend=path)
-    with pytest.raises(BackLost, match=f"back: can't connect to {path}: Connect"):
+    with pytest.raises(BackLost, match=f"back-end: can't connect to {path}: Connect"):
         connect(dialler, 0)
     os.unlink(path)
-    with pytest.raises(BackLost, match=f"back: can't connect to {path}: No such"):
+    with pytest.raises(BackLost, match=f"back-end: can't connect to {path}: No such"):
         connect(dialler, 0)
 
 
@@ -509,7 +509,9 @@ def test_starter_says_when_a_program_does_not_start(
     program.chmod(0o755)
     for placeholder in ("{fd}", "{listen-fd}"):
         made = make(stack, stop, command=(str(program), placeholder))
-        with pytest.raises(SessionError, match=f"back: can't start {program}: Exec"):
+        with pytest.raises(
+            SessionError, match=f"back-end: can't start {program}: Exec"
+        ):
             connect(made)
         made.disconnected()
 
@@ -521,7 +523,7 @@ def test_back_that_ends_at_once_is_a_closed_connection(
     made = make(stack, stop, command=("true", placeholder))
     with (
         connect(made) as channel,
-        pytest.raises(Disconnected, match="back: closed the connection"),
+        pytest.raises(Disconnected, match="back-end: closed the connection"),
     ):
         channel.recv()
     made.disconnected()

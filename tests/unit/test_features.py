@@ -87,7 +87,9 @@ def test_the_back_never_gets_a_bit_that_it_did_not_offer(front: int, back: int) 
 
 def test_a_back_without_version_1_is_of_no_use() -> None:
     assert front_offer(VERSION_1) & VERSION_1
-    with pytest.raises(SessionError, match=r"back: features 0x40000000 lack .*VERSION"):
+    with pytest.raises(
+        SessionError, match=r"back-end: features 0x40000000 lack .*VERSION"
+    ):
         front_offer(Feature.PROTOCOL_FEATURES)
 
 

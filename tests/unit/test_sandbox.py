@@ -353,7 +353,7 @@ def test_trouble_names_the_way_without(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        "vhost-airlock: can't enter the sandbox: there is no libno.so.1"
+        "vhost-airlock F: error: can't enter the sandbox: there is no libno.so.1"
         " (--sandbox=off does without)\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {*THERE}

@@ -54,13 +54,9 @@ def run(argv: list[str]) -> int:
     try:
         options = parse(argv)
         return int(options.run(options))
-    except UsageError as error:
-        status = 2
-        print(f"vhost-airlock: {error}", file=sys.stderr)
     except AirlockError as error:
-        status = 1
         print(f"vhost-airlock: {error}", file=sys.stderr)
-    return status
+        return error.status
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import subprocess
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from ..dataplane.pump import POLICIES
-from ..errors import StartError, UsageError
+from ..errors import AirlockError, StartError, UsageError
 from ..process import manager
 from ..process.config import ProcessConfig
 from ..process.daemon import Daemon
+from ..process.log import log_to_stderr
 from ..process.program import CONNECTED_FD, LISTENING_FD
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
@@ -189,11 +189,16 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes; returns the exit status."""
     if options.print_capabilities:
         return print_capabilities(options)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="vhost-airlock: %(message)s"
-    )
     take_from_manager(options, os.environ)
-    return Daemon(config_of(options)).run()
+    config = config_of(options)
+    log_to_stderr(config.log_level, config.device.name)
+    try:
+        return Daemon(config).run()
+    except UsageError:
+        raise
+    except AirlockError as error:
+        config.device.log.error("%s", error)
+        return error.status
 
 
 def take_from_manager(

@@ -8,7 +8,6 @@ long as its connection; one that was not started is independent of it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import select
 import shutil
 import signal
@@ -32,8 +31,6 @@ from .config import ProcessConfig
 from .program import CONNECTED_FD, LISTENING_FD
 from .sockets import require_socket
 
-log = logging.getLogger(__name__)
-
 PAUSE = 0.05
 """Seconds between attempts to connect to a back-end that is away."""
 LONGEST_PAUSE = 5.0
@@ -47,6 +44,7 @@ class Connector(ABC):
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         self.config = config
+        self.log = config.device.log
         self.stop = stop
         self.broker = broker
 
@@ -67,7 +65,7 @@ class Connector(ABC):
 
     def _channel(self, sock: socket.socket) -> Channel:
         return Channel(
-            sock, peer="back", timeout=self.config.device.timeout, lost=BackLost
+            sock, peer="back-end", timeout=self.config.device.timeout, lost=BackLost
         )
 
     def _wait(self, seconds: float | None, waited: HasFileno | None = None) -> bool:
@@ -78,7 +76,7 @@ class Connector(ABC):
             poll.register(waited.fileno(), select.POLLIN)
         ready = poll.poll(None if seconds is None else seconds * 1000)
         if any(fd == self.stop.fileno() for fd, _ in ready):
-            raise Stopped("stopped while waiting for the back")
+            raise Stopped("stopped while waiting for the back-end")
         return bool(ready)
 
 
@@ -89,7 +87,7 @@ class Dialler(Connector):
         super().__init__(config, stop, broker)
         self.path = config.backend or ""
         if absent := require_socket(self.path, may_come=not config.no_wait):
-            log.warning("%s; waiting for it", absent)
+            self.log.warning("%s; waiting for it", absent)
 
     def connect(self, deadline: float | None) -> Channel:
         told = False
@@ -97,12 +95,12 @@ class Dialler(Connector):
             sock, reason = self.broker.connect_back()
             if sock is not None:
                 return self._channel(sock)
-            trouble = f"back: can't connect to {self.path}: {reason}"
+            trouble = f"back-end: can't connect to {self.path}: {reason}"
             left = _left(deadline)
             if left == 0:
                 raise BackLost(trouble)
             if not told:
-                log.warning("%s; trying again", trouble)
+                self.log.warning("%s; a VMM waits, trying again", trouble)
                 told = True
             self._wait(PAUSE if left is None else min(PAUSE, left))
 
@@ -118,10 +116,13 @@ class Waiter(Connector):
 
     def connect(self, deadline: float | None) -> Channel:
         if not self._wait(0, self.listener):
-            log.info("back: waiting for it to connect to %s", self.listener.path)
+            self.log.warning(
+                "no back-end has connected to %s; a VMM waits for it",
+                self.listener.path,
+            )
             if not self._wait(_left(deadline), self.listener):
                 raise DeadlineExceeded(
-                    f"back: did not connect to {self.listener.path} in time"
+                    f"back-end: did not connect to {self.listener.path} in time"
                 )
         return self._channel(self.listener.accept())
 
@@ -162,7 +163,9 @@ class Starter(Connector):
         sock, text = self.broker.connect_back()
         if sock is None:
             self._lengthen_pause()
-            raise SessionError(f"back: can't start {self.config.command[0]}: {text}")
+            raise SessionError(
+                f"back-end: can't start {self.config.command[0]}: {text}"
+            )
         self.pid = int(text)
         return self._channel(sock)
 
@@ -178,7 +181,9 @@ class Starter(Connector):
             self._pause = 0.0
             return
         program = self.config.command[0]
-        log.warning("back: %s (process %d) ended: %s", program, pid, _end(self.status))
+        self.log.warning(
+            "back-end: %s (process %d) ended: %s", program, pid, _end(self.status)
+        )
         if lived < SHORT_LIFE:
             self._lengthen_pause()
         else:

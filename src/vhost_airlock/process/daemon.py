@@ -31,10 +31,12 @@ from .connector import make_connector
 from .fronts import make_fronts
 from .manager import Manager
 from .signals import ENDING
+from .sockets import peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
 
 log = logging.getLogger(__name__)
+"""For what is about no device."""
 
 PAUSE = 0.1
 """Seconds until the next try, when the system has no room for another session."""
@@ -54,6 +56,7 @@ class Daemon:
 
     def __init__(self, config: ProcessConfig) -> None:
         self.config = config
+        self.log = config.device.log
         self._open = contextlib.ExitStack()
         self.stop = self._open.enter_context(eventfd())
         self._reached: Channel | None = None
@@ -106,7 +109,9 @@ class Daemon:
             try:
                 while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
-                        log.error("the back is gone: ending as told")
+                        self.log.error(
+                            "the back-end is gone: ending, as --exit-with-backend says"
+                        )
                         return 1
             except Stopped:
                 pass
@@ -146,16 +151,20 @@ class Daemon:
         except WANT as error:
             # The front waits on, and may be served when there is room again.
             if not self._wanting:
-                log.error("no room for another session: %s; trying again", error)
+                self.log.error(
+                    "no room for another session: %s; a VMM waits, trying again",
+                    reason_of(error),
+                )
             self._wanting = True
             self._pause()
             return False
         self._wanting = False
-        log.info("front: connected")
+        peer = peer_of(sock)
+        self.log.info("VMM connected: process %d of user %d", peer.pid, peer.uid)
         front = Channel(
             sock,
             stop=self.stop,
-            peer="front",
+            peer="VMM",
             timeout=self.config.device.timeout,
             lost=FrontLost,
         )
@@ -173,8 +182,8 @@ class Daemon:
                 keep_backend=self.config.keep_backend,
             )
         except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
-            log.error("no session for this front: %s", error)
-            log.debug("", exc_info=True)
+            self.log.error("no session for this VMM: %s", error)
+            self.log.debug("where it failed", exc_info=True)
             return False
         self._session = session
         self._sessions += 1
@@ -206,7 +215,7 @@ class Daemon:
                     None if self._awaited else deadline
                 )
             except SessionError as error:
-                log.error("%s", error)
+                self.log.error("%s; the VMM's connection is closed", error)
                 return False
         self._awaited = False
         return True
@@ -234,7 +243,7 @@ class Daemon:
         try:
             back.reset_device()
         except SessionError as error:
-            log.error("%s", error)
+            self.log.error("%s; the connection is not kept", error)
             self._drop_back()
             return
         if back.settled:

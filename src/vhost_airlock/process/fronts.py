@@ -18,8 +18,6 @@ from .broker import Broker
 from .config import ProcessConfig
 from .sockets import ListeningSocket, inherited
 
-log = logging.getLogger(__name__)
-
 RETRY = 0.5
 """Seconds between attempts to connect to a front that listens."""
 
@@ -94,9 +92,12 @@ class Given(Fronts):
 class Dialled(Given):
     """A path on which fronts listen: connected to again each time one has left."""
 
-    def __init__(self, path: str, stop: HasFileno, broker: Broker) -> None:
+    def __init__(
+        self, path: str, stop: HasFileno, broker: Broker, log: logging.Logger
+    ) -> None:
         super().__init__(None)
         self.path = path
+        self.log = log
         self._stop = stop
         self._broker = broker
         self._pause = 0.0
@@ -104,20 +105,24 @@ class Dialled(Given):
     def wait(self) -> bool:
         poll = select.poll()
         poll.register(self._stop.fileno(), select.POLLIN)
+        told = False
         while self._sock is None:
             if poll.poll(self._pause * 1000):
                 return False
             self._pause = RETRY
             self._sock, reason = self._broker.connect_front()
-            if self._sock is None:
-                log.info("front: can't connect to %s: %s", self.path, reason)
+            if self._sock is None and not told:
+                self.log.warning(
+                    "VMM: can't connect to %s: %s; trying again", self.path, reason
+                )
+                told = True
         return True
 
 
 def make_fronts(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Fronts:
     """Return the way to the fronts that the user chose. StartError if it can't be."""
     if config.front_connect is not None:
-        return Dialled(config.front_connect, stop, broker)
+        return Dialled(config.front_connect, stop, broker, config.device.log)
     if config.fd is not None:
         sock, listening = inherited(config.fd)
         return Accepted(ListeningSocket(sock), stop) if listening else Given(sock)

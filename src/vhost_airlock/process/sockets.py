@@ -249,4 +249,4 @@ def _remove_stale(path: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """Return the system's text for an error."""
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

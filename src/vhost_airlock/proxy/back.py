@@ -8,7 +8,6 @@ at once when it starts. See protocol.md in the docs.
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,6 @@ from ..vhost.wire import BackendRequest, Feature, ProtocolFeature, Request, Vrin
 from .config import Config
 from .features import back_features, back_protocol
 from .isolated import IsolatedMemory, Region
-
-log = logging.getLogger(__name__)
 
 REQUESTS_INTERVAL = 0.02
 """Seconds between looks at the back's own requests."""
@@ -79,6 +76,7 @@ class Back:
     ) -> None:
         self.peer = Frontend(channel, timeout=config.timeout)
         self.config = config
+        self.log = config.log
         self.config_changed = config_changed
         self.link = Link.OPEN
         self.has = Has()
@@ -103,7 +101,7 @@ class Back:
     def memory(self) -> IsolatedMemory:
         """The isolated memory; there is some once the connection is settled."""
         if self._memory is None:
-            raise ProtocolError("front: sets up rings before it has set its features")
+            raise ProtocolError("VMM: sets up rings before it has set its features")
         return self._memory
 
     @property
@@ -130,7 +128,7 @@ class Back:
         if accepted & ProtocolFeature.CONFIGURE_MEM_SLOTS:
             slots = self.peer.get_max_mem_slots()
             if slots < 2:
-                raise ProtocolError(f"back: GET_MAX_MEM_SLOTS: {slots} are too few")
+                raise ProtocolError(f"back-end: GET_MAX_MEM_SLOTS: {slots} are too few")
         self._memory = IsolatedMemory(
             self.config.pool_limit,
             slots=slots,
@@ -199,12 +197,12 @@ class Back:
 
     def announce(self, region: Region, then: Callable[[], None]) -> None:
         """Tell the back of a region that was made; `then` is called when it has it."""
-        log.info("isolated memory: %d KiB more", region.size >> 10)
+        self.log.debug("isolated memory: %d KiB more", region.size >> 10)
         self._move(Request.ADD_MEM_REG, region, [region.fd], then)
 
     def forget(self, region: Region) -> None:
         """Take a region, which was withdrawn, away from the back, and close it then."""
-        log.info("isolated memory: %d KiB less", region.size >> 10)
+        self.log.debug("isolated memory: %d KiB less", region.size >> 10)
         self._move(Request.REM_MEM_REG, region, [], region.close)
 
     def close(self) -> None:
@@ -269,7 +267,7 @@ class Back:
                 if not requests.handle_now():
                     break
         except Disconnected:
-            log.info("back: it hung up its socket for requests")
+            self.log.info("back-end: closed its socket for requests of its own")
             requests.channel.close()
             self.requests = None
         if self._changed:
@@ -310,12 +308,13 @@ class Back:
     def _open_requests(self, accepted: ProtocolFeature) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            channel = Channel(ours, peer="back")
+            channel = Channel(ours, peer="back-end")
             self.requests = Responder(
                 channel,
                 {BackendRequest.CONFIG_CHANGE_MSG: self._on_config_change},
                 BACKEND_RULES,
                 accepted,
+                self.log,
             )
             self.peer.set_backend_req_fd(theirs)
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 MIB = 1 << 20
+DEVICE_LOGS = "vhost_airlock.device."
+"""Begins the name of each device's log; the device's name follows."""
 MRG_RXBUF = 1 << 15
 """VIRTIO_NET_F_MRG_RXBUF: a packet may be in several chains (virtio 1.3, 5.1.6.4).
 Another device's feature of this number costs speed at most."""
@@ -36,3 +39,8 @@ class Config:
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0
     """Seconds to wait, when rings stop, for requests that the back still works on."""
+
+    @property
+    def log(self) -> logging.Logger:
+        """The device's log, whose lines name the device."""
+        return logging.getLogger(DEVICE_LOGS + self.name)

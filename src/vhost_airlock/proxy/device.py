@@ -9,7 +9,6 @@ message it starts the rings for which the front has told all that a start takes.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,8 +34,6 @@ from .ring import Ring
 from .transfer import StateTransfer
 from .workers import Workers
 
-log = logging.getLogger(__name__)
-
 
 class Device:
     """All that a session has beside the front's socket. `connect` makes the back."""
@@ -47,6 +44,7 @@ class Device:
         connect: Callable[[Callable[[], None]], Back],
     ) -> None:
         self.config = config
+        self.log = config.log
         self.memory = FrontMemory()
         self.features: int | None = None
         self.protocol_features = ProtocolFeature(0)
@@ -61,11 +59,12 @@ class Device:
                 self.events,
                 poll_us=config.poll_us,
                 cpus=config.worker_cpus,
+                log=config.log,
             )
         except BaseException:
             self._events.close()
             raise
-        self.front_requests = FrontRequests()
+        self.front_requests = FrontRequests(config.log)
         self._connect = connect
         self._back: Back | None = None
         self._transfer = StateTransfer()
@@ -324,7 +323,9 @@ class Device:
             with self.workers.pause():
                 pass
         except DeadlineExceeded as error:
-            log.error("%s: its memory, rings and descriptors stay as they are", error)
+            self.log.error(
+                "%s: its memory, rings and descriptors stay as they are", error
+            )
             _never_closed.append(self)
             return None
         back, self._back = self._back, None

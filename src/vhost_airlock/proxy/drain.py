@@ -43,7 +43,7 @@ def await_fetched(pump: Pump, back: Back, events: HasFileno, deadline: float) ->
             return
         for fd, _ in poll.poll((end - now) * 1000):
             if fd != events.fileno():
-                raise BackLost("back: closed the connection")
+                raise BackLost("back-end: closed the connection")
             drain(events)
 
 
@@ -66,4 +66,4 @@ def await_done(
         if owed <= 0 or time.monotonic() >= deadline:
             return
         if poll.poll(TICK * 1000):
-            raise BackLost("back: closed the connection")
+            raise BackLost("back-end: closed the connection")

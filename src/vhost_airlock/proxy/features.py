@@ -47,7 +47,7 @@ def front_offer(back: int) -> int:
     SessionError when the back lacks a feature that we need.
     """
     if not back & Feature.VERSION_1:
-        raise SessionError(f"back: features {back:#x} lack VIRTIO_F_VERSION_1")
+        raise SessionError(f"back-end: features {back:#x} lack VIRTIO_F_VERSION_1")
     return back & (PASSED | IF_BACK) | OWN
 
 

@@ -15,13 +15,12 @@ from ..vhost.frontend import Requester
 from ..vhost.rules import BACKEND_RULES
 from ..vhost.wire import BackendRequest, ProtocolFeature
 
-log = logging.getLogger(__name__)
-
 
 class FrontRequests:
     """Tells the front, once it has sent its socket. Nothing here waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: logging.Logger) -> None:
+        self.log = log
         self._requester: Requester | None = None
 
     def connect(self, fd: Fd) -> None:
@@ -36,7 +35,7 @@ class FrontRequests:
             raise RequestRefused(f"SET_BACKEND_REQ_FD: {error.strerror}") from None
         fd.release()
         self.close()
-        self._requester = Requester(Channel(ours, peer="front"), BACKEND_RULES)
+        self._requester = Requester(Channel(ours, peer="VMM"), BACKEND_RULES)
 
     def config_changed(self, features: ProtocolFeature) -> None:
         """Tell the front, if `features`, those it has accepted, allow for it.
@@ -53,7 +52,10 @@ class FrontRequests:
         except DeadlineExceeded:
             pass  # its socket is full: of the same message, which says it as well
         except AirlockError as error:
-            log.warning("front: its socket for requests is of no use: %s", error)
+            self.log.warning(
+                "the VMM is told of no more changes of the configuration space: %s",
+                error,
+            )
             self.close()
 
     def close(self) -> None:

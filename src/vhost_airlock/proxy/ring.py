@@ -7,7 +7,6 @@ pump. The table of state.py says which events change it, and by which actions.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -26,8 +25,6 @@ from .features import require_modern
 from .front_memory import FrontMemory
 from .ration import Ration
 from .state import TABLE, Action, Change, Event, State, Vring
-
-log = logging.getLogger(__name__)
 
 MEMORY_TIME = 1.0
 """Seconds for which a started ring may wait for memory before the log is told."""
@@ -81,6 +78,7 @@ class Ring:
         self.front = FrontFds()
         self.worker = worker
         self.owner = owner
+        self.log = owner.config.log
         self.pump: Pump | None = None
         """Made with the first start."""
         self.kick = eventfd()
@@ -304,14 +302,14 @@ class Ring:
             return
         self._happen(Event.GUEST_FAULT if pump.drains else Event.FAULT)
         if self.state is not before and not quietly:
-            self._faults.log(log, "ring %d is broken: %s", self.index, pump.reason)
+            self._faults.log(self.log, "ring %d is broken: %s", self.index, pump.reason)
 
     def tell_waiting(self) -> None:
         """Say in the log, once, that it has waited for memory for a while."""
         if time.monotonic() >= self.tell_at:
             self.tell_at = math.inf
             self._waits.log(
-                log,
+                self.log,
                 "ring %d is started, and not in the memory that the VMM shares:"
                 " is share=on missing?",
                 self.index,
@@ -446,7 +444,7 @@ class Ring:
         self.worker.unwatch(self.call.fileno())
         if unfinished:
             later = ", and later ones done: they end only if this ring goes on"
-            log.warning(
+            self.log.warning(
                 "ring %d: stopped with %d requests unfinished%s",
                 self.index,
                 unfinished,

@@ -11,7 +11,6 @@ No deed of a peer, and no want of the system, ends more than the session.
 from __future__ import annotations
 
 import json
-import logging
 import select
 from collections.abc import Callable
 
@@ -24,8 +23,6 @@ from .back import Back
 from .config import Config
 from .device import Device
 from .handlers import bind
-
-log = logging.getLogger(__name__)
 
 Connect = Callable[[Callable[[], None]], Back]
 """Makes the back; its argument is called when the configuration space has changed."""
@@ -45,6 +42,7 @@ class Session:
     ) -> None:
         self.front = front
         self.config = config
+        self.log = config.log
         self.connect = connect
         self.stop = stop
         self.keep_backend = keep_backend
@@ -67,14 +65,16 @@ class Session:
             self.stopped = True
         except FrontLost as error:
             self.front_lost = True
-            log.info("%s", error)
+            self.log.info("%s", error)
         except AirlockError as error:
-            log.error("%s", error)
-            log.debug("where the session ended", exc_info=True)
+            self.log.error("%s", error)
+            self.log.debug("where the session ended", exc_info=True)
         except (OSError, MemoryError, RuntimeError) as error:
             # RuntimeError is how Python says that there can be no more threads.
-            log.error("the system lacks a resource that a session takes: %s", error)
-            log.debug("where the session ended", exc_info=True)
+            self.log.error(
+                "the system lacks a resource that a session takes: %s", error
+            )
+            self.log.debug("where the session ended", exc_info=True)
         return self._end()
 
     @property
@@ -96,7 +96,7 @@ class Session:
 
     def _serve(self, device: Device) -> None:
         """Serve the front first, then the back, then see to the workers."""
-        backend = Backend(self.front, bind(device), ProtocolFeature.STATUS)
+        backend = Backend(self.front, bind(device), ProtocolFeature.STATUS, self.log)
         while True:
             ready = self._wait(device)
             if self.stop.fileno() in ready:
@@ -138,7 +138,7 @@ class Session:
         kept = None
         if device is not None:
             self._stop_rings(device)
-            log.info("counters: %s", json.dumps(device.counters()))
+            self.log.info("counters: %s", json.dumps(device.counters()))
             keep = self.keep_backend and self.front_lost and not self.back_lost
             kept = device.close(keep_back=keep)
         # The front may only learn of the end once its memory is not used any more.
@@ -154,5 +154,5 @@ class Session:
             try:
                 device.stop()
             except AirlockError as error:
-                log.error("%s", error)
+                self.log.error("%s", error)
                 self.back_lost = True

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from ..dataplane.worker import Worker
 from ..vhost.fds import HasFileno
 
-log = logging.getLogger(__name__)
-
 
 class Workers:
     """`count` threads, started at once. They signal `events`, see Worker.
@@ -28,7 +26,13 @@ class Workers:
     """
 
     def __init__(
-        self, count: int, events: HasFileno, *, poll_us: int, cpus: Sequence[int] = ()
+        self,
+        count: int,
+        events: HasFileno,
+        *,
+        poll_us: int,
+        cpus: Sequence[int] = (),
+        log: logging.Logger,
     ) -> None:
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
@@ -37,7 +41,7 @@ class Workers:
                 worker = Worker(events.fileno(), poll_us=poll_us)
                 thread = threading.Thread(
                     target=_run,
-                    args=(worker, cpus[i % len(cpus)] if cpus else None),
+                    args=(worker, cpus[i % len(cpus)] if cpus else None, log),
                     name=f"airlock-{i}",
                     daemon=True,
                 )
@@ -79,7 +83,7 @@ class Workers:
         self._workers.clear()
 
 
-def _run(worker: Worker, cpu: int | None) -> None:
+def _run(worker: Worker, cpu: int | None, log: logging.Logger) -> None:
     # The main thread waits in poll(), which a signal to another thread does not end.
     ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
@@ -87,5 +91,10 @@ def _run(worker: Worker, cpu: int | None) -> None:
         try:
             os.sched_setaffinity(0, {cpu})
         except OSError as error:  # it was taken from us, or away, since the start
-            log.warning("processor %d can't be used: %s", cpu, error.strerror)
+            log.warning(
+                "processor %d of --worker-cpus can't be used: %s; this worker runs"
+                " on any",
+                cpu,
+                error.strerror,
+            )
     worker.run()

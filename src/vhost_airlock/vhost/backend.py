@@ -76,10 +76,12 @@ class Responder:
         handlers: Mapping[Any, Handler],
         rules: AnyRules,
         features: ProtocolFeature = NOTHING,
+        log: logging.Logger = log,
     ) -> None:
         self.channel = channel
         self.handlers = handlers
         self.rules = rules
+        self.log = log
         self.protocol_features = features
         """The features in use."""
         self.offered = features
@@ -95,7 +97,7 @@ class Responder:
             while True:
                 self.handle_one()
         except Disconnected as error:
-            log.debug("%s", error)
+            self.log.debug("%s", error)
 
     def handle_one(self, deadline: float | None = None) -> None:
         """Wait for one request, and serve it."""
@@ -172,7 +174,7 @@ class Responder:
         kind = message.request if message.request in self._requests else -1
         level = logging.DEBUG if kind in self._refused else logging.WARNING
         self._refused.add(kind)
-        log.log(level, "%s: refused: %s", self.channel.peer, refused)
+        self.log.log(level, "%s: refused: %s", self.channel.peer, refused)
         refusal = FAILURE if rule is None else rule.refusal
         if refusal is None or not self._due(message, rule):
             raise ProtocolError(
@@ -217,8 +219,9 @@ class Backend(Responder):
         channel: Channel,
         handlers: Mapping[Request, Handler],
         remembered: ProtocolFeature = NOTHING,
+        log: logging.Logger = log,
     ) -> None:
-        super().__init__(channel, handlers, RULES)
+        super().__init__(channel, handlers, RULES, log=log)
         self.offered = self._remembered = remembered
 
     def _perform(self, request: AnyRequest, payload: Any, fds: list[Fd]) -> Result:

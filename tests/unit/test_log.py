@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lines of the log: name, level and text, for a terminal and for the journal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vhost_airlock.process.log import Lines, is_journal
+from vhost_airlock.proxy.config import Config
+
+PROCESS = logging.getLogger("vhost_airlock.process.daemon")
+DISK, NET = Config(name="disk.sock").log, Config(name="net.sock").log
+PROGRAM = """
+import logging
+from vhost_airlock.process.log import log_to_stderr
+from vhost_airlock.proxy.config import Config
+log_to_stderr("info", "front.sock")
+log = Config(name="disk 1").log
+log.debug("too much")
+try:
+    raise ValueError("first\\nsecond")
+except ValueError:
+    log.error("ring %d is broken", 7, exc_info=True)
+logging.getLogger("vhost_airlock.sandbox").info("locked")
+"""
+
+
+def lines(log: logging.Logger, level: int, text: str, *, journal: bool) -> str:
+    record = log.makeRecord(log.name, level, __file__, 1, text, (), None)
+    return Lines("front.sock", journal=journal).format(record)
+
+
+@pytest.mark.parametrize(
+    ("level", "word", "number"),
+    [
+        (logging.DEBUG, "debug", 7),
+        (logging.INFO, "info", 6),
+        (logging.WARNING, "warning", 4),
+        (logging.ERROR, "error", 3),
+    ],
+)
+def test_line_names_device_and_level(level: int, word: str, number: int) -> None:
+    """The numbers are those of sd-daemon(3)."""
+    assert lines(DISK, level, "so it is", journal=False) == (
+        f"vhost-airlock disk.sock: {word}: so it is"
+    )
+    assert lines(DISK, level, "so it is", journal=True) == (
+        f"<{number}>disk.sock: so it is"
+    )
+
+
+def test_devices_of_one_process_are_told_apart() -> None:
+    """Lines about no device have the name of the process."""
+    told = [
+        lines(log, logging.INFO, "text", journal=False) for log in (DISK, NET, PROCESS)
+    ]
+    assert told == [
+        "vhost-airlock disk.sock: info: text",
+        "vhost-airlock net.sock: info: text",
+        "vhost-airlock front.sock: info: text",
+    ]
+
+
+def test_no_line_is_without_a_head() -> None:
+    """The journal would take its priority for another one."""
+    assert lines(DISK, logging.ERROR, "a\n<7>b", journal=True) == (
+        "<3>disk.sock: a\n<3>disk.sock: <7>b"
+    )
+
+
+def test_journal_is_found_by_what_systemd_says(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w") as file:
+        found = os.fstat(file.fileno())
+        said = f"{found.st_dev}:{found.st_ino}"
+        assert is_journal(file.fileno(), {"JOURNAL_STREAM": said})
+        for other in ({}, {"JOURNAL_STREAM": f"{said}0"}, {"JOURNAL_STREAM": ""}):
+            assert not is_journal(file.fileno(), other)
+    assert not is_journal(9999, {"JOURNAL_STREAM": said})
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_process_writes_lines_to_stderr(tmp_path: Path, *, journal: bool) -> None:
+    path = tmp_path / "stderr"
+    with path.open("w") as file:
+        found = os.fstat(file.fileno())
+        stream = f"{found.st_dev}:{found.st_ino}" if journal else "1:2"
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, "JOURNAL_STREAM": stream},
+            stderr=file,
+            check=True,
+        )
+    error = "<3>disk 1: " if journal else "vhost-airlock disk 1: error: "
+    info = "<6>front.sock: " if journal else "vhost-airlock front.sock: info: "
+    first, *traceback, last = path.read_text().splitlines()
+    assert first == f"{error}ring 7 is broken"
+    assert traceback[-2:] == [f"{error}ValueError: first", f"{error}second"]
+    assert all(line.startswith(error) for line in traceback)
+    assert last == f"{info}locked"

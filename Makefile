@@ -4,13 +4,23 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: develop lint types test test-asan coverage stress fuzz package demo bench clean
+.PHONY: develop built lint types test test-asan coverage stress fuzz package demo bench clean
 
-develop: .venv/ready                    ## .venv with the tools and the compiled package
-	python setup.py --quiet build_ext --inplace
+develop: .venv/ready built              ## .venv with the tools and the compiled package
 
-.venv/ready: pyproject.toml tools/bootstrap
-	tools/bootstrap
+built: .venv/build                      # the data plane, in place
+	@echo "$$(date +%T) data plane: half a minute if all of it has to be compiled"
+	@python setup.py --quiet build_ext --inplace
+
+.venv/build: pyproject.toml tools/bootstrap tools/preflight
+	@echo "$$(date +%T) .venv: 10 s for Cython and setuptools"
+	@tools/bootstrap build
+	@touch $@
+
+.venv/ready: .venv/build
+	@echo "$$(date +%T) .venv: a minute for the tools of development"
+	@tools/bootstrap dev
+	@touch $@
 
 lint: develop                           ## style, formatting, likely mistakes
 	ruff check .
@@ -49,8 +59,9 @@ coverage: develop                       ## which lines their own tests reach
 package: .venv/ready                    ## sdist and wheel in dist; the wheel runs the demo
 	tools/package
 
-demo: develop                           ## see the isolation work; needs nothing else
-	vhost-airlock demo
+demo: built                             ## see the isolation work, in half a minute
+	@echo "$$(date +%T) demo: 4 s"
+	@PYTHONPATH=src python -m vhost_airlock demo
 
 bench: develop                          ## the airlock against a direct connection
 	tools/real-root

@@ -42,6 +42,7 @@ setup(
     ext_modules=cythonize(
         modules,
         build_dir="build",
+        quiet=True,
         include_path=["src"],
         compiler_directives={
             "language_level": 3,

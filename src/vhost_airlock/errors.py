@@ -15,12 +15,12 @@
     └── Stopped                nothing: we were told to stop while we waited idly
 
 The text of each is one line that names the peer, the request, the field and the value,
-as far as they are known. It is what the log shows.
+as far as they are known. The log shows that line.
 """
 
 
 class AirlockError(Exception):
-    """Base of all."""
+    """The base of all exceptions of this package."""
 
     status = 1
     """The exit status of a command that it ends."""
@@ -48,7 +48,7 @@ class PeerRefused(ProtocolError):
     """A peer answered a request with an error value.
 
     Back-ends end their side after most of these, or are left half set up, so this ends
-    the session too unless whoever asked knows better and catches it.
+    the session too, unless the code that asked catches it.
     """
 
 

@@ -154,7 +154,8 @@ def test_i5_completions_of_nothing_without_end_break_the_ring(
     assert_broken(
         guest,
         back,
-        "the back completes what is not in flight, again and again: id 15, 17 in a row",
+        "the back completes chains that are not in flight, again and again:"
+        " id 15, 17 in a row",
         wait_for_errors(caplog),
     )
 

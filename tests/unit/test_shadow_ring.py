@@ -13,7 +13,7 @@ from vhost_airlock.peers.ring import DESC, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_
 RINGS = [*itertools.product([1, 2, 4, 256, 1024], [False, True]), (32768, False)]
 
 USED_INDEX = "the back's used index jumps by more than the ring holds"
-USED_ID = "the back completes what is not in flight, again and again"
+USED_ID = "the back completes chains that are not in flight, again and again"
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def call_saturated(scene: VmmScene) -> None:
         for _ in until(0.1):
             if scene.ring.used_idx == scene.ring.avail_idx:
                 break
-    os.read(fd, 8)  # who waits to write goes on
+    os.read(fd, 8)  # a process that waits to write goes on
     os.set_blocking(fd, False)
 
 

@@ -129,7 +129,8 @@ cdef struct PoolState:
     uint64_t wanted
     # Cleared when the control plane has been told that it should.
     int may_grow
-    # The lone region has changed, or who waits for it: the control plane should look.
+    # The lone region has changed, or the rings that wait for it: the control plane
+    # should look.
     int news
     # How many rings with this pool workers run. Kept in debug builds only.
     int running

@@ -68,7 +68,7 @@ FAULTS = {
     CHAIN_TOO_LONG: "a chain has more than 2^32 - 1 bytes",
     NEVER_FITS: "a chain is larger than the pool allows",
     BAD_USED_INDEX: "the back's used index jumps by more than the ring holds",
-    BAD_USED_ID: "the back completes what is not in flight, again and again",
+    BAD_USED_ID: "the back completes chains that are not in flight, again and again",
     BACK_ERROR: "the back signalled an error of the ring",
     RING_UNMAPPED: "the ring's own memory is not there any more",
     OUT_OF_MEMORY: "the airlock has no memory left",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device types (virtio 1.3, section 5): which can be isolated, and with what defaults.
+"""Device types (virtio 1.3, section 5): their defaults, or why they can't be isolated.
 
 vhost-user does not say which kind of device it carries, and the airlock does not look.
 A type that the user names only chooses defaults, or is refused: some devices' requests

@@ -20,7 +20,7 @@ from ..vhost.fds import Fd
 from ..vhost.wire import MemoryRegion
 
 MAX_REGIONS = 509
-"""What GET_MAX_MEM_SLOTS says; QEMU takes up to 512."""
+"""The answer to GET_MAX_MEM_SLOTS; QEMU takes up to 512."""
 _END = 1 << 64
 
 

@@ -414,14 +414,14 @@ class Frontend(Requester):
         return data
 
     def set_config(self, offset: int, data: bytes, flags: int = 0) -> None:
-        """Raises `RequestRefused` when the back-end acks that it can't be written."""
+        """Raises `RequestRefused` when the back-end acks that it is read-only."""
         self._offer(Request.SET_CONFIG, Config(offset, len(data), flags, data))
 
     def send_rarp(self, mac: bytes) -> None:
         self.exchange(Request.SEND_RARP, U64(int.from_bytes(mac, sys.byteorder)))
 
     def net_set_mtu(self, mtu: int) -> None:
-        """Raises `RequestRefused` when the back-end acks that it isn't possible."""
+        """Raises `RequestRefused` when the back-end acks that it can't use that MTU."""
         self._offer(Request.NET_SET_MTU, U64(mtu))
 
     def _offer(self, request: Request, payload: Payload) -> None:

@@ -374,6 +374,55 @@ def test_every_counter_is_described():
     assert told == counted
 
 
+# Style.
+
+OPENER = re.compile(
+    r'(?:^|[.:;?!] +|\| +|"""|# |- |\*\*)'
+    r"((?:Who|Whom|Whose|What|Whoever|Whatever|Such)\b[^.?!|\"]*[.?!|\"]?)",
+    re.M,
+)
+"""The beginning of a sentence that leaves its subject out, unless it is a question."""
+
+
+def without_subject(text: str) -> list[str]:
+    return [each for each in OPENER.findall(text) if not each.endswith("?")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_sentences_begin_with_their_subject(path):
+    text = re.sub(r"^```.*?^```|^#+ [^\n]*", "", path.read_text(), flags=re.M | re.S)
+    assert without_subject(text) == []
+
+
+def test_comments_begin_with_their_subject():
+    sources = [
+        path
+        for kind in ("py", "pyi", "pyx", "pxd")
+        for path in PROJECT.glob(f"src/**/*.{kind}")
+    ]
+    wrong = {
+        str(path.relative_to(PROJECT)): found
+        for path in sources
+        if (found := without_subject(path.read_text()))
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("What was not written is zero.", True),
+        ("It stops. Who polls holds up others.", True),
+        ("| `full` | Whatever is said |", True),
+        ('"""What the guest waits for."""', True),
+        ("Who may connect?", False),
+        ("The guest gets what it asked for.", False),
+    ],
+)
+def test_sentence_without_a_subject_is_found(text, wrong):
+    assert bool(without_subject(text)) == wrong
+
+
 # Names and links.
 
 

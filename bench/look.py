@@ -67,6 +67,7 @@ p { margin: 4px 0 10px; color: var(--soft); max-width: 100ch; }
 .tiles, .tables, .charts { display: grid; gap: 12px 24px; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
 .tables { grid-template-columns: repeat(auto-fit, minmax(min(640px, 100%), 1fr)); }
+.tables > div { min-width: 0; overflow-x: auto; }
 .charts { grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }
 .tile { border: 1px solid var(--line); border-radius: 6px; padding: 8px 12px; }
 .tile b { font-size: 26px; display: block; } .tile small { color: var(--soft); }

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -114,16 +114,37 @@ def test_second_front_end_waits_for_its_turn(
 def test_signal_drains_what_is_in_flight(
     front: Path, where: Path, back: ScriptedBack, number: signal.Signals
 ) -> None:
+    with Program(f"--socket-path={front}", f"--backend={where}") as program:
+        end = partial(program.process.send_signal, number)
+        check_draining(program, front, back, end)
+
+
+def test_end_of_a_pipe_drains_what_is_in_flight(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """Of two processes that could write to it, both have to end; neither does write."""
+    pipe, ours = map(Fd, os.pipe())
+    ways = (f"--socket-path={front}", f"--backend={where}")
+    option = f"--exit-with-pipe={pipe.fileno()}"
     with (
-        Program(f"--socket-path={front}", f"--backend={where}") as program,
-        small_guest() as guest,
+        pipe,
+        Program(*ways, option, pass_fds=[pipe.fileno()]) as program,
+        subprocess.Popen(["sleep", "inf"], pass_fds=[ours.fileno()]) as other,
     ):
+        ours.close()
+        check_draining(program, front, back, other.kill)
+
+
+def check_draining(
+    program: Program, front: Path, back: ScriptedBack, end: Callable[[], None]
+) -> None:
+    with small_guest() as guest:
         connect(guest, program, front)
         io = guest.queues[0].submit(BlkType.FLUSH)
         guest.queues[0].kick()
         chain = back.take()
         back.ring().arm()
-        program.process.send_signal(number)
+        end()
         assert not readable(guest.front.channel, 0.1), "it waits for the request"
         back.complete(chain)
         assert hung_up(guest.front.channel)
@@ -1058,4 +1079,4 @@ def test_started_program_holds_nothing_of_its_parents(front: Path, where: Path) 
             channel.send(Request.GET_FEATURES)
             channel.recv().close()
             # It waits for the next message now: nothing comes and goes.
-            assert program.holdings().fds < 12
+            assert program.holdings().fds < 13

@@ -67,6 +67,7 @@ def test_defaults_are_those_of_config(configs: list[ProcessConfig]) -> None:
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--keep-backend"], {"keep_backend": True}),
     (["--exit-with-backend"], {"exit_with_backend": True}),
+    (["--exit-with-pipe=7"], {"exit_with_pipe": 7}),
     (["--sandbox=off"], {"sandbox": False}),
     (["--sandbox=on"], {"sandbox": True}),
     (["--copy=used"], {"copy": "used"}),
@@ -286,6 +287,8 @@ UNREACHABLE: list[tuple[list[str], str]] = [
     (["--socket-path=F", "--backend-listen=F"], "can't listen at F: another process"),
     (["--fd=9999", "--backend=S"], "descriptor 9999: Bad file descriptor"),
     (["--fd=-1", "--backend=S"], "descriptor -1"),
+    (["--socket-path=F", "--backend=S", "--exit-with-pipe=9999"], "descriptor 9999: B"),
+    (["--socket-path=F", "--backend=S", "--exit-with-pipe=0"], "descriptor 0 is no re"),
     (["--fd=99999999999999999999", "--backend=S"], "descriptor 99999999999999999999"),
 ]
 

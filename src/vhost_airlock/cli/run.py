@@ -79,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end when the back-end goes away, with status 1",
     )
     parser.add_argument(
+        "--exit-with-pipe",
+        type=int,
+        metavar="N",
+        help="an inherited pipe: end when no process has its other end open any more",
+    )
+    parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
         help="how much of a request's writable buffers is copied back to the guest"

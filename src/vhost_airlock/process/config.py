@@ -38,6 +38,8 @@ class ProcessConfig:
     """Hold the connection to the back from one front to the next."""
     exit_with_backend: bool = False
     """End when the back goes away; otherwise wait for the next front."""
+    exit_with_pipe: int | None = None
+    """The number of an inherited pipe: end when no process can write to it any more."""
     stats_path: str | None = None
     """Where to listen for readers of the counters."""
     stats_fd: int | None = None

@@ -4,9 +4,10 @@
 It serves one front at a time, as a vhost-user back-end does; the next one waits to be
 accepted. So does a front that comes while the back-end is away: it is accepted when the
 back-end was reached, or, to be closed at once, when it was not reached in time.
-SIGTERM, SIGINT and SIGHUP end the process: rings are drained first, within the drain
-time-out. Before the process serves a front it locks itself in, see sandbox/enter.py;
-from then on only the broker can connect, start and remove.
+SIGTERM, SIGINT and SIGHUP end the process, and so does the end of a pipe that the user
+names: rings are drained first, within the drain time-out. Before the process serves a
+front it locks itself in, see sandbox/enter.py; from then on only the broker can
+connect, start and remove.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .connector import make_connector
 from .fronts import make_fronts
 from .manager import Manager
 from .signals import ENDING
-from .sockets import peer_of, reason_of
+from .sockets import inherited_pipe, peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
 
@@ -58,7 +59,10 @@ class Daemon:
         self.config = config
         self.log = config.device.log
         self._open = contextlib.ExitStack()
-        self.stop = self._open.enter_context(eventfd())
+        self._told = self._open.enter_context(eventfd())
+        self.stop = self._open.enter_context(select.epoll())
+        """Ready when the process shall end: by a signal, or with a pipe."""
+        self.stop.register(self._told.fileno(), select.EPOLLIN)
         self._reached: Channel | None = None
         """A connection to the back that no session has had yet."""
         self._kept: Back | None = None
@@ -77,6 +81,10 @@ class Daemon:
             self._open.callback(signal.signal, number, old)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
+            if config.exit_with_pipe is not None:
+                pipe = inherited_pipe(config.exit_with_pipe)
+                self._open.callback(pipe.close)
+                self.stop.register(pipe.fileno(), 0)  # EPOLLHUP comes without asking
             broker = Broker(
                 self.stop,
                 back=config.backend,
@@ -276,7 +284,7 @@ class Daemon:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: ending", signal.Signals(number).name)
         self._manager.tell("STOPPING=1", DRAINING)
-        notify(self.stop)
+        notify(self._told)
 
 
 def _hung_up(channel: Channel) -> bool:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unix sockets to listen on: made and removed, without harm to those of others."""
+"""Unix sockets to listen on: made and removed, without harm to those of others.
+
+Also sockets and pipes that the process has inherited.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -214,6 +218,19 @@ def inherited(fd: int, kind: int = socket.SOCK_STREAM) -> tuple[socket.socket, b
         raise StartError(f"descriptor {fd} {trouble}")
     os.set_inheritable(fd, False)
     return sock, listens
+
+
+def inherited_pipe(fd: int) -> Fd:
+    """Return the reading end of a pipe that has this inherited number."""
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+        writes = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    except (OSError, OverflowError) as error:
+        raise StartError(f"descriptor {fd}: {reason_of(error)}") from None
+    if not is_pipe or writes:
+        raise StartError(f"descriptor {fd} is no reading end of a pipe")
+    os.set_inheritable(fd, False)
+    return Fd(fd)
 
 
 def _connected(sock: socket.socket) -> bool:

@@ -49,6 +49,7 @@ class QtestMachine(Process):
         options: Sequence[str] = (),
         *,
         memory: str = MEMFD,
+        by: Sequence[str] = (),
     ) -> None:
         ours, theirs = socket.socketpair()
         monitor, monitor_theirs = socket.socketpair()
@@ -67,7 +68,7 @@ class QtestMachine(Process):
             )
             for slot, device in enumerate(devices, 4):
                 argv += ["-device", f"{device},addr={slot}"]
-            super().__init__(argv, log, pass_fds=fds)
+            super().__init__([*by, *argv], log, pass_fds=fds)
         self._monitor = monitor
         self._qmp: Qmp | None = None
         self._ram: mmap.mmap | None = None

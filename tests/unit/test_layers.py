@@ -13,9 +13,11 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 
 LAYERS = """
     __main__
+    cli.emulator
     cli.main
-    cli.run  cli.demo  cli.bench  cli.stats  cli.attack
-    cli.demo_report  cli.bench_report
+    cli.qemu
+    cli.run  cli.demo  cli.bench  cli.stats  cli.attack  cli.qemu_plan  cli.keeper
+    cli.demo_report  cli.bench_report  cli.qemu_options
     cli.arguments  cli.__init__
 
     attack.back_judge

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the command lines' arguments: text to a value within bounds, or an error."""
+"""The parser of command lines, and types of arguments: text to a value, or an error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import contextlib
 import grp
 import os
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from typing import NoReturn
 
+from ..errors import UsageError
 from ..process.sockets import Group
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LONGEST_NAME = 64
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, which names the help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def size(least: str, most: str) -> Callable[[str], int]:

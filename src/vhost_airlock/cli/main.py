@@ -13,12 +13,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from ..errors import AirlockError, UsageError
+from .arguments import Parser
 
 COMMANDS = {
     "run": "stand between a VMM and a back-end",
+    "qemu": "start QEMU with an airlock in front of each vhost-user back-end",
     "demo": "see it work, without any other program",
     "stats": "show the state of a running airlock",
     "bench": "measure a block device",
@@ -26,13 +27,6 @@ COMMANDS = {
 }
 """Each command with its help text; the module of the same name has add_arguments() and
 run()."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which names the help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +54,9 @@ def run(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the options; the words after '--' are the back-end's command."""
+    """Return the options; the words after '--' are a command, the back-end's or
+    QEMU's.
+    """
     command: list[str] = []
     if "--" in argv:
         at = argv.index("--")
@@ -82,7 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             module.add_arguments(command_parser)
             command_parser.set_defaults(run=module.run)
     options, unknown = parser.parse_known_args(argv)
-    if unknown:
+    options.rest = tuple(unknown)
+    if unknown and "takes_rest" not in options:
         chosen.error(f"unknown arguments: {' '.join(unknown)}")
     options.command = tuple(command)
     return options

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhost-airlock qemu`: QEMU, with an airlock in front of each vhost-user back-end.
+
+The command becomes QEMU, by exec: the process number, standard descriptors, inherited
+descriptors and signals are QEMU's. The airlocks are processes of their own and end with
+it, see keeper.py; their sockets are in a folder that only their user can enter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from ..errors import StartError, UsageError
+from ..process.sockets import Listener, reason_of, require_socket
+from . import run as airlock
+from .arguments import LONGEST_NAME, Parser
+from .keeper import Started, keep
+from .qemu_plan import Isolated, Plan
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+"""The status of a shell for a command that can't be run."""
+
+RUN = (sys.executable, "-P", "-m", "vhost_airlock", "run")
+"""An airlock, found where this process is; -P: not in the current folder."""
+
+STDERR = 2
+
+OWN = ("name", "stats_path", "exit_with_pipe", "print_capabilities")
+"""Options of an airlock that can't be the same for several."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(takes_rest=True)
+    parser.usage = (
+        "vhost-airlock qemu [options] [options of `vhost-airlock run`] --"
+        " qemu-system-x86_64 ..."
+    )
+    parser.description = (
+        "Start QEMU with memory isolation. Each vhost-user back-end on its command line"
+        " gets an airlock; or, where devices have memory-isolation=on, theirs alone."
+        " Options of `vhost-airlock run`, as --workers=2, are for all airlocks."
+    )
+    parser.add_argument(
+        "--stats-dir",
+        metavar="DIR",
+        help="a folder for the sockets of `vhost-airlock stats`, CHARDEV.sock",
+    )
+    parser.add_argument(
+        "--log-file",
+        metavar="PATH",
+        help="append the airlocks' log to this file"
+        " (default: stderr, or nowhere when QEMU has -daemonize)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Become QEMU; returns a status only if that is not possible."""
+    if not options.command:
+        raise UsageError("no command of QEMU (see vhost-airlock qemu --help)")
+    check(options.rest)
+    plan = Plan(options.command)
+    for warning in plan.warnings:
+        print(f"vhost-airlock: {warning}", file=sys.stderr, flush=True)
+    for device in plan.isolated:
+        if not device.listens:
+            require_socket(device.back, may_come=device.may_come)
+    return become(isolate(plan, options) if plan.isolated else plan.words)
+
+
+def check(words: Sequence[str]) -> None:
+    """Raise UsageError unless all airlocks can have these options."""
+    parser = Parser(prog="vhost-airlock qemu", allow_abbrev=False)
+    airlock.add_arguments(parser)
+    options = parser.parse_args(["--fd=0", "--backend=", *words])
+    for name in OWN:
+        if getattr(options, name) != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} can't be the same for all airlocks")
+    options.command = ()
+    airlock.config_of(options)
+
+
+def isolate(plan: Plan, options: argparse.Namespace) -> list[str]:
+    """Start the airlocks; returns QEMU's command with their sockets in it."""
+    log = open_log(options.log_file, quiet="-daemonize" in plan.words)
+    folder = tempfile.mkdtemp(prefix="vhost-airlock-")
+    try:
+        command = plan.command(folder)
+        reading, writing = os.pipe()
+        airlocks = []
+        for device in plan.isolated:
+            words, fds = ways(device, folder)
+            words += [f"--exit-with-pipe={reading}", *options_of(device, options)]
+            airlocks.append(Started([*RUN, *words, *options.rest], [reading, *fds]))
+        keep(airlocks, folder, log)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    os.set_inheritable(writing, True)
+    return command
+
+
+def ways(device: Isolated, folder: str) -> tuple[list[str], list[int]]:
+    """Return (options, descriptors that they name) of an airlock for its two sides.
+
+    The socket on which it listens for QEMU is made here, so that QEMU need not wait
+    until the airlock has started.
+    """
+    path = os.path.join(folder, device.file)
+    if device.listens:
+        return [f"--front-connect={path}", f"--backend-listen={device.back}"], []
+    listener = Listener(path)
+    listener.disown()
+    fd = listener.socket.detach()
+    return [f"--fd={fd}", f"--backend={device.back}"], [fd]
+
+
+def options_of(device: Isolated, options: argparse.Namespace) -> list[str]:
+    """Return the options of a device's airlock that are not the same for all."""
+    words = [f"--name={device.name[:LONGEST_NAME]}"]
+    if device.kind:
+        words.append(f"--device-type={device.kind}")
+    if not device.may_come:
+        words.append("--no-wait")
+    if options.stats_dir is not None:
+        words.append(f"--stats-path={os.path.join(options.stats_dir, device.file)}")
+    return words
+
+
+def open_log(path: str | None, *, quiet: bool) -> int:
+    """Return a descriptor for the airlocks' log."""
+    if path is None and not quiet:
+        return STDERR
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    try:
+        return os.open(os.devnull if path is None else path, flags, 0o600)
+    except OSError as error:
+        raise StartError(f"can't write to {path}: {reason_of(error)}") from None
+
+
+def become(command: Sequence[str]) -> int:
+    """Become another program; returns the status of a shell if that is not possible."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python has them ignored
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], [*command])
+    except OSError as error:
+        reason = reason_of(error)
+        print(f"vhost-airlock: can't run {command[0]}: {reason}", file=sys.stderr)
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE

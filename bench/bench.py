@@ -176,7 +176,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--patience",
         type=float,
         metavar="S",
-        help="seconds to lose, all in all, to other programs on the machine",
+        help="seconds to wait, in all, for other programs to leave the machine quiet",
     )
     parser.add_argument(
         "--only",
@@ -200,8 +200,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--idle-poll-us",
         type=int,
         metavar="N",
-        help="meanwhile let idle cores of this virtual machine look out for work so"
-        " long before they halt (the kernel's default is 200)",
+        help="microseconds for which idle cores of this virtual machine poll for work"
+        " before they halt, as long as the bench runs (the kernel's default is 200)",
     )
     parser.add_argument(
         "--out",

@@ -23,7 +23,11 @@ from tests.real.programs import PROJECT, Programs
 from vhost_airlock.cli import stats
 
 README = (PROJECT / "README.md").read_text()
-QEMU = README.partition("\n### QEMU\n")[2].partition("\nWhen it is QEMU that")[0]
+QEMU, _, LISTENING = (
+    README.partition("\n### QEMU\n")[2]
+    .partition("\n### ")[0]
+    .partition("\nWhen it is QEMU that listens")
+)
 NO_VM = README.partition("\n### No VM at all\n")[2].partition("\n### ")[0]
 THEIRS = (
     *("qemu-storage-daemon", "qemu-system-x86_64", "qemu-img"),
@@ -39,10 +43,16 @@ def commands(text: str) -> list[str]:
     return [each for block in blocks for each in block.strip().split("\n\n")]
 
 
-def options(text: str) -> str:
+def options(text: str) -> list[str]:
     """The indented lines outside of blocks, without comments."""
     text = re.sub(r"^```sh\n.*?^```", "", text, flags=re.M | re.S)
-    return " ".join(re.findall(r"^    (-.*?)(?: +# .*)?$", text, re.M))
+    return re.findall(r"^    (-.*?)(?: +# .*)?$", text, re.M)
+
+
+def watched(command: str) -> str:
+    """The command of an airlock, with the option for look()."""
+    sides = r"--(?:socket-path|front-connect)=(\w+)"
+    return re.sub(sides, r"--stats-path=\1.stats \g<0>", command)
 
 
 class Kitchen:
@@ -78,11 +88,18 @@ class Kitchen:
 
     def serve(self, command: str) -> None:
         """Start a program, and wait until it listens."""
-        sockets = re.findall(r"(?:--socket(?:-path)?|addr\.path)=([^\s,]+)", command)
+        paths = r"(?:--(?:socket|stats)(?:-path)?|addr\.path)=([^\s,]+)"
+        sockets = re.findall(paths, command)
         program = self.start(f"{command.split()[0]}-{sockets[0]}", command)
         program.wait_until(
             lambda: all(listening(Path(name), program.pid) for name in sockets),
             PATIENCE,
+        )
+
+    def qemu(self, *lines: str) -> Process:
+        words = " ".join(lines)
+        return self.start(
+            "qemu", f"qemu-system-x86_64 -display none -nodefaults {words}"
         )
 
     def look(self, airlock: str) -> Any:
@@ -105,10 +122,7 @@ def kitchen(programs: Programs, folder: Path) -> Iterator[Kitchen]:
 
 def test_qemu_has_a_disk_a_folder_a_network_card_and_a_vsock(kitchen):
     for command in commands(QEMU):
-        watched = re.sub(
-            r"--socket-path=(\w+)", r"--stats-path=\1.stats \g<0>", command
-        )
-        kitchen.serve(watched)
+        kitchen.serve(watched(command))
 
     server, client = commands(NO_VM)
     assert server in commands(QEMU)
@@ -117,11 +131,21 @@ def test_qemu_has_a_disk_a_folder_a_network_card_and_a_vsock(kitchen):
         assert "Run completed" in run(brief, kitchen.folder / "img.log")
     assert kitchen.look("disk")["sessions"] == 1
 
-    command = f"qemu-system-x86_64 -display none -nodefaults {options(QEMU)}"
-    machine = kitchen.start("qemu", command)
+    machine = kitchen.qemu(*options(QEMU))
     machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)
     machine.wait_until(lambda: kitchen.completed("net", 0), PATIENCE)
     for name in ("disk", "fs", "net", "vsock"):
         found = kitchen.look(name)
         assert (found["vmm_connected"], found["backend_connected"]) == (True, True)
         assert len(found["rings"]) > 1
+
+
+def test_qemu_listens_and_has_a_disk(kitchen):
+    chardev = re.search(r"`(-chardev .*?)`", LISTENING)
+    assert chardev
+    (dialler,) = commands(LISTENING)
+    common, _, device = options(QEMU)[:3]
+    kitchen.serve(commands(QEMU)[0])
+    kitchen.serve(watched(dialler))
+    machine = kitchen.qemu(common, chardev[1], device)
+    machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)

@@ -77,7 +77,7 @@ class Isolated:
 
 
 class Plan:
-    """What becomes of a QEMU command.
+    """A QEMU command, and the airlocks that it gets.
 
     StartError: it wants isolation that is not possible. UsageError: the command can't
     be understood.

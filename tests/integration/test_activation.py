@@ -18,7 +18,7 @@ import pytest
 from tests.support.backs import PATIENCE, ScriptedBack
 from tests.support.program import COMMAND, Program
 from tests.support.sessions import serve, small_guest
-from vhost_airlock.cli.stats import ask
+from vhost_airlock.cli.stats_document import ask
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.vhost.channel import Channel
 
@@ -204,5 +204,6 @@ def test_stream_is_no_socket_for_stats(tmp_path: Path) -> None:
         with passed(renamed, f"--backend={tmp_path}/front") as program:
             assert program.wait() == 1
             assert program.errors() == (
-                "vhost-airlock: descriptor 4 is no unix sequential-packet socket\n"
+                "vhost-airlock fd 3: error: descriptor 4 is no unix sequential-packet"
+                " socket\n"
             )

@@ -19,7 +19,7 @@ import pytest
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
 from tests.support.program import LOOKED_INTO, Program, connect, listening
 from tests.support.sessions import await_reaped, serve, small_guest
-from vhost_airlock.cli import stats
+from vhost_airlock.cli import stats_document
 from vhost_airlock.errors import StartError
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "PATIENCE", PATIENCE)
+    monkeypatch.setattr(stats_document, "PATIENCE", PATIENCE)
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def running(front: Path, where: Path, path: Path, *options: str) -> Iterator[Pro
 
 
 def look(path: Path) -> dict[str, Any]:
-    document = json.loads(stats.ask(str(path)))
+    document = json.loads(stats_document.ask(str(path)))
     assert isinstance(document, dict)
     return document
 
@@ -291,7 +291,8 @@ def test_command_shows_rates_while_a_session_works(
         heading, *lines = command(path, "--interval=0.05", "--count=3").splitlines()
         assert heading.split()[0] == "requests/s"
         assert [line.split()[0] for line in lines] == ["0", "0", "0"]
-        assert 'ring_chains_total{ring="0"} 1\n' in command(path, "--prometheus")
+        sample = 'ring_chains_total{name="front.sock",ring="0"} 1\n'
+        assert sample in command(path, "--prometheus")
         document = json.loads(command(path, "--json"))
         assert document["counters"]["ring 0"]["completions"] == 1
 
@@ -301,7 +302,7 @@ def test_the_vmms_place_is_not_taken(
 ) -> None:
     with running(front, where, path) as program, small_guest() as guest:
         with pytest.raises(StartError, match="the socket is a VMM's or a back-end's"):
-            stats.ask(str(front))
+            stats_document.ask(str(front))
         document = look(path)
         assert (document["vmm_waits"], document["sessions"]) == (False, 0)
         assert not document["backend_connected"]

@@ -20,7 +20,7 @@ import pytest
 from tests.real.network import Network
 from tests.real.processes import Process, listening, run
 from tests.real.programs import PROJECT, Programs
-from vhost_airlock.cli import stats
+from vhost_airlock.cli import stats_document
 
 README = (PROJECT / "README.md").read_text()
 QEMU, _, LISTENING = (
@@ -104,7 +104,7 @@ class Kitchen:
 
     def look(self, airlock: str) -> Any:
         """The status of an airlock, by the name of its socket."""
-        return json.loads(stats.ask(str(self.folder / f"{airlock}.stats")))
+        return json.loads(stats_document.ask(str(self.folder / f"{airlock}.stats")))
 
     def completed(self, airlock: str, ring: int) -> bool:
         """Has the back-end completed a request of this ring?"""

@@ -16,6 +16,7 @@ from tests.support.talk import Talked, talking_back, talking_guest
 from vhost_airlock.cli import main as cli
 from vhost_airlock.cli import run
 from vhost_airlock.cli.attack import GROUPS
+from vhost_airlock.cli.metrics import OF_COUNTERS
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import FAULTS, POLICIES, Pump
 from vhost_airlock.dataplane.regions import GuestMemory
@@ -371,7 +372,7 @@ def test_every_counter_is_described():
         guest.start()
         counters = airlock.session.device.counters()
         counted |= {("pool", name) for name in counters["pool"]}
-    assert told == counted
+    assert told == counted == set(OF_COUNTERS)
 
 
 # Style.

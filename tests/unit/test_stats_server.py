@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vhost_airlock.cli.stats import ask
+from vhost_airlock.cli.stats_document import ask
 from vhost_airlock.process import stats_server
 from vhost_airlock.process.sockets import Listener
 from vhost_airlock.process.stats_server import KIND, Stats

@@ -1,10 +1,16 @@
 # Everything happens in this folder: .venv, build, .real. The system stays as it is.
 
+PREFIX ?= /usr/local
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: develop built lint types test test-asan coverage stress fuzz package demo bench clean
+.PHONY: help develop built lint types test test-asan coverage stress fuzz package demo
+.PHONY: dist install uninstall bench clean
+
+help:                                   ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1 /p' Makefile | \
+	    while read -r target text; do printf '%-10s %s\n' "$$target" "$$text"; done
 
 develop: .venv/ready built              ## .venv with the tools and the compiled package
 
@@ -17,7 +23,11 @@ built: .venv/build                      # the data plane, in place
 	@tools/bootstrap build
 	@touch $@
 
-.venv/ready: .venv/build
+.venv/package: .venv/build
+	@tools/bootstrap package
+	@touch $@
+
+.venv/ready: .venv/package
 	@echo "$$(date +%T) .venv: a minute for the tools of development"
 	@tools/bootstrap dev
 	@touch $@
@@ -56,12 +66,22 @@ fuzz: develop                           ## parsers and rings, for hours
 coverage: develop                       ## which lines their own tests reach
 	tools/coverage
 
-package: .venv/ready                    ## sdist and wheel in dist; the wheel runs the demo
-	tools/package
+package: dist                           ## sdist and wheel in dist; tried by a demo
+	@tools/try-package
+
+dist: .venv/package
+	@echo "$$(date +%T) dist: half a minute"
+	@tools/package
 
 demo: built                             ## see the isolation work, in half a minute
 	@echo "$$(date +%T) demo: 4 s"
 	@PYTHONPATH=src python -m vhost_airlock demo
+
+install: dist                           ## in PREFIX (/usr/local), or that below DESTDIR
+	@tools/install $(PREFIX)
+
+uninstall:                              ## removes all that make install made
+	@tools/install --remove $(PREFIX)
 
 bench: develop                          ## the airlock against a direct connection
 	tools/real-root

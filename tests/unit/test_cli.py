@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.tables import each_row
+from vhost_airlock import __version__
 from vhost_airlock.cli import main as cli
 from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
@@ -353,6 +354,13 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     out, err = capsys.readouterr()
     assert "vhost-airlock" in out
     assert err == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"vhost-airlock {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])

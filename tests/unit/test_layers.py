@@ -91,8 +91,8 @@ MAY_IMPORT = {
 }
 """Each package, and the packages that its modules may import."""
 
-WORDS = {"dataplane.layout", "dataplane.sys"}
-"""Files that the compiled modules of all packages share: declarations, no code."""
+WORDS = {"dataplane.layout", "dataplane.sys", "__init__"}
+"""Files that all packages share: declarations for compiled modules, and the version."""
 
 LEVEL = {
     module: level

@@ -12,8 +12,9 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
+from .. import __version__
 from ..errors import AirlockError, UsageError
 from .arguments import Parser
 
@@ -63,23 +64,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
         argv, command = argv[:at], argv[at + 1 :]
         if not command:
             raise UsageError("no command after --")
+    parser, commands = parsers(argv[:1])
+    options, unknown = parser.parse_known_args(argv)
+    options.rest = tuple(unknown)
+    if unknown and "takes_rest" not in options:
+        chosen = commands.get(argv[0], parser)
+        chosen.error(f"unknown arguments: {' '.join(unknown)}")
+    options.command = tuple(command)
+    return options
+
+
+def parsers(loaded: Container[str]) -> tuple[Parser, dict[str, Parser]]:
+    """Return the parser of the command line, and that of each command by its name; only
+    those of the commands in `loaded` have options.
+    """
     parser = Parser(
         prog="vhost-airlock",
         description="Keep a vhost-user back-end out of the guest's memory.",
         allow_abbrev=False,
     )
-    chosen = parser
-    commands = parser.add_subparsers(dest="chosen", required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"vhost-airlock {__version__}",
+        help="print the version, and end",
+    )
+    commands = parser.add_subparsers(
+        title="commands", dest="chosen", required=True, metavar="COMMAND"
+    )
     for name, text in COMMANDS.items():
-        command_parser = commands.add_parser(name, help=text, allow_abbrev=False)
-        if argv[:1] == [name]:
-            chosen = command_parser
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name in loaded:
             module = importlib.import_module(f"..{name}", __name__)
-            module.add_arguments(command_parser)
-            command_parser.set_defaults(run=module.run)
-    options, unknown = parser.parse_known_args(argv)
-    options.rest = tuple(unknown)
-    if unknown and "takes_rest" not in options:
-        chosen.error(f"unknown arguments: {' '.join(unknown)}")
-    options.command = tuple(command)
-    return options
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser, commands.choices

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from .. import __version__
 from ..vhost.fds import eventfd, notify
 from .signals import ENDING
 from .sockets import ListeningSocket
@@ -52,7 +53,7 @@ class Stats:
     ) -> None:
         self._describe = describe
         self._started = time.monotonic()
-        self._version = version()
+        self._version = __version__
         self.listener = listener
         self._stop = eventfd()
         self._thread = threading.Thread(
@@ -101,13 +102,3 @@ class Stats:
             for start in range(0, len(data), PACKET):
                 reader.settimeout(max(0.001, until - time.monotonic()))
                 reader.send(data[start : start + PACKET])
-
-
-def version() -> str:
-    """Return the version of vhost-airlock, "unknown" if it was not installed."""
-    from importlib import metadata  # takes longer than all other imports
-
-    try:
-        return metadata.version("vhost-airlock")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -72,7 +72,7 @@ def _field(status: str, name: str) -> int:
 
 
 class Program:
-    """The process. Its stderr is in `errors()`."""
+    """The process. Its stderr is in `errors()` and `everything()`."""
 
     def __init__(
         self, *arguments: str, pass_fds: Sequence[int] = (), command: Sequence[str] = ()
@@ -92,6 +92,10 @@ class Program:
         return self.process.pid
 
     def errors(self) -> str:
+        """Its stderr, but for the warning of one user, which all processes here are."""
+        return re.sub(r".*: isolated in vain, .*\n", "", self.everything())
+
+    def everything(self) -> str:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode()
 

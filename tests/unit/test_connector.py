@@ -39,7 +39,7 @@ from vhost_airlock.process.connector import (
     Waiter,
     make_connector,
 )
-from vhost_airlock.process.sockets import Listener
+from vhost_airlock.process.sockets import Listener, peer_of
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Request
@@ -165,6 +165,40 @@ def test_kind_is_chosen_by_the_config(
     assert isinstance(make(stack, stop, backend=path), Dialler)
     assert isinstance(make(stack, stop, backend_listen=other), Waiter)
     assert isinstance(make(stack, stop, command=("true", "{fd}")), Starter)
+
+
+def test_users_of_a_back_that_listens_or_connects_are_the_peers(
+    stack: ExitStack, stop: Fd, path: str, tmp_path: Path
+) -> None:
+    me = frozenset({os.geteuid()})
+    listening(path, stack)
+    dialler = make(stack, stop, backend=path)
+    assert dialler.users() == frozenset()
+    with connect(dialler):
+        assert dialler.users() == me
+    other = str(tmp_path / "other.sock")
+    waiter = make(stack, stop, backend_listen=other)
+    with socket.socket(socket.AF_UNIX) as back:
+        back.connect(other)
+        with connect(waiter):
+            assert waiter.users() == me
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])
+def test_users_of_a_program_are_its_own_once_it_has_answered(
+    stack: ExitStack, stop: Fd, placeholder: str
+) -> None:
+    """The socket says that it is the broker, which has made it."""
+    became = ("setpriv", "--ruid=4242", "--euid=4343", "--clear-groups")
+    made = make(stack, stop, command=(*became, *PYTHON, ECHO, placeholder))
+    with connect(made) as channel:
+        assert_echoes(channel)
+        assert made.users() == {4242, 4343}
+        with socket.socket(fileno=os.dup(channel.fileno())) as same:
+            assert peer_of(same).uid == 0
+    made.disconnected()
+    assert made.users() == frozenset()
 
 
 def test_dialler_connects_each_time(stack: ExitStack, stop: Fd, path: str) -> None:

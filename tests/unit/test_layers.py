@@ -43,7 +43,7 @@ LAYERS = """
     process.broker
     process.program
     process.config  process.manager
-    process.sockets  process.signals  process.log  process.__init__
+    process.sockets  process.signals  process.log  process.users  process.__init__
 
     sandbox.enter
     sandbox.syscalls  sandbox.files  sandbox.__init__

@@ -172,6 +172,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the group of these sockets, by name or number",
     )
     parser.add_argument(
+        "--require-other-user",
+        action="store_true",
+        help="refuse a back-end that runs as root, or as the user of the VMM or of the"
+        " airlock",
+    )
+    parser.add_argument(
         "--log-level",
         choices=LEVELS,
         default=ProcessConfig.log_level,

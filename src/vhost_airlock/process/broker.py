@@ -13,6 +13,7 @@ time. The requests, and the answers to them:
     back     a socket connected to the back-end's path; or one connected to the program
              that was started, and the program's process number as text
     front    a socket connected to the path on which the front listens
+    users    the users that the program runs as, as text; nothing if there is none
     end      the program's status as text, as soon as it has ended
 
 An answer without a socket is the reason why there is none. When the airlock's socket
@@ -48,7 +49,7 @@ from .sockets import (
 ANSWER = 10.0
 """Seconds that the broker has to answer, beside those that a program has to end."""
 
-_BACK, _FRONT, _END = b"back", b"front", b"end"
+_BACK, _FRONT, _USERS, _END = b"back", b"front", b"users", b"end"
 _SIZE = 4096
 """More than any message has."""
 _CONNECTED = "connected"
@@ -146,6 +147,12 @@ class Broker:
             self._ask(_FRONT)
         return self._answer()
 
+    def users_of_back(self) -> frozenset[int]:
+        """Return the users that the program runs as; none if that is not known."""
+        self._ask(_USERS)
+        _, text = self._answer()
+        return frozenset(int(word) for word in text.split() if word.isdigit())
+
     def end_back(self) -> int | None:
         """End the program; returns its exit status, None if that is not known."""
         self._ask(_END)
@@ -242,7 +249,7 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 
 
 class _Server:
-    """Serves the three requests, and cleans up at the end."""
+    """Serves the four requests, and cleans up at the end."""
 
     def __init__(self, plan: Broker, made: Sequence[SocketFile]) -> None:
         self.plan = plan
@@ -263,6 +270,10 @@ class _Server:
     def _answer(self, asked: bytes, sock: socket.socket) -> None:
         if asked == _END:
             sock.send(str(self._end(GRACE, sock)).encode())
+            return
+        if asked == _USERS:
+            users = () if self.program is None else self.program.users()
+            sock.send(f"users: {' '.join(map(str, users))}".encode())
             return
         try:
             text, connected = self._connect(asked)

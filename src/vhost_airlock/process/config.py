@@ -50,6 +50,9 @@ class ProcessConfig:
     """The mode of sockets that are made; None: 0660 with `socket_group`, else 0600."""
     socket_group: Group | None = None
     """The group of sockets that are made; None: the kernel's choice."""
+    require_other_user: bool = False
+    """Refuse a back-end of our own user, of the front's user, or of root; otherwise
+    there is a warning."""
     log_level: str = "warning"
     sandbox: bool = True
     """Give up the rights that the running process does not need; False to debug it."""

@@ -29,7 +29,7 @@ from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
 from .program import CONNECTED_FD, LISTENING_FD
-from .sockets import require_socket
+from .sockets import peer_of, require_socket
 
 PAUSE = 0.05
 """Seconds between attempts to connect to a back-end that is away."""
@@ -47,6 +47,7 @@ class Connector(ABC):
         self.log = config.device.log
         self.stop = stop
         self.broker = broker
+        self._users: frozenset[int] = frozenset()
 
     @abstractmethod
     def connect(self, deadline: float | None) -> Channel:
@@ -57,6 +58,12 @@ class Connector(ABC):
         descriptor left for the socket.
         """
 
+    def users(self) -> frozenset[int]:
+        """Return the numbers of the users that the last back-end to be connected runs
+        as; none if that is not known.
+        """
+        return self._users
+
     def disconnected(self) -> None:  # noqa: B027 (most have nothing to do)
         """The connection is closed."""
 
@@ -64,6 +71,7 @@ class Connector(ABC):
         """No more connections are wanted."""
 
     def _channel(self, sock: socket.socket) -> Channel:
+        self._users = frozenset({peer_of(sock).uid})
         return Channel(
             sock, peer="back-end", timeout=self.config.device.timeout, lost=BackLost
         )
@@ -168,6 +176,12 @@ class Starter(Connector):
             )
         self.pid = int(text)
         return self._channel(sock)
+
+    def users(self) -> frozenset[int]:
+        """Return the users of the program's own process as they are now: the socket's
+        pair was made by the broker, and says nothing of the program.
+        """
+        return self.broker.users_of_back()
 
     def disconnected(self) -> None:
         """End the program. If the process ends meanwhile, the broker ends it."""

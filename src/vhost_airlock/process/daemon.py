@@ -35,6 +35,7 @@ from .signals import ENDING
 from .sockets import inherited_pipe, peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
+from .users import Users
 
 log = logging.getLogger(__name__)
 """For what is about no device."""
@@ -73,6 +74,9 @@ class Daemon:
         self._session: Session | None = None
         self._sessions = 0
         self._stats: Stats | None = None
+        self._users = Users(self.log, require=config.require_other_user)
+        self._front_user = 0
+        """The user of the front that is served."""
         self._manager = Manager(config.notify_socket)
         self._open.callback(self._manager.close)
         # From here on there may be sockets and processes to clean away.
@@ -169,6 +173,7 @@ class Daemon:
         self._wanting = False
         peer = peer_of(sock)
         self.log.info("VMM connected: process %d of user %d", peer.pid, peer.uid)
+        self._front_user = peer.uid
         front = Channel(
             sock,
             stop=self.stop,
@@ -229,7 +234,21 @@ class Daemon:
         return True
 
     def _connect(self, config_changed: Callable[[], None]) -> Back:
-        """Return the back of the session, which needs it now."""
+        """Return the back of the session, which needs it now, if its user will do.
+
+        A program has made itself at home, and changed its user if it does that, when it
+        has answered its first message.
+        """
+        back = self._take_back(config_changed)
+        try:
+            self._users.check(self.connector.users(), self._front_user)
+        except BaseException:
+            back.close()
+            raise
+        return back
+
+    def _take_back(self, config_changed: Callable[[], None]) -> Back:
+        """Return the back that is there, or a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
             kept.config_changed = config_changed

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..vhost.fds import Fd
 
@@ -58,6 +59,16 @@ class Program:
                 raise
         self.socket = ours
         self.pid = self._process.pid
+
+    def users(self) -> list[int]:
+        """Return the users of its process: real, effective, saved, and for files. None
+        if it has ended, or can't be seen.
+        """
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+                if line.startswith("Uid:"):
+                    return [int(word) for word in line.split()[1:]]
+        return []
 
     def end(self, grace: float, hurry: socket.socket | None = None) -> int | None:
         """End the program; returns its exit status, None if it can't be ended.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -169,6 +168,13 @@ UNUSABLE: list[tuple[list[str], str]] = [
     (["run", *WAYS, "--backend-listen=/b"], "and only one"),
     (["run", *WAYS, "--", "back", "{fd}"], "and only one"),
     (["run", *WAYS, "--"], "no command after --"),
+    (["run", *WAYS, "--stats-path=/x/../front"], "/front and --stats-path /x/../front"),
+    (
+        ["run", *WAYS, "--stats-path=/back"],
+        "--backend /back and --stats-path /back are",
+    ),
+    (["run", "--socket-path=/f", "--backend=//f"], "/f and --backend //f are the same"),
+    (["run", "--print-capabilities"], "needs --device-type TYPE or -- COMMAND"),
     (["run", *WAYS, "surplus"], r"surplus \(see vhost-airlock run --help"),
     (["run", *WAYS, "--nonsense"], r"--nonsense \(see vhost-airlock run --help"),
     (["run", "--socket=/f", "--backend=/b"], "--socket=/f"),
@@ -285,7 +291,6 @@ UNREACHABLE: list[tuple[list[str], str]] = [
         ["--socket-path=F", "--backend-listen=FILE"],
         "can't listen at FILE: .* no socket",
     ),
-    (["--socket-path=F", "--backend-listen=F"], "can't listen at F: another process"),
     (["--fd=9999", "--backend=S"], "descriptor 9999: Bad file descriptor"),
     (["--fd=-1", "--backend=S"], "descriptor -1"),
     (["--socket-path=F", "--backend=S", "--exit-with-pipe=9999"], "descriptor 9999: B"),
@@ -313,37 +318,6 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(
     assert re.search(text, line), line
     assert {path.name for path in tmp_path.iterdir()} == {"FILE", "S"}
     assert Path("FILE").read_text() == "precious"
-
-
-def test_capabilities_of_a_back_end_that_is_not_started(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert cli.main(["run", "--print-capabilities"]) == 0
-    assert json.loads(capsys.readouterr().out) == {}
-    assert cli.main(["run", "--print-capabilities", *WAYS, "--device-type=fs"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"type": "fs"}
-
-
-def test_capabilities_of_a_back_end_that_is_started(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    program = tmp_path / "back-end"
-    program.write_text('#!/bin/sh\necho "{\\"type\\": \\"$*\\"}"\nexit 5\n')
-    program.chmod(0o755)
-    command = ["--", str(program), "--fd={fd}"]
-    assert cli.main(["run", "--print-capabilities", *command]) == 5
-    out, err = capfd.readouterr()
-    assert json.loads(out) == {"type": "--print-capabilities"}
-    assert err == ""
-
-
-def test_capabilities_of_a_program_that_is_not_there(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert cli.main(["run", "--print-capabilities", "--", "/no/prog", "{fd}"]) == 1
-    assert capsys.readouterr().err == (
-        "vhost-airlock: can't start /no/prog: No such file or directory\n"
-    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])

@@ -530,8 +530,12 @@ def test_starter_needs_a_place_for_the_number(
 def test_starter_needs_a_program(stop: Fd, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("text")
-    for name in ("/no/such/program", "no-such-program", str(plain), str(tmp_path)):
-        with pytest.raises(StartError, match=f"there is no program {name}"):
+    for name, trouble in (
+        ("/no/such/program", "there is no program /no/such/program"),
+        ("no-such-program", "there is no program no-such-program"),
+        (str(plain), f"{plain} is no file that may be executed"),
+    ):
+        with pytest.raises(StartError, match=f"no back-end: {trouble}"):
             require(ProcessConfig(command=(name, "{fd}")), stop)
 
 
@@ -544,7 +548,7 @@ def test_starter_says_when_a_program_does_not_start(
     for placeholder in ("{fd}", "{listen-fd}"):
         made = make(stack, stop, command=(str(program), placeholder))
         with pytest.raises(
-            SessionError, match=f"back-end: can't start {program}: Exec"
+            SessionError, match=f"back-end: can't start {program}: it is neither"
         ):
             connect(made)
         made.disconnected()

@@ -18,7 +18,7 @@ LAYERS = """
     cli.qemu
     cli.run  cli.demo  cli.bench  cli.stats  cli.attack  cli.qemu_plan  cli.keeper
     cli.demo_report  cli.bench_report  cli.qemu_options  cli.stats_table  cli.metrics
-    cli.stats_document
+    cli.stats_document  cli.capabilities
     cli.arguments  cli.__init__
 
     attack.back_judge

@@ -14,6 +14,7 @@ from typing import Self
 
 from ..errors import StartError
 from ..peers.blk_process import end
+from ..process.program import why_not_started
 
 TICK = 0.01
 
@@ -53,9 +54,8 @@ class Program:
                 stderr=self.log,
             )
         except OSError as error:
-            raise StartError(
-                f"can't start {self.command[0]}: {error.strerror}"
-            ) from None
+            reason = why_not_started(self.command[0], error)
+            raise StartError(f"can't start {self.command[0]}: {reason}") from None
         deadline = time.monotonic() + self.timeout
         while not os.path.exists(self.path) or not listens(self.path):
             if self._process.poll() is not None:

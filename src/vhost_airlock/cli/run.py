@@ -7,12 +7,11 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from ..dataplane.pump import POLICIES
-from ..errors import AirlockError, StartError, UsageError
+from ..errors import AirlockError, UsageError
 from ..process import manager
 from ..process.config import ProcessConfig
 from ..process.daemon import Daemon
@@ -31,10 +30,13 @@ from .arguments import (
     size,
     switch,
 )
+from .capabilities import capabilities
 
 FRONT = ("socket_path", "fd", "front_connect")
 BACK = ("backend", "backend_listen", "command")
 """The options for one side, of which one is needed."""
+PATHS = ("socket_path", "front_connect", "backend", "backend_listen", "stats_path")
+"""The options that name a socket by its path."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -193,14 +195,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-capabilities",
         action="store_true",
-        help="print JSON for management layers, and exit",
+        help="print the device's type and features as JSON for management layers, and"
+        " exit; takes --device-type, or -- COMMAND, which is asked for them",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes; returns the exit status."""
     if options.print_capabilities:
-        return print_capabilities(options)
+        found = capabilities(options.device_type, options.command)
+        print(json.dumps(dataclasses.asdict(found)))
+        return 0
     take_from_manager(options, os.environ)
     config = config_of(options)
     log_to_stderr(config.log_level, config.device.name)
@@ -239,8 +244,8 @@ def take_from_manager(
 def config_of(options: argparse.Namespace) -> ProcessConfig:
     """Return the options as one object. UsageError if some don't go together."""
     kind = options.device_type
-    if kind is not None and kind.refused:
-        raise StartError(f"a {kind.name} device can't be isolated: {kind.refused}")
+    if kind is not None:
+        kind.require_isolation()
     if options.copy is None:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
@@ -250,6 +255,7 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     if options.name is None:
         options.name = _default_name(options)
     _need_listening(options)
+    _need_paths_of_their_own(options)
     return ProcessConfig(
         device=Config(**_chosen(options, Config)),
         **_chosen(options, ProcessConfig),
@@ -270,26 +276,6 @@ def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in names}
 
 
-def print_capabilities(options: argparse.Namespace) -> int:
-    """Print the started back-end's own capabilities, else the type in the options.
-
-    The convention of vhost-user back-end programs: JSON on stdout, all other options
-    ignored.
-    """
-    command = options.command
-    if not command:
-        kind = options.device_type
-        print(json.dumps({"type": kind.name} if kind is not None else {}))
-        return 0
-    try:
-        done = subprocess.run(
-            [command[0], "--print-capabilities"], stdin=subprocess.DEVNULL, check=False
-        )
-    except OSError as error:
-        raise StartError(f"can't start {command[0]}: {error.strerror}") from None
-    return done.returncode
-
-
 def _need_listening(options: argparse.Namespace) -> None:
     """Raise UsageError if there are rights for sockets, and no sockets to have them."""
     paths = ("socket_path", "backend_listen", "stats_path")
@@ -297,6 +283,17 @@ def _need_listening(options: argparse.Namespace) -> None:
         if not _given(options, paths):
             flags = ", ".join(map(_flag, paths))
             raise UsageError(f"{_flag(right)} needs one of {flags}")
+
+
+def _need_paths_of_their_own(options: argparse.Namespace) -> None:
+    """Raise UsageError if two options have the same socket."""
+    paths: dict[str, str] = {}
+    for option in _given(options, PATHS):
+        path = getattr(options, option)
+        told = f"{_flag(option)} {path}"
+        other = paths.setdefault(os.path.realpath(path), told)
+        if path and other is not told:
+            raise UsageError(f"{other} and {told} are the same socket")
 
 
 def _exactly_one(options: argparse.Namespace, names: Sequence[str]) -> None:

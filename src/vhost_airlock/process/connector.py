@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import select
-import shutil
 import signal
 import socket
 import time
@@ -28,7 +27,7 @@ from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
-from .program import CONNECTED_FD, LISTENING_FD
+from .program import CONNECTED_FD, LISTENING_FD, unusable
 from .sockets import peer_of, require_socket
 
 PAUSE = 0.05
@@ -154,8 +153,8 @@ class Starter(Connector):
                 f"the back-end's command must have either {CONNECTED_FD}"
                 f" or {LISTENING_FD} in it: {whole}"
             )
-        if shutil.which(command[0]) is None:
-            raise StartError(f"no back-end: there is no program {command[0]}")
+        if trouble := unusable(command[0]):
+            raise StartError(f"no back-end: {trouble}")
         self.pid: int | None = None
         """The program's process number, while there is one."""
         self.status: int | None = None

@@ -8,7 +8,9 @@ end when their connection does; the others get SIGTERM, and at last SIGKILL.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..vhost.fds import Fd
+from .sockets import reason_of
 
 CONNECTED_FD = "{fd}"
 """In a command: the number of a connected socket (as passt wants it)."""
@@ -32,6 +35,32 @@ PATIENCE = 3.0
 """Seconds that it has after SIGTERM."""
 TICK = 0.02
 """Seconds between looks at a process group, whose end is no event."""
+_LONGEST_LINE = 256
+"""Bytes of a script's first line at which the kernel looks."""
+
+
+def unusable(program: str) -> str:
+    """Return why a program can't be started, as far as its file shows it; else ""."""
+    found = shutil.which(program)
+    if found is None:
+        if os.path.dirname(program) and os.path.exists(program):
+            return f"{program} is no file that may be executed"
+        return f"there is no program {program}"
+    with contextlib.suppress(OSError), open(found, "rb") as file:
+        if interpreter := re.match(rb"#!\s*(\S+)", file.readline(_LONGEST_LINE)):
+            path = os.fsdecode(interpreter[1])
+            if not os.path.exists(path):
+                return f"{program} is a script for {path}, which is not there"
+    return ""
+
+
+def why_not_started(program: str, error: OSError) -> str:
+    """Return words for the error with which the start of a program has failed."""
+    if error.errno == errno.ENOEXEC:
+        return "it is neither a program for this machine nor a script that begins #!"
+    if error.errno == errno.ENOENT and shutil.which(program):
+        return "its interpreter or dynamic loader is not there"
+    return reason_of(error)
 
 
 class Program:
@@ -54,9 +83,10 @@ class Program:
                     stdin=subprocess.DEVNULL,
                     process_group=0,
                 )
-            except BaseException:
+            except OSError as error:
                 ours.close()
-                raise
+                reason = why_not_started(command[0], error)
+                raise OSError(error.errno, reason) from None
         self.socket = ours
         self.pid = self._process.pid
 

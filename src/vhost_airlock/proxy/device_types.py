@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import UsageError
+from ..errors import StartError, UsageError
 from .config import MRG_RXBUF
 
 
@@ -26,6 +26,11 @@ class DeviceType:
     """Feature bits with which a request may be in several chains."""
     refused: str = ""
     """Why it can't be isolated; empty: it can."""
+
+    def require_isolation(self) -> None:
+        """Raise StartError if it can't be isolated."""
+        if self.refused:
+            raise StartError(f"a {self.name} device can't be isolated: {self.refused}")
 
 
 TYPES = (

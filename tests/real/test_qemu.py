@@ -21,6 +21,7 @@ from tests.real.qmp import Qmp
 from tests.real.qtest import MEMFD, MIB, QtestMachine, VirtioDevice
 from tests.real.serving import hang_up, serving
 from tests.real.storage import Disk, storage_daemon
+from tests.support.airlocks import Airlocks
 from tests.support.backs import ScriptedBack, wait_until
 from tests.support.fuse import INIT, REPLY, REQUEST, Op
 from vhost_airlock.peers.disk import HEADER, SECTOR, BlkType
@@ -30,49 +31,10 @@ PATIENCE = 20.0
 BLK = "vhost-user-blk-pci-non-transitional,chardev=disk"
 
 
-class Airlocks:
-    """The airlocks of a QEMU that `by` starts, and their keeper."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.by = (
-            *("env", f"TMPDIR={folder}"),
-            *(sys.executable, "-m", "vhost_airlock", "qemu", "--timeout=60", "--"),
-        )
-
-    def pids(self) -> dict[str, int]:
-        """The process numbers by the names of chardevs."""
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                words = process.joinpath("cmdline").read_text().split("\0")
-                parent = parent_of(process)
-            except OSError:  # it has ended
-                continue
-            if "run" in words and any(f"={self.folder}/" in word for word in words):
-                names = [word for word in words if word.startswith("--name=")]
-                if "run" in Path(f"/proc/{parent}/cmdline").read_text().split("\0"):
-                    continue  # a broker, whose parent is the airlock
-                found[names[0].removeprefix("--name=")] = int(process.name)
-        return found
-
-    def private(self) -> list[Path]:
-        return [path for path in self.folder.glob("vhost-airlock-*") if path.is_dir()]
-
-    def keeper(self) -> int:
-        """A descriptor of the process that ends when all is tidied up."""
-        pid = min(self.pids().values())
-        return os.pidfd_open(parent_of(Path(f"/proc/{pid}")))
-
-    def assert_end(self, keeper: int) -> None:
-        with os.fdopen(keeper) as end:
-            assert select.select([end], [], [], PATIENCE)[0], self.pids()
-        assert self.pids() == {}
-        assert self.private() == []
-
-
-def parent_of(process: Path) -> int:
-    return int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+def by(airlocks: Airlocks) -> list[str]:
+    """The command that starts QEMU."""
+    command = [sys.executable, "-m", "vhost_airlock", "qemu", "--timeout=60", "--"]
+    return ["env", airlocks.environment, *command]
 
 
 @pytest.fixture
@@ -119,7 +81,7 @@ def test_devices_of_a_guest(programs, folder, airlocks):
                 folder / "qemu.log",
                 [*plan.values()],
                 options,
-                by=airlocks.by,
+                by=by(airlocks),
             )
         )
         assert machine.qmp("query-name") == {}
@@ -210,7 +172,7 @@ def qtest(programs, airlocks: Airlocks, chardev: str) -> QtestMachine:
         airlocks.folder / "qemu.log",
         [BLK],
         ("-chardev", f"socket,id=disk,{chardev}"),
-        by=airlocks.by,
+        by=by(airlocks),
     )
 
 
@@ -268,7 +230,7 @@ def test_qemu_listens(programs, folder, airlocks):
 
 
 @pytest.fixture
-def emulator(programs, folder) -> list[str]:
+def emulator(programs, folder, airlocks) -> list[str]:
     """QEMU with isolation under its name for libvirt, and QEMU itself on the PATH."""
     name = "qemu-system-x86_64"
     for file, content in (
@@ -282,7 +244,7 @@ def emulator(programs, folder) -> list[str]:
         folder.joinpath(file).write_text(content)
         folder.joinpath(file).chmod(0o755)
     path = f"PATH={folder}:{os.environ['PATH']}"
-    return ["env", path, f"TMPDIR={folder}", f"{folder}/vhost-airlock-{name}"]
+    return ["env", path, airlocks.environment, f"{folder}/vhost-airlock-{name}"]
 
 
 def daemonized(folder: Path) -> tuple[str, ...]:

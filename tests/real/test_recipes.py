@@ -28,6 +28,7 @@ QEMU, _, LISTENING = (
     .partition("\n### ")[0]
     .partition("\nWhen it is QEMU that listens")
 )
+ONE_COMMAND = README.partition("\n### QEMU, by one command\n")[2].partition("\n### ")[0]
 NO_VM = README.partition("\n### No VM at all\n")[2].partition("\n### ")[0]
 THEIRS = (
     *("qemu-storage-daemon", "qemu-system-x86_64", "qemu-img"),
@@ -148,4 +149,15 @@ def test_qemu_listens_and_has_a_disk(kitchen):
     kitchen.serve(commands(QEMU)[0])
     kitchen.serve(watched(dialler))
     machine = kitchen.qemu(common, chardev[1], device)
+    machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)
+
+
+def test_qemu_starts_its_airlock_itself(kitchen):
+    (command,) = commands(ONE_COMMAND)
+    kitchen.serve(commands(QEMU)[0])
+    (kitchen.folder / "disk.stats").symlink_to("disk.sock")
+    command = command.replace(" -- ", f" --stats-dir={kitchen.folder} -- ")
+    machine = kitchen.start("qemu", f"{command} -display none -nodefaults")
+    socket = kitchen.folder / "disk.sock"
+    machine.wait_until(lambda: listening(socket, machine.pid), PATIENCE)
     machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)

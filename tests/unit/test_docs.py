@@ -14,7 +14,7 @@ from tests.support.airlock import Airlock
 from tests.support.sessions import small_guest
 from tests.support.talk import Talked, talking_back, talking_guest
 from vhost_airlock.cli import main as cli
-from vhost_airlock.cli import run
+from vhost_airlock.cli import qemu, run
 from vhost_airlock.cli.attack import GROUPS
 from vhost_airlock.cli.metrics import OF_COUNTERS
 from vhost_airlock.dataplane.pool import Pool
@@ -120,6 +120,16 @@ def test_every_option_of_run_is_described():
         mentioned |= set(re.findall(r"`(--[a-z][a-z-]+)", text))
     foreign = {"--reuid", "--regid", "--clear-groups", "--no-new-privs", "--shared-dir"}
     assert mentioned - foreign - {"--foreground", "--vhost-user"} <= options
+
+
+def test_every_option_of_qemu_is_described():
+    parser = argparse.ArgumentParser()
+    qemu.add_arguments(parser)
+    parser.usage = parser.description = None
+    options = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", parser.format_help()))
+    described = [names(row[0]) for row in rows(section(doc("qemu.md"), "Options"))]
+    found = {name.split()[0] for cell in described for name in cell}
+    assert found - {"vhost-airlock"} == options - {"--help"}
 
 
 # Examples of the library.

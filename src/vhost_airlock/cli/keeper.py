@@ -12,6 +12,7 @@ sockets. It is no child of the process, which would not expect one.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from typing import NoReturn
 
 from ..errors import StartError
 from ..process.signals import ENDING
+
+log = logging.getLogger(__name__)
 
 HELD = 3
 """The first number after the standard descriptors."""
@@ -38,38 +41,38 @@ class Started:
     """The descriptors that it inherits, by numbers which `words` name."""
 
 
-def keep(airlocks: Sequence[Started], folder: str, log: int) -> None:
+def keep(airlocks: Sequence[Started], folder: str, stderr: int) -> None:
     """Fork the keeper, which starts these airlocks and removes the folder at the end.
 
-    `log` is a descriptor for the stderr of all of them. StartError: no process can be
-    made.
+    `stderr` is a descriptor, which becomes that of all of them. StartError: no process
+    can be made.
     """
     try:
         child = os.fork()
     except OSError as error:
         raise StartError(f"no process for the airlocks: {error.strerror}") from None
     if child == 0:
-        _run(airlocks, folder, log)
+        _run(airlocks, folder, stderr)
     os.waitpid(child, 0)
 
 
-def _run(airlocks: Sequence[Started], folder: str, log: int) -> NoReturn:
+def _run(airlocks: Sequence[Started], folder: str, stderr: int) -> NoReturn:
     """Be the keeper. Nothing of the parent's is closed, freed or flushed here."""
     try:
         os.setsid()
         if os.fork() == 0:
-            _serve(airlocks, folder, log)
+            _serve(airlocks, folder, stderr)
     finally:
         os._exit(0)
 
 
-def _serve(airlocks: Sequence[Started], folder: str, log: int) -> None:
+def _serve(airlocks: Sequence[Started], folder: str, stderr: int) -> None:
     # A service manager's signals go to all processes: the keeper ends last. A handler
     # is not inherited by the airlocks, as SIG_IGN would be.
     for number in ENDING:
         signal.signal(number, _pass_over)
     null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(log, 2)
+    os.dup2(stderr, 2)
     os.dup2(null, 0)
     os.dup2(null, 1)
     _close_all_but({fd for airlock in airlocks for fd in airlock.fds})
@@ -82,6 +85,8 @@ def _serve(airlocks: Sequence[Started], folder: str, log: int) -> None:
         os.closerange(HELD, os.sysconf("SC_OPEN_MAX"))
         for process in running:
             process.wait()
+    except OSError as error:
+        log.error("can't start an airlock: %s", error.strerror)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

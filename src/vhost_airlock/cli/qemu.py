@@ -9,6 +9,7 @@ it, see keeper.py; their sockets are in a folder that only their user can enter.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -17,11 +18,15 @@ import tempfile
 from collections.abc import Sequence
 
 from ..errors import StartError, UsageError
+from ..process.log import log_to_stderr
 from ..process.sockets import Listener, reason_of, require_socket
 from . import run as airlock
 from .arguments import LONGEST_NAME, Parser
 from .keeper import Started, keep
+from .qemu_options import has
 from .qemu_plan import Isolated, Plan
+
+log = logging.getLogger(__name__)
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """The status of a shell for a command that can't be run."""
@@ -33,6 +38,9 @@ STDERR = 2
 
 OWN = ("name", "stats_path", "exit_with_pipe", "print_capabilities")
 """Options of an airlock that can't be the same for several."""
+
+RIGHTS = ("--socket-mode", "--socket-group")
+"""Options of an airlock that listens at a path for its back-end or for stats."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats-dir",
         metavar="DIR",
-        help="a folder for the sockets of `vhost-airlock stats`, CHARDEV.sock",
+        help="a folder for the airlocks' sockets for stats, CHARDEV.sock, for"
+        " `vhost-airlock stats DIR`",
     )
     parser.add_argument(
         "--log-file",
@@ -57,19 +66,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="append the airlocks' log to this file"
         " (default: stderr, or nowhere when QEMU has -daemonize)",
     )
+    for flag in RIGHTS:
+        parser.add_argument(
+            flag, help="as of `vhost-airlock run`, for those airlocks that need it"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
     """Become QEMU; returns a status only if that is not possible."""
     if not options.command:
         raise UsageError("no command of QEMU (see vhost-airlock qemu --help)")
-    check(options.rest)
+    log_to_stderr("warning", "qemu")
+    check([*options.rest, *rights(options)])
     plan = Plan(options.command)
-    for warning in plan.warnings:
-        print(f"vhost-airlock: {warning}", file=sys.stderr, flush=True)
     for device in plan.isolated:
         if not device.listens:
             require_socket(device.back, may_come=device.may_come)
+    if options.stats_dir is not None and not os.path.isdir(options.stats_dir):
+        raise StartError(f"--stats-dir {options.stats_dir}: it is no folder")
+    for warning in plan.warnings:
+        log.warning("%s", warning)
     return become(isolate(plan, options) if plan.isolated else plan.words)
 
 
@@ -77,7 +93,7 @@ def check(words: Sequence[str]) -> None:
     """Raise UsageError unless all airlocks can have these options."""
     parser = Parser(prog="vhost-airlock qemu", allow_abbrev=False)
     airlock.add_arguments(parser)
-    options = parser.parse_args(["--fd=0", "--backend=", *words])
+    options = parser.parse_args(["--fd=0", "--backend-listen=", *words])
     for name in OWN:
         if getattr(options, name) != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
@@ -88,7 +104,7 @@ def check(words: Sequence[str]) -> None:
 
 def isolate(plan: Plan, options: argparse.Namespace) -> list[str]:
     """Start the airlocks; returns QEMU's command with their sockets in it."""
-    log = open_log(options.log_file, quiet="-daemonize" in plan.words)
+    log = open_log(options.log_file, quiet=has(plan.words, "daemonize"))
     folder = tempfile.mkdtemp(prefix="vhost-airlock-")
     try:
         command = plan.command(folder)
@@ -126,11 +142,19 @@ def options_of(device: Isolated, options: argparse.Namespace) -> list[str]:
     words = [f"--name={device.name[:LONGEST_NAME]}"]
     if device.kind:
         words.append(f"--device-type={device.kind}")
-    if not device.may_come:
+    if not device.may_come and not device.listens:
         words.append("--no-wait")
     if options.stats_dir is not None:
         words.append(f"--stats-path={os.path.join(options.stats_dir, device.file)}")
+    if options.stats_dir is not None or device.listens:
+        words += rights(options)
     return words
+
+
+def rights(options: argparse.Namespace) -> list[str]:
+    """Return the options about the rights to sockets that an airlock makes itself."""
+    values = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in RIGHTS}
+    return [f"{flag}={value}" for flag, value in values.items() if value is not None]
 
 
 def open_log(path: str | None, *, quiet: bool) -> int:
@@ -144,12 +168,24 @@ def open_log(path: str | None, *, quiet: bool) -> int:
         raise StartError(f"can't write to {path}: {reason_of(error)}") from None
 
 
+def environment() -> dict[str, str]:
+    """Return the environment that this process was given.
+
+    Where no locale is set, Python sets LC_CTYPE.
+    """
+    with open("/proc/self/environ", "rb") as file:
+        given = file.read().split(b"\0")
+    if any(each.startswith(b"LC_CTYPE=") for each in given):
+        return dict(os.environ)
+    return {name: value for name, value in os.environ.items() if name != "LC_CTYPE"}
+
+
 def become(command: Sequence[str]) -> int:
     """Become another program; returns the status of a shell if that is not possible."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python has them ignored
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(command[0], [*command])
+        os.execvpe(command[0], [*command], environment())
     except OSError as error:
         reason = reason_of(error)
         print(f"vhost-airlock: can't run {command[0]}: {reason}", file=sys.stderr)

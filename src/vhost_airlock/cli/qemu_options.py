@@ -110,6 +110,11 @@ def texts(words: Sequence[str], option: str) -> list[str]:
     return [text for word, text in pairwise(words) if _name(word) == option]
 
 
+def has(words: Sequence[str], option: str) -> bool:
+    """Is this option in a command?"""
+    return any(_name(word) == option for word in words)
+
+
 def _name(word: str) -> str:
     """Return an option's name without its dashes; "" if the word is no option."""
     match = re.fullmatch(r"--?(\w[\w-]*)", word)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vhost-airlock qemu`: command lines with which QEMU is not started."""
+
+import re
+import sys
+
+import pytest
+
+from tests.support.tables import each_row
+from vhost_airlock.cli import emulator, qemu
+from vhost_airlock.cli import main as cli
+from vhost_airlock.cli.qemu_plan import Plan
+
+DISK = ["qemu", "-device", "vhost-user-blk-pci,chardev=c"]
+THERE = [*DISK, "-chardev", "socket,id=c,path=/no/back.sock"]
+
+UNUSABLE = [
+    (2, [], "no command of QEMU .see vhost-airlock qemu --help"),
+    (2, ["--workers=0", "--", *DISK], "--workers: 0: no number .*airlock qemu --help"),
+    (
+        2,
+        ["--nonsense", "--", *DISK],
+        "arguments: --nonsense .see vhost-airlock qemu --h",
+    ),
+    (2, ["surplus", "--", *DISK], "arguments: surplus .see vhost-airlock qemu --help"),
+    (2, ["--fd=5", "--backend=x", "--", *DISK], "-- COMMAND is needed, and only one"),
+    (2, ["--name=x", "--", *DISK], "--name can't be the same for all airlocks .see"),
+    (2, ["--stats-path=x", "--", *DISK], "--stats-path can't be the same for all"),
+    (2, ["--exit-with-pipe=3", "--", *DISK], "--exit-with-pipe can't be the same"),
+    (2, ["--print-capabilities", "--", *DISK], "--print-capabilities can't be the sam"),
+    (2, ["--socket-mode=9", "--", *DISK], "--socket-mode: 9"),
+    (2, ["--stats", "x", "--", *DISK], "unrecognized arguments: --stats x"),
+    (1, ["--device-type=gpu", "--", *DISK], "a gpu device can't be isolated"),
+    (1, ["--stats-dir=/no", "--", *DISK], "--stats-dir /no: it is no folder"),
+    (1, ["--", *THERE], "no back-end at /no/back.sock: No such file"),
+    (1, ["--", *DISK[:2], f"{DISK[2]},memory-isolation=on"], "no -chardev with id=c"),
+    (2, ["--", *DISK[:2], "{'driver': 'x'}"], "-device .*can't be read as JSON"),
+]
+
+
+@each_row(UNUSABLE)
+def test_command_that_does_not_start_qemu_is_told_in_one_line(
+    status, arguments, text, *, capsys
+):
+    assert cli.main(["qemu", *arguments]) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.match(f"vhost-airlock: .*{text}", err), err
+
+
+WAYS = [
+    (DISK[2], "b.sock", ["--name=c", "--device-type=block", "--no-wait"]),
+    (DISK[2], "b,reconnect-ms=5", ["--name=c", "--device-type=block"]),
+    (DISK[2], "b,server=on", ["--name=c", "--device-type=block", "--socket-mode=660"]),
+    ("vhost-user-rtc-pci,chardev=c", "b,reconnect=1", ["--name=c"]),
+]
+
+
+@each_row(WAYS)
+def test_options_of_an_airlock(device, path, words):
+    """QEMU that does not try again, does not wait for a back-end either."""
+    command = ["qemu", "-device", device, "-chardev", f"socket,id=c,path={path}"]
+    (isolated,) = Plan(command).isolated
+    options = cli.parse(["qemu", "--socket-mode=660", "--", *command])
+    assert qemu.options_of(isolated, options) == words
+
+
+def test_log_that_can_not_be_written(capsys, tmp_path):
+    words = [*DISK, "-chardev", f"socket,id=c,path={tmp_path}/b,server=on"]
+    assert cli.main(["qemu", f"--log-file={tmp_path}/no/log", "--", *words]) == 1
+    assert f"can't write to {tmp_path}/no/log: No such file" in capsys.readouterr().err
+
+
+def test_emulator_has_the_name_of_a_qemu(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/qemu-airlock", "-S"])
+    assert emulator.emulator() == 2
+    assert capsys.readouterr().err == (
+        "qemu-airlock: the name does not begin with vhost-airlock-\n"
+    )
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["qemu", "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for option in ("--stats-dir", "--log-file", "--socket-mode", "--socket-group"):
+        assert option in said

@@ -94,6 +94,20 @@ def test_front_ends_are_served_one_after_the_other(front: Path, tmp_path: Path) 
         assert disk.connections == 3
 
 
+def test_process_ends_with_the_first_front_end_if_it_shall(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    with (
+        Program(f"--socket-path={front}", f"--backend={where}", "--once") as program,
+        small_guest() as guest,
+    ):
+        connect(guest, program, front)
+        serve(back, guest)
+        guest.disconnect()
+        assert program.wait() == 0
+        assert_clean(program, front)
+
+
 def test_second_front_end_waits_for_its_turn(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:

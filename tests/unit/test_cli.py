@@ -68,6 +68,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--keep-backend"], {"keep_backend": True}),
     (["--exit-with-backend"], {"exit_with_backend": True}),
     (["--exit-with-pipe=7"], {"exit_with_pipe": 7}),
+    (["--once"], {"once": True}),
     (["--sandbox=off"], {"sandbox": False}),
     (["--sandbox=on"], {"sandbox": True}),
     (["--copy=used"], {"copy": "used"}),

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 
 LAYERS = """
     __main__
-    cli.emulator
+    cli.emulator  cli.virtiofsd
     cli.main
     cli.qemu
     cli.run  cli.demo  cli.bench  cli.stats  cli.attack  cli.qemu_plan  cli.keeper

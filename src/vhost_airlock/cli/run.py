@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an inherited pipe: end when no process has its other end open any more",
     )
     parser.add_argument(
+        "--once",
+        action="store_true",
+        help="end when the first VMM has left",
+    )
+    parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
         help="how much of a request's writable buffers is copied back to the guest"

@@ -40,6 +40,8 @@ class ProcessConfig:
     """End when the back goes away; otherwise wait for the next front."""
     exit_with_pipe: int | None = None
     """The number of an inherited pipe: end when no process can write to it any more."""
+    once: bool = False
+    """End when the first front has left; otherwise wait for the next one."""
     stats_path: str | None = None
     """Where to listen for readers of the counters."""
     stats_fd: int | None = None

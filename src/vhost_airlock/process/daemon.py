@@ -125,6 +125,8 @@ class Daemon:
                             "the back-end is gone: ending, as --exit-with-backend says"
                         )
                         return 1
+                    if self._sessions and self.config.once:
+                        return 0
             except Stopped:
                 pass
         return 0

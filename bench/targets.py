@@ -82,7 +82,7 @@ def targets(
         }
         for name in AIRLOCKS.keys() & names:
             front = folder / f"{name}.sock"
-            options = (*AIRLOCKS[name], "--log-level=info")
+            options = (*AIRLOCKS[name], "--log-level=debug")
             proxy = stack.enter_context(airlock(back, front, *options))
             found[name] = Target(
                 name,

@@ -204,6 +204,6 @@ def test_stream_is_no_socket_for_stats(tmp_path: Path) -> None:
         with passed(renamed, f"--backend={tmp_path}/front") as program:
             assert program.wait() == 1
             assert program.errors() == (
-                "vhost-airlock fd 3: error: descriptor 4 is no unix sequential-packet"
+                "vhost-airlock front: error: descriptor 4 is no unix sequential-packet"
                 " socket\n"
             )

@@ -111,7 +111,11 @@ def test_process_ends_with_the_first_front_end_if_it_shall(
 def test_second_front_end_waits_for_its_turn(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
-    with running(front, where) as program, small_guest() as one, small_guest() as two:
+    with (
+        running(front, where, "--log-level=error") as program,
+        small_guest() as one,
+        small_guest() as two,
+    ):
         connect(one, program, front)
         waiting = program.connect(front)
         waiting.send(Request.GET_FEATURES)
@@ -297,7 +301,10 @@ def test_socket_of_a_live_airlock_is_left_to_it(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
     """Before, during and after a session."""
-    with running(front, where) as program, small_guest() as guest:
+    with (
+        running(front, where, "--log-level=error") as program,
+        small_guest() as guest,
+    ):
         program.connect(front).close()
         for turn in range(3):
             if turn:
@@ -441,8 +448,9 @@ def test_back_end_that_does_not_start_is_told_of(front: Path, tmp_path: Path) ->
         wait_until(lambda: program.errors().count("ended") == 2, "its end is told")
         assert program.stop() == 0
         told = (
-            rf"{LINE}: error: back-end: closed the connection\n"
-            rf"{LINE}: warning: back-end: false \(process \d+\) ended: status 1\n"
+            rf"{LINE}: error: back-end: closed the connection before its first message"
+            rf"\n{LINE}: warning: back-end: false \(process \d+\) ended: status 1,"
+            r" and sent no message: does it take {listen-fd} in place of {fd}\?\n"
         )
         assert re.fullmatch(2 * told, program.errors())
         assert not front.exists()
@@ -1048,7 +1056,7 @@ def test_log_tells_of_sessions_if_it_shall(
     front: Path, where: Path, back: ScriptedBack
 ) -> None:
     with Program(
-        f"--socket-path={front}", f"--backend={where}", "--log-level=info"
+        f"--socket-path={front}", f"--backend={where}", "--log-level=debug"
     ) as program:
         with small_guest() as guest:
             connect(guest, program, front)
@@ -1058,6 +1066,7 @@ def test_log_tells_of_sessions_if_it_shall(
         lines = program.errors().splitlines()
     assert all(line.startswith(f"{LINE}: ") for line in lines)
     (counters,) = [line for line in lines if "counters: " in line]
+    assert counters.startswith(f"{LINE}: debug: ")
     rings = json.loads(counters.partition("counters: ")[2])
     assert rings["ring 0"]["completions"] == 1
     assert f"{LINE}: info: SIGTERM: ending" in lines

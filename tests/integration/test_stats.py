@@ -154,7 +154,7 @@ def test_a_vmm_that_waits_is_seen(
     front: Path, path: Path, where: Path, back: ScriptedBack
 ) -> None:
     """Behind another VMM."""
-    with running(front, where, path) as program:
+    with running(front, where, path, "--log-level=error") as program:
         with small_guest() as guest:
             start(guest, program, front)
             assert not look(path)["vmm_waits"]

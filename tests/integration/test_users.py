@@ -47,7 +47,7 @@ def test_one_user_is_warned_of_once(
         assert program.stop() == 0
         (line,) = program.everything().splitlines()
     user = "as root" if os.geteuid() == 0 else f"as the VMM's user ({os.geteuid()})"
-    assert f"back: isolated in vain, since it runs {user}, and can open the" in line
+    assert f"back-end: isolated in vain, since it runs {user}, and can open the" in line
     assert line.endswith("; run it as another user")
 
 
@@ -60,7 +60,7 @@ def test_one_user_can_be_refused(front: Path, where: Path) -> None:
         assert program.stop() == 0
         told = program.everything().splitlines()
     assert len(told) == 2
-    assert all("back: refused, since it runs as " in line for line in told)
+    assert all("back-end: refused, since it runs as " in line for line in told)
 
 
 def test_program_that_becomes_another_user_will_do(front: Path, image: Path) -> None:

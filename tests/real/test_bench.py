@@ -78,7 +78,7 @@ def test_counters_are_those_of_the_last_session(programs, folder, disk):
     front = folder / "front.sock"
     with (
         storage_daemon(programs, disk, folder / "back.sock") as (_, back),
-        airlock(back, front, "--poll-us=0", "--log-level=info") as proxy,
+        airlock(back, front, "--poll-us=0", "--log-level=debug") as proxy,
     ):
         counters = Counters(proxy)
         found = []

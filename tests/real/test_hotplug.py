@@ -61,7 +61,7 @@ def holes(image: Path, start: int, size: int) -> bool:
 
 
 def test_disk_is_used_while_memory_and_disk_change(serve, programs, folder, via, image):
-    served = serve(Disk(image, queues=QUEUES), "--workers=2", "--log-level=info")
+    served = serve(Disk(image, queues=QUEUES), "--workers=2", "--log-level=debug")
     mapped_by = (served.proxy or served.backend).pid
     disk = devices.disk(served.front)
     with Guest(

@@ -180,7 +180,7 @@ def test_fds_for_which_the_process_has_no_room_are_refused(peer, null):
 
 def test_a_closed_peer_is_a_disconnect(peer):
     peer.sock.close()
-    with pytest.raises(Disconnected, match=r"back: closed the connection$"):
+    with pytest.raises(Disconnected, match=r"back: closed the connection before"):
         peer.channel.recv()
 
 
@@ -188,6 +188,8 @@ def test_what_a_peer_said_before_it_left_is_heard(peer):
     send_raw(peer.sock, GET_FEATURES)
     peer.sock.close()
     assert peer.channel.recv().request == 1
+    with pytest.raises(Disconnected, match=r"back: closed the connection$"):
+        peer.channel.recv()
     with pytest.raises(Disconnected):
         peer.channel.recv()
 
@@ -258,6 +260,39 @@ def test_strange_flags_are_refused(peer, null, flags):
     send_raw(peer.sock, Header(1, flags, 0).pack(), [null])
     with pytest.raises(ProtocolError, match=f"flags {flags:#x}"):
         peer.channel.recv()
+
+
+@pytest.mark.parametrize(
+    ("text", "begins"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "b'GET / HTTP/1'"),
+        (b'{"execute": "qmp_capabilities"}', """b'{"execute": '"""),
+        (bytes(12), r"b'(\\x00){12}'"),
+    ],
+)
+def test_peer_that_does_not_speak_vhost_user_is_called_that(peer, text, begins):
+    peer.sock.send(text)
+    said = f"back: does not speak vhost-user: it begins with {begins}"
+    with pytest.raises(ProtocolError, match=said):
+        peer.channel.recv()
+
+
+def test_peer_that_has_spoken_vhost_user_does(peer):
+    """It is out of step since."""
+    send_raw(peer.sock, GET_FEATURES)
+    assert peer.channel.recv().request == 1
+    peer.sock.send(b"GET / HTTP/1.1")
+    with pytest.raises(ProtocolError, match="back: request 542393671 has flags 0x"):
+        peer.channel.recv()
+
+
+def test_silent_peer_has_got_a_message_and_sent_none(peer):
+    assert not peer.channel.silent
+    peer.channel.send(1)
+    assert peer.channel.silent
+    send_raw(peer.sock, GET_FEATURES)
+    peer.channel.recv()
+    assert not peer.channel.silent
 
 
 @pytest.mark.parametrize("size", [MAX_PAYLOAD + 1, 2**31, 2**32 - 1])

@@ -42,6 +42,22 @@ def test_one_line_in_an_interval_and_the_others_counted(
     assert lines(caplog, logging.DEBUG) == [f"ring {i} is broken" for i in range(1, 5)]
 
 
+def test_as_many_lines_as_it_has_and_the_others_counted(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    told = Ration(3)
+    for number in range(5):
+        told.log(log, "ring %d started", number, level=logging.INFO)
+    clock[0] += INTERVAL
+    told.log(log, "ring %d started", 5, level=logging.INFO)
+    assert lines(caplog, logging.INFO) == [
+        *(f"ring {number} started" for number in range(3)),
+        "ring 5 started (and 2 times since the last such line)",
+    ]
+    assert len(lines(caplog, logging.DEBUG)) == 2
+
+
 def test_a_line_is_as_it_is_when_none_was_left_out(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,9 +63,9 @@ def test_back_end_that_is_not_isolated_is_told(
     assert len(told) == bool(text)
     strict = judge(require=True, all_known=all_known)
     if text:
-        with pytest.raises(SessionError, match=f"^back: refused, since {text}"):
+        with pytest.raises(SessionError, match=f"^back-end: refused, since {text}"):
             strict.check(back, front)
-        assert told[0].startswith("back: isolated in vain, since it")
+        assert told[0].startswith("back-end: isolated in vain, since it")
         assert caplog.records[0].levelname == "WARNING"
     else:
         strict.check(back, front)

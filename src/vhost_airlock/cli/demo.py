@@ -143,7 +143,7 @@ class _Airlock:
     """`vhost-airlock run` as a process of its own.
 
     At the end of the with block it's told to end. If the session failed, or it ends
-    with an error itself, the exception has its last line of log.
+    with an error itself, the exception has the last error in its log.
     """
 
     def __init__(self, backend: str, folder: str) -> None:
@@ -159,7 +159,7 @@ class _Airlock:
             if not available():
                 command.append("--sandbox=off")  # the proof does not rest on it
             self.process = subprocess.Popen(
-                [*command, "--log-level=info"],
+                [*command, "--log-level=debug"],
                 pass_fds=[listener.fileno()],
                 stderr=log,
             )
@@ -175,7 +175,7 @@ class _Airlock:
             if found:
                 self.counters = json.loads(counters)
         if isinstance(error, SessionError) or (error is None and status):
-            said = [line for line in lines if COUNTERS not in line]
+            said = [line for line in lines if ": error: " in line]
             raise SessionError(
                 f"{error or 'the guest was served'}; the airlock ended with status"
                 f" {status} and said: {said[-1] if said else 'nothing'}"

@@ -17,6 +17,7 @@ from ..process.config import ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
 from ..process.program import CONNECTED_FD, LISTENING_FD
+from ..process.sockets import address_of
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
 from .arguments import (
@@ -270,7 +271,9 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
 def _default_name(options: argparse.Namespace) -> str:
     """Return the name of the VMM's socket, with ? for what can't be printed."""
     path = options.socket_path or options.front_connect
-    base = f"fd {options.fd}" if path is None else os.path.basename(path)
+    if path is None:
+        path = address_of(options.fd) or f"fd {options.fd}"
+    base = os.path.basename(path)
     printable = "".join(char if char.isprintable() else "?" for char in base)
     return printable[:LONGEST_NAME] or Config.name
 

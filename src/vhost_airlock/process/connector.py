@@ -8,6 +8,7 @@ long as its connection; one that was not started is independent of it.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import signal
 import socket
@@ -28,7 +29,7 @@ from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
 from .program import CONNECTED_FD, LISTENING_FD, unusable
-from .sockets import peer_of, require_socket
+from .sockets import Peer, peer_of, require_socket
 
 PAUSE = 0.05
 """Seconds between attempts to connect to a back-end that is away."""
@@ -69,8 +70,10 @@ class Connector(ABC):
     def close(self) -> None:  # noqa: B027
         """No more connections are wanted."""
 
-    def _channel(self, sock: socket.socket) -> Channel:
+    def _channel(self, sock: socket.socket, came: str) -> Channel:
+        """Return the channel of a back-end that is there, and say how it came."""
         self._users = frozenset({peer_of(sock).uid})
+        self.log.info("back-end %s", came)
         return Channel(
             sock, peer="back-end", timeout=self.config.device.timeout, lost=BackLost
         )
@@ -101,7 +104,7 @@ class Dialler(Connector):
         while True:
             sock, reason = self.broker.connect_back()
             if sock is not None:
-                return self._channel(sock)
+                return self._channel(sock, f"connected: {peer_of(sock)}")
             trouble = f"back-end: can't connect to {self.path}: {reason}"
             left = _left(deadline)
             if left == 0:
@@ -131,7 +134,8 @@ class Waiter(Connector):
                 raise DeadlineExceeded(
                     f"back-end: did not connect to {self.listener.path} in time"
                 )
-        return self._channel(self.listener.accept())
+        sock = self.listener.accept()
+        return self._channel(sock, f"connected: {peer_of(sock)}")
 
     def close(self) -> None:
         self.listener.close()
@@ -159,6 +163,7 @@ class Starter(Connector):
         """The program's process number, while there is one."""
         self.status: int | None = None
         """The exit status of the last program that ended; None: not known."""
+        self._connection: Channel | None = None
         self._started = 0.0
         self._pause = 0.0
         """Seconds to wait before the next start."""
@@ -174,7 +179,11 @@ class Starter(Connector):
                 f"back-end: can't start {self.config.command[0]}: {text}"
             )
         self.pid = int(text)
-        return self._channel(sock)
+        program = Peer(self.pid, os.getuid(), os.getgid())
+        self._connection = self._channel(
+            sock, f"started: {self.config.command[0]}, {program}"
+        )
+        return self._connection
 
     def users(self) -> frozenset[int]:
         """Return the users of the program's own process as they are now: the socket's
@@ -190,17 +199,28 @@ class Starter(Connector):
         with contextlib.suppress(AirlockError):
             self.status = self.broker.end_back()
         lived = time.monotonic() - self._started
-        if self.status in (None, 0, -signal.SIGTERM):
+        silent = self._connection is not None and self._connection.silent
+        if not silent and self.status in (None, 0, -signal.SIGTERM):
             self._pause = 0.0
             return
-        program = self.config.command[0]
         self.log.warning(
-            "back-end: %s (process %d) ended: %s", program, pid, _end(self.status)
+            "back-end: %s (process %d) ended: %s%s",
+            self.config.command[0],
+            pid,
+            _end(self.status),
+            self._hint() if silent else "",
         )
         if lived < SHORT_LIFE:
             self._lengthen_pause()
         else:
             self._pause = 0.0
+
+    def _hint(self) -> str:
+        """Return the likeliest reason why a program has sent no message at all."""
+        has, lacks = CONNECTED_FD, LISTENING_FD
+        if has not in " ".join(self.config.command):
+            has, lacks = lacks, has
+        return f", and sent no message: does it take {lacks} in place of {has}?"
 
     def _lengthen_pause(self) -> None:
         self._pause = min(LONGEST_PAUSE, max(PAUSE, 2 * self._pause))
@@ -215,9 +235,11 @@ def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Co
     return Dialler(config, stop, broker)
 
 
-def _end(status: int) -> str:
-    """Return words for the status of a program that has failed."""
-    return f"status {status}" if status > 0 else f"signal {-status}"
+def _end(status: int | None) -> str:
+    """Return words for the status of a program."""
+    if status is None:
+        return "status unknown"
+    return f"status {status}" if status >= 0 else f"signal {-status}"
 
 
 def _left(deadline: float | None) -> float | None:

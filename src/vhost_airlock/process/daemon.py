@@ -118,6 +118,7 @@ class Daemon:
             if self._stats is not None:
                 self._stats.start()
             self._manager.tell("READY=1")
+            self.log.info("%s", self._fronts.where)
             try:
                 while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
@@ -174,7 +175,7 @@ class Daemon:
             return False
         self._wanting = False
         peer = peer_of(sock)
-        self.log.info("VMM connected: process %d of user %d", peer.pid, peer.uid)
+        self.log.info("VMM connected: %s", peer)
         self._front_user = peer.uid
         front = Channel(
             sock,
@@ -195,6 +196,7 @@ class Daemon:
                 self._connect,
                 self.stop,
                 keep_backend=self.config.keep_backend,
+                others=self._fronts.others,
             )
         except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
             self.log.error("no session for this VMM: %s", error)

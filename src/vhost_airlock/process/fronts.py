@@ -13,17 +13,23 @@ import select
 import socket
 from abc import ABC, abstractmethod
 
+from ..proxy.session import Others
 from ..vhost.fds import HasFileno
 from .broker import Broker
 from .config import ProcessConfig
-from .sockets import ListeningSocket, inherited
+from .sockets import ListeningSocket, Peer, inherited, peer_of
 
 RETRY = 0.5
 """Seconds between attempts to connect to a front that listens."""
 
 
 class Fronts(ABC):
-    """A way to the fronts."""
+    """A way to the fronts. `where` says in words where they are."""
+
+    where: str
+
+    others: Others | None = None
+    """Tells of fronts that wait while another one is served, if they can."""
 
     @abstractmethod
     def wait(self) -> bool:
@@ -45,9 +51,30 @@ class Fronts(ABC):
 class Accepted(Fronts):
     """Fronts that connect to a listening socket."""
 
-    def __init__(self, listener: ListeningSocket, stop: HasFileno) -> None:
+    def __init__(
+        self, listener: ListeningSocket, stop: HasFileno, log: logging.Logger
+    ) -> None:
+        self.where = f"listening for the VMM at {listener.path}"
+        self.others = self
+        self.log = log
         self._listener = listener
         self._stop = stop
+        self._served: Peer | None = None
+
+    def fileno(self) -> int:
+        """The number of the socket, which is readable while a front waits."""
+        return self._listener.fileno()
+
+    def tell(self) -> None:
+        """Say in the log that a front waits while another one is served.
+
+        Its process can't be known before it is accepted.
+        """
+        self.log.warning(
+            "another VMM waits: one is served at a time, and the VMM that is (%s) has"
+            " to leave first",
+            self._served,
+        )
 
     def wait(self) -> bool:
         poll = select.poll()
@@ -61,7 +88,9 @@ class Accepted(Fronts):
         return bool(poll.poll(0))
 
     def take(self) -> socket.socket:
-        return self._listener.accept()
+        sock = self._listener.accept()
+        self._served = peer_of(sock)
+        return sock
 
     def close(self) -> None:
         self._listener.close()
@@ -69,6 +98,8 @@ class Accepted(Fronts):
 
 class Given(Fronts):
     """One front, whose connection is there already."""
+
+    where = "the VMM is connected already"
 
     def __init__(self, sock: socket.socket | None) -> None:
         self._sock = sock
@@ -96,6 +127,7 @@ class Dialled(Given):
         self, path: str, stop: HasFileno, broker: Broker, log: logging.Logger
     ) -> None:
         super().__init__(None)
+        self.where = f"connecting to the VMM at {path}"
         self.path = path
         self.log = log
         self._stop = stop
@@ -121,9 +153,11 @@ class Dialled(Given):
 
 def make_fronts(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Fronts:
     """Return the way to the fronts that the user chose. StartError if it can't be."""
+    log = config.device.log
     if config.front_connect is not None:
-        return Dialled(config.front_connect, stop, broker, config.device.log)
+        return Dialled(config.front_connect, stop, broker, log)
     if config.fd is not None:
         sock, listening = inherited(config.fd)
-        return Accepted(ListeningSocket(sock), stop) if listening else Given(sock)
-    return Accepted(broker.listen(config.socket_path, None, config.rights), stop)
+        return Accepted(ListeningSocket(sock), stop, log) if listening else Given(sock)
+    listener = broker.listen(config.socket_path, None, config.rights)
+    return Accepted(listener, stop, log)

@@ -31,6 +31,9 @@ class Peer(NamedTuple):
     uid: int
     gid: int
 
+    def __str__(self) -> str:
+        return f"process {self.pid or 'of another namespace'}, user {self.uid}"
+
 
 def peer_of(sock: socket.socket) -> Peer:
     """Return the process at the other end of a connected socket."""
@@ -231,6 +234,16 @@ def inherited_pipe(fd: int) -> Fd:
         raise StartError(f"descriptor {fd} is no reading end of a pipe")
     os.set_inheritable(fd, False)
     return Fd(fd)
+
+
+def address_of(fd: int) -> str:
+    """Return the address of a unix socket; "" if it has none, or is none."""
+    with (
+        contextlib.suppress(OSError, OverflowError, TypeError),
+        socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as sock,
+    ):
+        return os.fsdecode(sock.getsockname())
+    return ""
 
 
 def _connected(sock: socket.socket) -> bool:

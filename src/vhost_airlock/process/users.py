@@ -43,10 +43,10 @@ class Users:
         if not trouble:
             return
         if self.require:
-            raise SessionError(f"back: refused, since {trouble}")
+            raise SessionError(f"back-end: refused, since {trouble}")
         if not self._told:
             self.log.warning(
-                "back: isolated in vain, since %s; run it as another user", trouble
+                "back-end: isolated in vain, since %s; run it as another user", trouble
             )
             self._told = True
 

@@ -8,6 +8,7 @@ at once when it starts. See protocol.md in the docs.
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from ..errors import Disconnected, ProtocolError, SessionError
+from ..errors import DeadlineExceeded, Disconnected, ProtocolError, SessionError
 from ..vhost.backend import Responder
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
@@ -24,8 +25,9 @@ from ..vhost.message import Answer
 from ..vhost.rules import BACKEND_RULES
 from ..vhost.wire import BackendRequest, Feature, ProtocolFeature, Request, VringAddr
 from .config import Config
-from .features import back_features, back_protocol
+from .features import back_features, back_protocol, names
 from .isolated import IsolatedMemory, Region
+from .ration import LINES, Ration
 
 REQUESTS_INTERVAL = 0.02
 """Seconds between looks at the back's own requests."""
@@ -80,6 +82,7 @@ class Back:
         self.config_changed = config_changed
         self.link = Link.OPEN
         self.has = Has()
+        self._features_told = Ration(LINES)
         self.requests: Responder | None = None
         """The back's own requests."""
         self._memory: IsolatedMemory | None = None
@@ -87,7 +90,12 @@ class Back:
         """The region of which the back was told, and has not answered yet."""
         self._changed = False
         self._served = 0.0
-        self.offered = self.peer.get_features()
+        try:
+            self.offered = self.peer.get_features()
+        except DeadlineExceeded as error:
+            raise DeadlineExceeded(
+                f"{error}: is it a vhost-user back-end, and free to serve?"
+            ) from None
         self.offered_protocol = ProtocolFeature(0)
         if self.offered & Feature.PROTOCOL_FEATURES:
             self.offered_protocol = self.peer.get_protocol_features()
@@ -150,6 +158,13 @@ class Back:
         if features != self.has.features:
             self.peer.set_features(features)
             self.has.features = features
+            self._features_told.log(
+                self.log,
+                "features agreed with the back-end: %s; protocol features: %s",
+                names(features, Feature),
+                names(self.peer.protocol_features, ProtocolFeature),
+                level=logging.INFO,
+            )
 
     def reset_device(self) -> None:
         """Reset the device, if the back knows how to; it forgets its features then."""

@@ -9,6 +9,7 @@ message it starts the rings for which the front has told all that a start takes.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from ..errors import DeadlineExceeded, RequestRefused
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.frontend import Frontend
-from ..vhost.wire import DeviceState, MemoryRegion, ProtocolFeature, VringAddr
+from ..vhost.wire import DeviceState, Feature, MemoryRegion, ProtocolFeature, VringAddr
 from .back import Back
 from .config import Config
 from .features import (
@@ -25,11 +26,13 @@ from .features import (
     front_accepts_protocol,
     front_offer,
     front_protocol_offer,
+    names,
     require_modern,
 )
 from .front_memory import FrontMemory
 from .front_requests import FrontRequests
 from .pool_policy import PoolPolicy
+from .ration import LINES, Ration
 from .ring import Ring
 from .transfer import StateTransfer
 from .workers import Workers
@@ -47,6 +50,7 @@ class Device:
         self.log = config.log
         self.memory = FrontMemory()
         self.features: int | None = None
+        self._features_told = Ration(LINES)
         self.protocol_features = ProtocolFeature(0)
         self._early_status = 0
         """The status that the front has told before it has accepted STATUS."""
@@ -149,6 +153,13 @@ class Device:
         for ring in self.rings.values():
             ring.retell(f"SET_FEATURES: {features:#x}")
         self.features = accepted
+        self._features_told.log(
+            self.log,
+            "features agreed with the VMM: %s; protocol features: %s",
+            names(accepted, Feature),
+            names(self.protocol_features, ProtocolFeature),
+            level=logging.INFO,
+        )
 
     def offer_protocol(self) -> ProtocolFeature:
         return front_protocol_offer(self.back.offered_protocol)

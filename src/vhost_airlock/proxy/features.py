@@ -8,6 +8,8 @@ are masked, also those that no specification has yet.
 
 from __future__ import annotations
 
+from enum import IntFlag
+
 from ..errors import RequestRefused, SessionError
 from ..vhost.wire import Feature, ProtocolFeature
 
@@ -100,3 +102,12 @@ def back_protocol(front: ProtocolFeature, back: int) -> ProtocolFeature:
     if not back & _P.REPLY_ACK:
         wanted &= ~_P.CONFIGURE_MEM_SLOTS
     return ProtocolFeature(back & wanted)
+
+
+def names(features: int, kind: type[IntFlag]) -> str:
+    """Return the names of features, for the log, and as a number those without one."""
+    found = [flag for flag in kind if features & flag]
+    words = [flag.name or "" for flag in found]
+    if rest := features & ~sum(found):
+        words.append(f"{rest:#x}")
+    return " ".join(words) or "none"

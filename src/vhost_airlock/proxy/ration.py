@@ -7,26 +7,41 @@ import logging
 import time
 
 INTERVAL = 10.0
-"""Seconds in which a peer gets one line."""
+"""Seconds in which a peer gets its lines."""
+LINES = 8
+"""Lines in INTERVAL about a course of things that a guest repeats: each of its drivers,
+firmware first, sets up its device and resets it.
+"""
 
 
 class Ration:
-    """One line of ERROR in INTERVAL; the others are for DEBUG, and counted."""
+    """`lines` of their level in INTERVAL; the others are for DEBUG, and counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: int = 1) -> None:
+        self._lines = lines
         self._next = 0.0
+        self._had = 0
         self._left_out = 0
 
-    def log(self, logger: logging.Logger, text: str, *arguments: object) -> None:
+    def log(
+        self,
+        logger: logging.Logger,
+        text: str,
+        *arguments: object,
+        level: int = logging.ERROR,
+    ) -> None:
         """Log a line, with how many were left out since the last one."""
         now = time.monotonic()
-        if now < self._next:
+        if now >= self._next:
+            self._next = now + INTERVAL
+            self._had = 0
+        if self._had >= self._lines:
             self._left_out += 1
             logger.debug(text, *arguments)
             return
-        self._next = now + INTERVAL
+        self._had += 1
         if self._left_out:
             text += " (and %d times since the last such line)"
             arguments = (*arguments, self._left_out)
         self._left_out = 0
-        logger.error(text, *arguments)
+        logger.log(level, text, *arguments)

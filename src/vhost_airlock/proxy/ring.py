@@ -7,6 +7,7 @@ pump. The table of state.py says which events change it, and by which actions.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from .config import Config
 from .drain import await_done, await_fetched
 from .features import require_modern
 from .front_memory import FrontMemory
-from .ration import Ration
+from .ration import LINES, Ration
 from .state import TABLE, Action, Change, Event, State, Vring
 
 MEMORY_TIME = 1.0
@@ -87,6 +88,7 @@ class Ring:
         """Ours for the back; signalled by it when it finds the ring broken."""
         self._faults = Ration()
         self._waits = Ration()
+        self._course = Ration(LINES)
         self.waits_for_memory = False
         """The front has started it, and it is not in the guest's memory."""
         self.tell_at = math.inf
@@ -393,6 +395,9 @@ class Ring:
             pump.kick()
         self.worker.watch(self.call.fileno())
         owner.share_pool()
+        self._tell(
+            "ring %d started: %d entries, base %d", self.index, vring.num, pump.base
+        )
 
     def _take(self) -> None:
         assert self.pump is not None
@@ -442,6 +447,7 @@ class Ring:
         with self.worker.pause():
             self.vring.base, unfinished, again = self.pump.detach(base)
         self.worker.unwatch(self.call.fileno())
+        self._tell("ring %d stopped: base %d", self.index, self.vring.base)
         if unfinished:
             later = ", and later ones done: they end only if this ring goes on"
             self.log.warning(
@@ -450,6 +456,10 @@ class Ring:
                 unfinished,
                 "" if again else later,
             )
+
+    def _tell(self, text: str, *arguments: object) -> None:
+        """Say in the log that it has started or stopped."""
+        self._course.log(self.log, text, *arguments, level=logging.INFO)
 
     def _connect_fds(self, *, call: bool = False) -> None:
         """Let the worker use the descriptors as they are now, and call the guest once

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import select
+import time
 from collections.abc import Callable
+from typing import Protocol
 
 from ..errors import AirlockError, FrontLost, SessionError, Stopped
 from ..vhost.backend import Backend
@@ -28,6 +30,13 @@ Connect = Callable[[Callable[[], None]], Back]
 """Makes the back; its argument is called when the configuration space has changed."""
 
 
+class Others(HasFileno, Protocol):
+    """A socket that is readable while another front waits there."""
+
+    def tell(self) -> None:
+        """Say in the log that one waits."""
+
+
 class Session:
     """Serves one front until it leaves, until the back is gone, or until `stop`."""
 
@@ -39,6 +48,7 @@ class Session:
         stop: HasFileno,
         *,
         keep_backend: bool = False,
+        others: Others | None = None,
     ) -> None:
         self.front = front
         self.config = config
@@ -47,6 +57,9 @@ class Session:
         self.stop = stop
         self.keep_backend = keep_backend
         """Whether the back is left to the next session when the front leaves."""
+        self.others = others
+        """Fronts that wait for this one to leave; None: there can be none, or the log
+        was told of one."""
         self._device: Device | None = None
         """Made by run(), where want of anything ends the session alone."""
         self.front_lost = False
@@ -55,6 +68,9 @@ class Session:
         """Whether the back is gone, or of no use any more."""
         self.stopped = False
         """Whether `stop` was why it ended."""
+        self._reason = ""
+        """Why it ended, for the log."""
+        self._started = time.monotonic()
 
     def run(self) -> Back | None:
         """Serve. Returns the back, if it is to be kept and in a state to be."""
@@ -63,14 +79,17 @@ class Session:
             self._serve(self._device)
         except Stopped:
             self.stopped = True
+            self._reason = "the airlock is told to end"
         except FrontLost as error:
             self.front_lost = True
-            self.log.info("%s", error)
+            self._reason = str(error)
         except AirlockError as error:
+            self._reason = str(error)
             self.log.error("%s", error)
             self.log.debug("where the session ended", exc_info=True)
         except (OSError, MemoryError, RuntimeError) as error:
             # RuntimeError is how Python says that there can be no more threads.
+            self._reason = str(error)
             self.log.error(
                 "the system lacks a resource that a session takes: %s", error
             )
@@ -107,12 +126,16 @@ class Session:
             if back is not None:
                 back.look(ready)
             device.look()
+            if self.others is not None and self.others.fileno() in ready:
+                self.others.tell()
+                self.others = None
 
     def _wait(self, device: Device) -> set[int]:
         """Wait until a descriptor is ready, or look() is due; return the ready ones."""
         poll = select.poll()
-        for waited in (self.stop, self.front, device.events):
-            poll.register(waited.fileno(), select.POLLIN)
+        for waited in (self.stop, self.front, device.events, self.others):
+            if waited is not None:
+                poll.register(waited.fileno(), select.POLLIN)
         for ring in device.rings.values():
             if ring.intact:
                 poll.register(ring.err.fileno(), select.POLLIN)
@@ -138,12 +161,31 @@ class Session:
         kept = None
         if device is not None:
             self._stop_rings(device)
-            self.log.info("counters: %s", json.dumps(device.counters()))
+            self._tell_end(device.counters())
             keep = self.keep_backend and self.front_lost and not self.back_lost
             kept = device.close(keep_back=keep)
         # The front may only learn of the end once its memory is not used any more.
         self.front.close()
         return kept
+
+    def _tell_end(self, counters: dict[str, dict[str, int]]) -> None:
+        """Say in the log why it ended, how long it was, and how much it has done."""
+        rings = [each for name, each in counters.items() if name.startswith("ring")]
+
+        def total(name: str) -> int:
+            return sum(ring[name] for ring in rings)
+
+        self.log.info(
+            "session ended after %.1f s: %s; %d requests, %d KiB to the back-end,"
+            " %d KiB from it, rings broke %d times",
+            time.monotonic() - self._started,
+            self._reason,
+            total("completions"),
+            total("bytes_in") >> 10,
+            total("bytes_out") >> 10,
+            total("faults"),
+        )
+        self.log.debug("counters: %s", json.dumps(counters))
 
     def _stop_rings(self, device: Device) -> None:
         back = device.connected

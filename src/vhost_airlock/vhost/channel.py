@@ -65,7 +65,8 @@ class Channel:
         sock.settimeout(None)
         self._sock = sock
         self._torn = False
-        self._incoming = Incoming(peer)
+        self._addressed = False
+        self._incoming = Incoming(peer, first=True)
         self.stop = stop
         self.peer = peer
         self.timeout = timeout
@@ -91,6 +92,11 @@ class Channel:
             reason = error.strerror or error
             raise lost(f"{peer}: can't connect to {path}: {reason}") from None
         return cls(sock, stop=stop, peer=peer, timeout=timeout, lost=lost)
+
+    @property
+    def silent(self) -> bool:
+        """Has the peer never sent a message, though a message was for it?"""
+        return self._addressed and self._incoming.first
 
     def fileno(self) -> int:
         """Return the socket's number; -1 when it's closed."""
@@ -132,11 +138,12 @@ class Channel:
             raise Stopped(f"stopped while waiting for the {self.peer}")
 
     def pending(self) -> bool:
-        """Has a message come, or the beginning of one?
+        """Has a message come, or the beginning of one? Asked before one is sent.
 
         Raises `lost` if the peer has closed its end.
         """
         self._require_whole()
+        self._addressed = True
         if self._incoming.begun:
             return True
         try:
@@ -164,6 +171,7 @@ class Channel:
         if it fits into the socket, and otherwise DeadlineExceeded is raised.
         """
         self._require_whole()
+        self._addressed = True
         data = memoryview(Header(request, flags, len(payload)).pack() + payload)
         numbers = array("i", map(number_of, fds))
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if numbers else []
@@ -222,7 +230,7 @@ class Channel:
         except ProtocolError:
             self._tear()
             raise
-        self._incoming = Incoming(self.peer)
+        self._incoming = Incoming(self.peer, first=False)
         return incoming.message()
 
     def _read(self, size: int) -> tuple[bytes, list[Fd]] | None:
@@ -259,8 +267,9 @@ class Channel:
     def _fail(self, error: OSError | None) -> NoReturn:
         """Raise the exception for the end of the stream (None) or for an error."""
         if error is None or error.errno in (errno.EPIPE, errno.ECONNRESET):
-            amid = self._torn or self._incoming.begun
-            where = " in the middle of a message" if amid else ""
+            where = " before its first message" if self._incoming.first else ""
+            if self._torn or self._incoming.begun:
+                where = " in the middle of a message"
             raise self.lost(f"{self.peer}: closed the connection{where}")
         raise SessionError(f"{self.peer}: {error.strerror}") from error
 

@@ -73,12 +73,16 @@ class Answer(OwnsFds):
 
 
 class Incoming(OwnsFds):
-    """The part of a message that has come. `peer` is its sender's name in errors."""
+    """The part of a message that has come. `peer` is its sender's name in errors.
 
-    __slots__ = ("_data", "_header", "fds", "peer")
+    A `first` message tells whether its sender speaks vhost-user at all.
+    """
 
-    def __init__(self, peer: str) -> None:
+    __slots__ = ("_data", "_header", "fds", "first", "peer")
+
+    def __init__(self, peer: str, *, first: bool) -> None:
         self.peer = peer
+        self.first = first
         self.fds: list[Fd] = []
         self._data = bytearray()
         self._header: Header | None = None
@@ -115,6 +119,11 @@ class Incoming(OwnsFds):
 
     def _checked(self, header: Header, limit: Limit) -> Header:
         if header.flags & ~_KNOWN_FLAGS != HeaderFlag.VERSION:
+            if self.first:
+                raise ProtocolError(
+                    f"{self.peer}: does not speak vhost-user: it begins with"
+                    f" {bytes(self._data)!r} (flags {header.flags:#x})"
+                )
             raise ProtocolError(
                 f"{self.peer}: request {header.request} has flags {header.flags:#x}"
             )

@@ -92,7 +92,13 @@ class Plan:
             for option in self._options
             if option.name == "chardev"
         }
-        self.isolated = list(self._isolate())
+        devices = {device.chardev: device for device in self._devices()}
+        wishes = self._wishes([*devices.values()])
+        must = True in wishes.values()
+        chosen = [
+            device for name, device in devices.items() if wishes.get(name, not must)
+        ]
+        self.isolated = [*filter(None, (self._isolate(each, must) for each in chosen))]
         self._check_rest()
 
     def command(self, folder: str) -> list[str]:
@@ -102,15 +108,6 @@ class Plan:
             chardev.parameters.set("path", os.path.join(folder, device.file))
             self.words[chardev.place] = str(chardev.parameters)
         return self.words
-
-    def _chosen(self) -> Iterator[Device]:
-        """Return the devices that are to get an airlock."""
-        devices = list(self._devices())
-        wishes = self._wishes(devices)
-        self._must = True in wishes.values()
-        for device in devices:
-            if wishes.get(device.chardev, not self._must):
-                yield device
 
     def _devices(self) -> Iterator[Device]:
         for option in self._options:
@@ -144,25 +141,23 @@ class Plan:
             wishes.update(dict.fromkeys(found, wish))
         return wishes
 
-    def _isolate(self) -> Iterator[Isolated]:
-        for device in self._chosen():
-            name = device.chardev
-            kind = device_type(device)
-            trouble = refusal(kind) or self._unfit(name)
-            if trouble and self._must:
-                raise StartError(f"{device.label}: {PROPERTY}=on, but {trouble}")
-            if trouble:
-                self.warnings.append(f"{device.label} is NOT isolated: {trouble}")
-                continue
-            chardev = self._chardevs[name]
-            get = chardev.parameters.get
-            yield Isolated(
-                name=name,
-                back=get("path") or "",
-                listens=is_on("chardev", "server", get("server") or "off"),
-                may_come=(get("reconnect-ms") or get("reconnect") or "0") != "0",
-                kind=kind,
-            )
+    def _isolate(self, device: Device, must: bool) -> Isolated | None:
+        """Return the device's airlock. None: it gets none, and there is a warning."""
+        name, kind = device.chardev, device_type(device)
+        trouble = refusal(kind) or self._unfit(name)
+        if trouble and must:
+            raise StartError(f"{device.label}: {PROPERTY}=on, but {trouble}")
+        if trouble:
+            self.warnings.append(f"{device.label} is NOT isolated: {trouble}")
+            return None
+        get = self._chardevs[name].parameters.get
+        return Isolated(
+            name=name,
+            back=get("path") or "",
+            listens=is_on("chardev", "server", get("server") or "off"),
+            may_come=(get("reconnect-ms") or get("reconnect") or "0") != "0",
+            kind=kind,
+        )
 
     def _unfit(self, name: str) -> str:
         """Return why an airlock can't take a chardev's place; "": it can."""

@@ -76,7 +76,7 @@ def test_good_session(front: Path, tmp_path: Path) -> None:
                 r" 4 requests, 12 KiB to the back-end, 4 KiB from it,"
                 r" rings broke 0 times",
             ),
-            ("info", "SIGTERM: ending"),
+            ("info", "SIGTERM: the airlock ends"),
         )
 
 

@@ -1069,7 +1069,7 @@ def test_log_tells_of_sessions_if_it_shall(
     assert counters.startswith(f"{LINE}: debug: ")
     rings = json.loads(counters.partition("counters: ")[2])
     assert rings["ring 0"]["completions"] == 1
-    assert f"{LINE}: info: SIGTERM: ending" in lines
+    assert f"{LINE}: info: SIGTERM: the airlock ends" in lines
 
 
 def test_capabilities_are_printed_whatever_else_there_is(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ class Daemon:
             raise Stopped("stopped while there was no room")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        log.info("%s: ending", signal.Signals(number).name)
+        log.info("%s: the airlock ends", signal.Signals(number).name)
         self._manager.tell("STOPPING=1", DRAINING)
         notify(self._told)
 

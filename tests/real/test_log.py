@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log that an operator sees with QEMU: the transcripts in docs/operating.md."""
+
+import mmap
+import os
+import re
+import signal
+from pathlib import Path
+
+from tests.real.airlock import airlock
+from tests.real.processes import Process
+from tests.real.programs import PROJECT, Programs
+from tests.real.qtest import RAM, QtestMachine, VirtioDevice
+from tests.real.storage import Disk, storage_daemon
+from vhost_airlock.peers.disk import HEADER, SECTOR, BlkType
+
+INFO = "--log-level=info"
+DEVICE = "vhost-user-blk-pci-non-transitional,chardev=front"
+DOCUMENT = (PROJECT / "docs" / "operating.md").read_text()
+
+
+def transcript(title: str) -> list[str]:
+    """The lines of the block below these words in the document."""
+    match = re.search(
+        rf"^\*\*{re.escape(title)}\*\*.*?```\n(.*?)```", DOCUMENT, re.M | re.S
+    )
+    assert match, f"no transcript {title!r}"
+    return plain(match[1])
+
+
+def plain(text: str) -> list[str]:
+    """Its lines, without the numbers and folders that differ from run to run."""
+    for pattern, word in (
+        (r".*: isolated in vain, .*\n", ""),  # all processes here are root's
+        (r"/\S+/", "FOLDER/"),
+        (r"process \d+", "process N"),
+        (r"user \d+", "user N"),
+        (r"after \d+\.\d s", "after T s"),
+        (r"0x[0-9a-f]+", "BITS"),
+    ):
+        text = re.sub(pattern, word, text)
+    return text.splitlines()
+
+
+def disk_image(folder: Path) -> Disk:
+    image = folder / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    return Disk(image)
+
+
+def machine(
+    programs: Programs, folder: Path, name: str = "qemu", **more: str
+) -> QtestMachine:
+    chardev = f"socket,id=front,path={folder}/disk.sock,reconnect-ms=100"
+    return QtestMachine(
+        programs, folder / f"{name}.log", [DEVICE], ("-chardev", chardev), **more
+    )
+
+
+def started(machine: QtestMachine) -> VirtioDevice:
+    disk = VirtioDevice(machine)
+    disk.negotiate((1 << 64) - 1)
+    disk.add_queue(0)
+    disk.start()
+    return disk
+
+
+def write_and_read(disk: VirtioDevice) -> None:
+    data = os.urandom(8 * SECTOR)
+    request = HEADER.pack(BlkType.OUT, 0, 0) + data
+    assert disk.request(0, request, writable=1) == b"\0"
+    request = HEADER.pack(BlkType.IN, 0, 0)
+    assert disk.request(0, request, writable=len(data) + 1) == data + b"\0"
+
+
+def test_good_session(programs, folder):
+    with (
+        storage_daemon(programs, disk_image(folder), folder / "disk-back.sock") as (
+            _,
+            back,
+        ),
+        airlock(back, folder / "disk.sock", INFO) as proxy,
+    ):
+        with machine(programs, folder) as qemu:
+            disk = started(qemu)
+            write_and_read(disk)
+            disk.reset()
+        proxy.wait_until(lambda: "session ended" in proxy.output())
+        assert proxy.stop() == 0
+        assert plain(proxy.output()) == transcript("A good session")
+
+
+def test_guest_memory_that_is_not_shared(programs, folder):
+    memory = f"memory-backend-memfd,id=ram,size={RAM},share=off"
+    with (
+        storage_daemon(programs, disk_image(folder), folder / "disk-back.sock") as (
+            _,
+            back,
+        ),
+        airlock(back, folder / "disk.sock") as proxy,
+        machine(programs, folder, memory=memory) as qemu,
+        mmap.mmap(-1, RAM) as nobodys,
+    ):
+        qemu.use_ram(nobodys)
+        disk = started(qemu)
+        proxy.wait_until(lambda: "share=on" in proxy.output())
+        disk.reset()
+        assert plain(proxy.output()) == transcript("`share=on` was forgotten")
+
+
+def test_back_end_that_ends(programs, folder):
+    """The airlock starts it again, since QEMU connects again."""
+    daemon = folder / "qemu-storage-daemon"
+    disk = disk_image(folder)
+    command = programs(
+        "qemu-storage-daemon", "--blockdev", disk.blockdev(), "--export", '"$1"'
+    )
+    daemon.write_text(f"#!/bin/sh\nexec {' '.join(command)}\n")
+    daemon.chmod(0o755)
+    export = (
+        "vhost-user-blk,id=disk,node-name=disk,writable=on"
+        ",addr.type=fd,addr.str={listen-fd}"
+    )
+    with (
+        airlock(None, folder / "disk.sock", command=[str(daemon), export]) as proxy,
+        machine(programs, folder) as qemu,
+    ):
+        write_and_read(started(qemu))
+        (pid,) = children(proxy)
+        os.kill(pid, signal.SIGKILL)
+        proxy.wait_until(lambda: "ended: signal 9" in proxy.output())
+        assert plain(proxy.output()) == transcript("The back-end ended")
+        proxy.wait_until(lambda: bool(children(proxy)))
+
+
+def children(proxy: Process) -> list[int]:
+    """The back-ends that the airlock's broker runs."""
+    (broker,) = of(proxy.pid)
+    return of(broker)
+
+
+def of(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def test_second_vmm(programs, folder):
+    with (
+        storage_daemon(programs, disk_image(folder), folder / "disk-back.sock") as (
+            _,
+            back,
+        ),
+        airlock(back, folder / "disk.sock") as proxy,
+        machine(programs, folder) as qemu,
+    ):
+        disk = started(qemu)
+        with machine(programs, folder, "second"):
+            proxy.wait_until(lambda: "another VMM" in proxy.output())
+            write_and_read(disk)
+        disk.reset()
+        assert plain(proxy.output()) == transcript("A second VMM")

@@ -103,12 +103,12 @@ def disk(tmp_path: Path) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def started(
-    folder: Path, words: Sequence[str], *options: str, code: str = ""
+    folder: Path, words: Sequence[str], *options: str, code: str = "", **others: Any
 ) -> Iterator[Qemu]:
     """A stand-in with airlocks, which have to end with it and leave nothing behind."""
     airlocks = Airlocks(folder)
     by = [*COMMAND, *options, "--"]
-    qemu = Qemu(folder, by, words, code, start_new_session=True)
+    qemu = Qemu(folder, by, words, code, start_new_session=True, **others)
     keeper = airlocks.keeper()
     yield qemu
     qemu.end()
@@ -162,15 +162,21 @@ def test_qemu_dies_of_signals_that_python_ignores() -> None:
 
 
 def test_airlock_holds_nothing_of_qemus(tmp_path: Path, disk: list[str]) -> None:
-    """A reader of QEMU's stdout, or of its log, sees QEMU's end and not the airlock's.
+    """What QEMU closes is closed: its stdout, and a descriptor that it has inherited.
 
     The private folder is for one user alone, and the airlock's log in its own file.
     """
     log = tmp_path / "log"
     options = ("--log-level=info", f"--log-file={log}", f"--stats-dir={tmp_path}")
-    with started(tmp_path, disk, *options) as qemu:
+    reading, writing = map(Fd, os.pipe())
+    theirs = writing.fileno()
+    code = f"import os; os.close({theirs})\n"
+    with started(tmp_path, disk, *options, code=code, pass_fds=[theirs]) as qemu:
         assert qemu.process.stdout is not None
         assert qemu.process.stdout.read() == b""  # STAND_IN has closed it
+        writing.close()
+        with reading:
+            assert os.read(reading.fileno(), 1) == b""
         (private,) = Airlocks(tmp_path).private()
         assert private.stat().st_mode & 0o777 == 0o700
         assert Path(qemu.socket()).parent == private
@@ -197,8 +203,9 @@ def test_airlock_goes_on_without_the_keeper(tmp_path: Path, disk: list[str]) -> 
     """And ends with QEMU all the same."""
     airlocks = Airlocks(tmp_path)
     qemu = Qemu(tmp_path, [*COMMAND, "--"], disk)
+    keeper = Fd(airlocks.keeper())
     (pid,) = airlocks.pids().values()
-    with Fd(airlocks.keeper()) as keeper, Fd(os.pidfd_open(pid)) as airlock:
+    with keeper, Fd(os.pidfd_open(pid)) as airlock:
         signal.pidfd_send_signal(keeper.fileno(), signal.SIGTERM)
         read(qemu.socket())
         signal.pidfd_send_signal(keeper.fileno(), signal.SIGKILL)

@@ -7,7 +7,7 @@ import os
 import select
 from pathlib import Path
 
-from tests.support.backs import PATIENCE
+from tests.support.backs import PATIENCE, wait_until
 
 
 class Airlocks:
@@ -35,6 +35,7 @@ class Airlocks:
 
     def keeper(self) -> int:
         """A descriptor of the process that ends when all is tidied up."""
+        wait_until(lambda: self.pids() != {}, "an airlock starts")
         pid = min(self.pids().values())
         return os.pidfd_open(int(_parent(Path(f"/proc/{pid}")).name))
 

@@ -3,6 +3,7 @@
 
 import re
 import sys
+import tempfile
 
 import pytest
 
@@ -70,6 +71,14 @@ def test_log_that_can_not_be_written(capsys, tmp_path):
     words = [*DISK, "-chardev", f"socket,id=c,path={tmp_path}/b,server=on"]
     assert cli.main(["qemu", f"--log-file={tmp_path}/no/log", "--", *words]) == 1
     assert f"can't write to {tmp_path}/no/log: No such file" in capsys.readouterr().err
+
+
+def test_folder_that_can_not_be_made(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/no")
+    words = [*DISK, "-chardev", f"socket,id=c,path={tmp_path}/b,server=on"]
+    assert cli.main(["qemu", "--", *words]) == 1
+    said = "vhost-airlock: can't start airlocks: No such file or directory\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_emulator_has_the_name_of_a_qemu(capsys, monkeypatch):

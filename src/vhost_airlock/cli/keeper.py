@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-from ..errors import StartError
 from ..process.signals import ENDING
 
 log = logging.getLogger(__name__)
@@ -32,8 +31,8 @@ HELD = 3
 
 
 @dataclass(frozen=True)
-class Started:
-    """An airlock that is to be started."""
+class Airlock:
+    """An airlock that the keeper starts."""
 
     words: Sequence[str]
     """Its command."""
@@ -41,32 +40,31 @@ class Started:
     """The descriptors that it inherits, by numbers which `words` name."""
 
 
-def keep(airlocks: Sequence[Started], folder: str, stderr: int) -> None:
+def keep(airlocks: Sequence[Airlock], folder: str, stderr: int) -> None:
     """Fork the keeper, which starts these airlocks and removes the folder at the end.
 
-    `stderr` is a descriptor, which becomes that of all of them. StartError: no process
-    can be made.
+    `stderr` is a descriptor, which becomes that of all of them. OSError: no process can
+    be made.
     """
-    try:
-        child = os.fork()
-    except OSError as error:
-        raise StartError(f"no process for the airlocks: {error.strerror}") from None
+    child = os.fork()
     if child == 0:
         _run(airlocks, folder, stderr)
     os.waitpid(child, 0)
 
 
-def _run(airlocks: Sequence[Started], folder: str, stderr: int) -> NoReturn:
+def _run(airlocks: Sequence[Airlock], folder: str, stderr: int) -> NoReturn:
     """Be the keeper. Nothing of the parent's is closed, freed or flushed here."""
     try:
         os.setsid()
         if os.fork() == 0:
             _serve(airlocks, folder, stderr)
+    except OSError as error:
+        log.error("can't start airlocks: %s", error.strerror)
     finally:
         os._exit(0)
 
 
-def _serve(airlocks: Sequence[Started], folder: str, stderr: int) -> None:
+def _serve(airlocks: Sequence[Airlock], folder: str, stderr: int) -> None:
     # A service manager's signals go to all processes: the keeper ends last. A handler
     # is not inherited by the airlocks, as SIG_IGN would be.
     for number in ENDING:
@@ -85,8 +83,6 @@ def _serve(airlocks: Sequence[Started], folder: str, stderr: int) -> None:
         os.closerange(HELD, os.sysconf("SC_OPEN_MAX"))
         for process in running:
             process.wait()
-    except OSError as error:
-        log.error("can't start an airlock: %s", error.strerror)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

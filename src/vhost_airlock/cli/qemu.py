@@ -9,6 +9,7 @@ it, see keeper.py; their sockets are in a folder that only their user can enter.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -22,7 +23,7 @@ from ..process.log import log_to_stderr
 from ..process.sockets import Listener, reason_of, require_socket
 from . import run as airlock
 from .arguments import LONGEST_NAME, Parser
-from .keeper import Started, keep
+from .keeper import Airlock, keep
 from .qemu_options import has
 from .qemu_plan import Isolated, Plan
 
@@ -68,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag in RIGHTS:
         parser.add_argument(
-            flag, help="as of `vhost-airlock run`, for those airlocks that need it"
+            flag,
+            help="as for `vhost-airlock run`; for the sockets at which airlocks listen for"
+            " a back-end or for stats",
         )
 
 
@@ -104,22 +107,23 @@ def check(words: Sequence[str]) -> None:
 
 def isolate(plan: Plan, options: argparse.Namespace) -> list[str]:
     """Start the airlocks; returns QEMU's command with their sockets in it."""
-    log = open_log(options.log_file, quiet=has(plan.words, "daemonize"))
-    folder = tempfile.mkdtemp(prefix="vhost-airlock-")
-    try:
-        command = plan.command(folder)
-        reading, writing = os.pipe()
-        airlocks = []
-        for device in plan.isolated:
-            words, fds = ways(device, folder)
-            words += [f"--exit-with-pipe={reading}", *options_of(device, options)]
-            airlocks.append(Started([*RUN, *words, *options.rest], [reading, *fds]))
-        keep(airlocks, folder, log)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    stderr = open_log(options.log_file, quiet=has(plan.words, "daemonize"))
+    with contextlib.ExitStack() as undo:
+        try:
+            folder = tempfile.mkdtemp(prefix="vhost-airlock-")
+            undo.callback(shutil.rmtree, folder)
+            reading, writing = os.pipe()
+            airlocks = []
+            for device in plan.isolated:
+                words, fds = ways(device, folder)
+                words += [f"--exit-with-pipe={reading}", *options_of(device, options)]
+                airlocks.append(Airlock([*RUN, *words, *options.rest], [reading, *fds]))
+            keep(airlocks, folder, stderr)
+        except OSError as error:
+            raise StartError(f"can't start airlocks: {reason_of(error)}") from None
+        undo.pop_all()
     os.set_inheritable(writing, True)
-    return command
+    return plan.command(folder)
 
 
 def ways(device: Isolated, folder: str) -> tuple[list[str], list[int]]:

@@ -363,6 +363,16 @@ def test_fds_are_closed_when_the_handler_fails(front, null, error):
         front.ask(R.SET_VRING_CALL, VringFd(0), [null])
 
 
+def test_a_feature_that_was_accepted_without_asking_is_there(front):
+    """Cloud Hypervisor does so when it connects again."""
+    front.handlers[R.SET_PROTOCOL_FEATURES] = lambda payload, fds: None
+    front.handlers[R.NET_SET_MTU] = lambda payload, fds: None
+    accepted = ProtocolFeature.NET_MTU | ProtocolFeature.REPLY_ACK
+    front.ask(R.SET_PROTOCOL_FEATURES, U64(accepted))
+    found = front.ask(R.NET_SET_MTU, U64(1500), flags=VERSION | NEED_REPLY)
+    assert found == reply(R.NET_SET_MTU, U64(0))
+
+
 def test_an_answer_carries_fds_and_closes_them(front, null):
     front.negotiate(ProtocolFeature.INFLIGHT_SHMFD)
     copy = Fd.dup(null)

@@ -231,6 +231,8 @@ class Backend(Responder):
             self._remembered = NOTHING
         elif request is Request.SET_PROTOCOL_FEATURES:
             self.protocol_features = ProtocolFeature(payload.value)
+            # Cloud Hypervisor, when it connects again, accepts without having asked.
+            self.offered |= self.protocol_features
             self._remembered = NOTHING
         return result
 

@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -24,6 +25,7 @@ static struct { uint8_t *start; size_t size; } region[REGIONS];
 static int regions;
 static struct access noted[ROOM];
 static int count;
+static uint8_t *shots, *shots_end; /* room for copies of all regions; NULL: none */
 static struct sigaction on_fault_before, on_trap_before;
 
 static void protect(int protection)
@@ -60,10 +62,23 @@ static void on_fault(int number, siginfo_t *info, void *context)
     registers[REG_EFL] |= TRAP_FLAG;
 }
 
+/* Keep a copy of all watched memory as it is after the last access. */
+static void take_shot(void)
+{
+    for (int i = 0; i < regions; i++) {
+        if (shots + region[i].size > shots_end)
+            abort();
+        memcpy(shots, region[i].start, region[i].size);
+        shots += region[i].size;
+    }
+}
+
 static void on_trap(int number, siginfo_t *info, void *context)
 {
     (void)number;
     (void)info;
+    if (shots && noted[count - 1].write)
+        take_shot();
     protect(PROT_NONE);
     ((ucontext_t *)context)->uc_mcontext.gregs[REG_EFL] &= ~TRAP_FLAG;
 }
@@ -76,6 +91,13 @@ int add_region(uint8_t *start, size_t size)
     region[regions].start = start;
     region[regions++].size = size;
     return 0;
+}
+
+/* To be called before watch(): after each store, all of the memory is copied there. */
+void set_shots(uint8_t *start, size_t size)
+{
+    shots = start;
+    shots_end = start + size;
 }
 
 void watch(void)
@@ -97,6 +119,7 @@ int unwatch(struct access **accesses)
     sigaction(SIGSEGV, &on_fault_before, NULL);
     sigaction(SIGTRAP, &on_trap_before, NULL);
     regions = 0;
+    shots = NULL;
     *accesses = noted;
     return count;
 }

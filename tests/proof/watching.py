@@ -8,13 +8,17 @@ objdump reads for us. All of it is done by an ordinary user, on x86-64 only.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+SHOTS = 1024
+"""The most stores of which shots are taken."""
 
 CAN_WATCH = platform.machine() == "x86_64"
 
@@ -82,6 +86,26 @@ class Watcher:
             )
             for i in range(count)
         ]
+
+    def shots_during(
+        self, call: Callable[[], object], pieces: Sequence[tuple[int, int]]
+    ) -> list[list[bytes]]:
+        """What is in these pieces of memory before `call` and after each store that it
+        makes there: all that would be left if it ended at some instruction."""
+        sizes = [size for _, size in pieces]
+        before = [ctypes.string_at(address, size) for address, size in pieces]
+        room = mmap.mmap(-1, SHOTS * sum(sizes))  # of which only pages in use cost time
+        start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        self.library.set_shots(ctypes.c_void_p(start), ctypes.c_size_t(len(room)))
+        stores = sum(access.write for access in self.during(call, pieces))
+        found, at = [before], 0
+        for _ in range(stores):
+            shot = []
+            for size in sizes:
+                shot.append(room[at : at + size])
+                at += size
+            found.append(shot)
+        return found
 
 
 def code_at(address: int) -> tuple[str, int]:

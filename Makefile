@@ -58,7 +58,9 @@ stress: develop                         ## property tests, races and endurance, 
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
 	    tests/proof/test_notifying.py tests/unit/test_peers_ring.py \
 	    tests/unit/test_races.py tests/unit/test_mutators.py \
-	    tests/integration/test_endurance.py
+	    tests/integration/test_endurance.py tests/integration/test_kills.py \
+	    tests/proof/test_kills.py \
+	    tests/real/test_lifecycle.py::test_airlock_is_replaced_under_load
 
 fuzz: develop                           ## parsers and rings, for hours
 	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)

@@ -23,7 +23,7 @@ import pytest
 from tests.support.airlock import hung_up
 from tests.support.backs import PATIENCE, DiskBack, ScriptedBack, readable, wait_until
 from tests.support.program import COMMAND, LINE, LOOKED_INTO, Program, listening
-from tests.support.sessions import serve, small_guest
+from tests.support.sessions import lose, serve, small_guest
 from tests.support.talk import talking_back, talking_guest
 from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
@@ -612,13 +612,6 @@ def test_connection_that_was_lost_before_a_front_needed_it_is_made_again(
         connect(guest, program, front)
         serve(back, guest)
         assert back.connections == 2
-
-
-def lose(back: ScriptedBack) -> None:
-    """The back's process ends."""
-    assert back.channel is not None
-    with socket.socket(fileno=os.dup(back.channel.fileno())) as sock:
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 def test_loss_of_the_back_ends_the_session(

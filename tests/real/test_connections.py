@@ -267,3 +267,22 @@ def test_airlock_is_replaced(folder, disk, qemu):
             rest = [2, 3] if killed else [3]
             assert [requests.take() for _ in rest] == rest
             requests.complete(*rest)
+
+
+def test_airlock_is_killed_with_requests_done_out_of_order(folder, disk):
+    """QEMU keeps the record of requests in flight: no other base could say it."""
+    back, path, front = ScriptedBack(), folder / "back.sock", folder / "front.sock"
+    with serving(back, path), ExitStack() as stack:
+        proxy = stack.enter_context(airlock(path, front))
+        requests = disk(back, f"path={front},reconnect-ms=50")
+        for connections in range(2, 5):
+            wait_until(requests.running, "the ring runs")
+            requests.offer(1, 2, 3, 4, 5)
+            assert [requests.take() for _ in range(4)] == [1, 2, 3, 4]
+            requests.complete(4, 2)
+            proxy.kill()
+            proxy = stack.enter_context(airlock(path, front))
+            wait_until(partial(came, back, connections), "a new airlock comes")
+            wait_until(requests.running, "the ring runs again")
+            assert [requests.take() for _ in range(3)] == [1, 3, 5]
+            requests.complete(5, 1, 3)

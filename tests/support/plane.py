@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import struct
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -76,6 +77,60 @@ class Memory:
     def intact(self) -> bool:
         guards = self._whole[:PAGE], self._whole[PAGE + self.size :]
         return all(bytes(guard) == GUARD for guard in guards)  # quicker than a view
+
+
+class Record:
+    """The record of one ring's chains in flight, at a place in a memfd of its own."""
+
+    HEAD = struct.Struct("<QHHHH")
+    ENTRY = struct.Struct("<B5xHQ")
+
+    def __init__(self, entries: int, offset: int = 0) -> None:
+        self.entries = entries
+        size = offset + self.HEAD.size + entries * self.ENTRY.size
+        self.memory = Memory(-(-size // PAGE) * PAGE)
+        self.view = self.memory.view[offset:size]
+        self.place = self.memory.address + offset, entries
+
+    def set_head(
+        self,
+        *,
+        features: int = 0,
+        version: int = 1,
+        desc_num: int | None = None,
+        last: int = 0,
+        used: int = 0,
+    ) -> None:
+        """Write all words of the head."""
+        entries = self.entries if desc_num is None else desc_num
+        self.HEAD.pack_into(self.view, 0, features, version, entries, last, used)
+
+    def set_entry(
+        self, head: int, *, inflight: int = 0, next: int = 0, counter: int = 0
+    ) -> None:
+        at = self.HEAD.size + head * self.ENTRY.size
+        self.ENTRY.pack_into(self.view, at, inflight, next, counter)
+
+    def entry(self, head: int) -> tuple[int, int, int]:
+        """(inflight, next, counter) of a head."""
+        at = self.HEAD.size + head * self.ENTRY.size
+        inflight, following, counter = self.ENTRY.unpack_from(self.view, at)
+        return inflight, following, counter
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """(features, version, desc_num, last_batch_head, used_idx)"""
+        return self.HEAD.unpack_from(self.view)
+
+    @property
+    def used_idx(self) -> int:
+        return self.head[-1]
+
+    @property
+    def marked(self) -> list[int]:
+        """The heads in flight, in the order in which they were taken."""
+        found = [(self.entry(i)[2], i) for i in range(self.entries) if self.entry(i)[0]]
+        return [head for _, head in sorted(found)]
 
 
 class AddressSpace:
@@ -236,9 +291,11 @@ class Lane:
         entries: int = 16,
         most: int | None = None,
         start: bool = True,
+        record: Record | None = None,
     ) -> None:
         """`entries`: how many each of the guest's indirect tables has room for;
-        `most`: the largest size that reset() may give the ring.
+        `most`: the largest size that reset() may give the ring; `record`: of the chains
+        in flight.
         """
         self.world = world
         self.guest_event_idx = guest_event_idx
@@ -246,6 +303,7 @@ class Lane:
         self.back_event_idx = back_event_idx
         self.back_indirect = back_indirect
         self.whole_batches = whole_batches
+        self.record = record
 
         most = most or size
         tables_at = -(-SplitLayout(most).end // PAGE) * PAGE
@@ -333,6 +391,7 @@ class Lane:
             shadow_event_idx=self.back_event_idx,
             shadow_indirect=self.back_indirect,
             whole_batches=self.whole_batches,
+            record=None if self.record is None else self.record.place,
         )
         self.pump.set_taking(True)
         size = shadow_bytes(self.size)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -80,6 +82,13 @@ def assert_serves_the_next(airlock: Airlock, back: ScriptedBack) -> None:
     airlock.config = replace(airlock.config, timeout=PATIENCE, drain_timeout=PATIENCE)
     with small_guest() as guest:
         live(airlock, back, guest)
+
+
+def lose(back: ScriptedBack) -> None:
+    """The back's process ends."""
+    assert back.channel is not None
+    with socket.socket(fileno=os.dup(back.channel.fileno())) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def hold(back: ScriptedBack) -> None:

@@ -490,4 +490,4 @@ def test_modules_of_the_architecture_exist():
     package = PROJECT / "src" / "vhost_airlock"
     cells = [row[0] for row in rows(section(ARCHITECTURE, "Where to find what"))]
     for name in names(" ".join(cells)):
-        assert list(package.glob(f"{name}.py*")) or (package / name).is_dir(), name
+        assert list(package.glob(f"{name}.p[xy]*")) or (package / name).is_dir(), name

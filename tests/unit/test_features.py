@@ -43,6 +43,7 @@ PROTOCOL_FEATURES = {
     4: ("back", "front"),  # NET_MTU
     7: ("back", "front"),  # CRYPTO_SESSION
     9: ("back", "front"),  # CONFIG
+    12: ("own", "mask"),  # INFLIGHT_SHMFD
     13: ("back", "front"),  # RESET_DEVICE
     15: ("own", "ours"),  # CONFIGURE_MEM_SLOTS
     16: ("back", "front"),  # STATUS

@@ -54,7 +54,7 @@ LAYERS = """
     proxy.pool_policy
     proxy.ring
     proxy.drain
-    proxy.back
+    proxy.back  proxy.inflight
     proxy.isolated
     proxy.front_memory  proxy.state  proxy.features  proxy.workers  proxy.transfer
     proxy.front_requests  proxy.ration  proxy.device_types
@@ -63,6 +63,7 @@ LAYERS = """
     vhost.__init__
     vhost.backend  vhost.frontend       dataplane.worker
     vhost.channel                       dataplane.pump
+                                        dataplane.recorded
     vhost.message  vhost.rules          dataplane.step
     vhost.wire  vhost.fds               dataplane.guest_split  dataplane.shadow_split
                                         dataplane.bounce
@@ -70,6 +71,7 @@ LAYERS = """
                                         dataplane.pool  dataplane.regions
                                         dataplane.mapping  dataplane.guard
                                         dataplane.copying  dataplane.polling
+                                        dataplane.inflight  dataplane.faults
                                         dataplane.layout  dataplane.sys
     errors  __init__  dataplane.__init__
 """

@@ -213,6 +213,7 @@ class TestStep:
             "faults": 0,
             "adopted": 0,
             "replayed": 0,
+            "recovered": 0,
             "outstanding": 0,
             "quarantined": 0,
             "used": 0,

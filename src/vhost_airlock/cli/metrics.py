@@ -56,6 +56,10 @@ OF_COUNTERS = {
         "adopted_total",
         "Requests that came again after a stop while the back-end still had them.",
     ),
+    ("ring", "recovered"): (
+        "recovered_total",
+        "Requests that were taken up by the VMM's record of requests in flight.",
+    ),
     ("ring", "replayed"): (
         "replayed_total",
         "Requests offered to a back-end again that were at the one before.",

@@ -59,6 +59,13 @@ cdef struct GuestOps:
     int (*take)(GuestRing *, Chain *) noexcept nogil
     # A chain that was taken before the ring began is in flight.
     void (*retake)(GuestRing *, uint16_t head) noexcept nogil
+    # Where the used ring stood when the ring began, and how many chains it had since.
+    uint16_t (*used_at)(const GuestRing *) noexcept nogil
+    # The ring begins where it has not yet used `held` chains that are in flight, and
+    # `again` more that are taken by their heads, with take_head(), before all others.
+    void (*begin_behind)(GuestRing *, uint16_t held, uint16_t again) noexcept nogil
+    # Fetch the chain with this head, as take() does.
+    int (*take_head)(GuestRing *, Chain *, uint16_t head) noexcept nogil
     # Write the used element of a chain; the guest does not see it yet.
     void (*complete)(GuestRing *, uint16_t head, uint32_t len) noexcept nogil
     # Show the guest the used elements. True: it wants to be called.

@@ -85,6 +85,16 @@ cdef void move(GuestRing *ring, const Part *parts) noexcept nogil:
     ring.armed = False
 
 
+cdef uint16_t used_at(const GuestRing *ring) noexcept nogil:
+    return ring.split.used_idx
+
+
+cdef void begin_behind(GuestRing *ring, uint16_t held, uint16_t again) noexcept nogil:
+    ring.split.base = ring.split.used_idx + held
+    ring.split.seen = ring.split.base
+    ring.split.avail_idx = ring.split.base + again
+
+
 cdef uint64_t base_after(const GuestRing *ring, int64_t chains) noexcept nogil:
     return <uint16_t> (ring.split.base + chains)
 
@@ -103,7 +113,6 @@ cdef bint pending(GuestRing *ring) noexcept nogil:
 cdef int take(GuestRing *ring, Chain *chain) noexcept nogil:
     cdef uint16_t waiting
     cdef uint16_t head
-    cdef int rc
 
     if ring.split.seen == ring.split.avail_idx:
         # Acquire: the entries below the index must be read after it.
@@ -121,6 +130,12 @@ cdef int take(GuestRing *ring, Chain *chain) noexcept nogil:
     head = load16(&ring.split.avail.ring[ring.split.seen & (ring.size - 1)])
     if head >= ring.size:
         return blame(&ring.blamed, BAD_HEAD, head, ring.size)
+    return take_head(ring, chain, head)
+
+
+cdef int take_head(GuestRing *ring, Chain *chain, uint16_t head) noexcept nogil:
+    cdef int rc
+
     if ring.busy[head]:
         return blame(&ring.blamed, HEAD_IN_USE, head, ring.size)
     rc = walk(ring, chain, head)
@@ -274,6 +289,9 @@ OPS.base_after = base_after
 OPS.standing = standing
 OPS.take = take
 OPS.retake = retake
+OPS.used_at = used_at
+OPS.begin_behind = begin_behind
+OPS.take_head = take_head
 OPS.complete = complete
 OPS.publish = publish
 OPS.arm = arm

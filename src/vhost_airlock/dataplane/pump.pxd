@@ -20,9 +20,18 @@ cdef class Pump:
     """If so, where the guest's ring stood."""
     cdef uint64_t resumes_at
     """If so, the position at which the ring goes on."""
+    cdef bint left
+    """The ring has stopped here before."""
+    cdef uint64_t left_base
+    """If so, at this base."""
+    cdef uint16_t left_used
+    """And there its used ring stood."""
+    cdef readonly str news
+    """For the log, of the last start: about the record of the chains in flight."""
     cdef _grow(self, uint16_t size)
+    cdef list _open_record(self, record, base)
     cdef bint _goes_on(self)
-    cdef _resume(self)
-    cdef _hand_back(self)
+    cdef _resume(self, list heads)
+    cdef _hand_back(self, bint told)
     cdef _place_areas(self, uint16_t first, uintptr_t host, uint64_t back)
     cdef str _details(self, int fault)

@@ -28,6 +28,8 @@ class Pump:
     tells: bool
     outstanding: int
     quarantined: int
+    recorded: bool
+    news: str | None
     def __new__(
         cls, index: int, memory: GuestMemory, pool: Pool, policy: str = "full"
     ) -> Self: ...
@@ -49,6 +51,7 @@ class Pump:
         shadow_event_idx: bool,
         shadow_indirect: bool,
         whole_batches: bool = False,
+        record: tuple[int, int] | None = None,
     ) -> None: ...
     def detach(self, base: int | None = None) -> tuple[int, int, bool]: ...
     def look_back(self) -> None: ...

@@ -28,13 +28,13 @@ from vhost_airlock.dataplane.guard cimport guarded
 from vhost_airlock.dataplane.guest cimport Chain, GuestRing, NO_BASE, Part
 from vhost_airlock.dataplane.guest_split cimport split_guest
 from vhost_airlock.dataplane.layout cimport (
-    BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
-    BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, Blamed, CHAIN_TOO_LONG, Desc, EMPTY_CHAIN,
-    HEAD_IN_USE, LOOP, MAX_SEGMENTS, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS,
-    OUT_OF_MEMORY, PAGE, RING_UNMAPPED, back_usable, fence, load16, load32, load64,
-    load_int,
+    BACK_ERROR, Blamed, Desc, MAX_SEGMENTS, MEMORY_LOST, NEVER_FITS, PAGE,
+    RING_UNMAPPED, back_usable, fence, load16, load32, load64, load_int,
 )
 from vhost_airlock.dataplane.pool cimport Pool, leave_queue, over, tell_room
+from vhost_airlock.dataplane.recorded cimport (
+    first_of_ring, open_record, set_apart, take_out,
+)
 from vhost_airlock.dataplane.regions cimport GuestMemory
 from vhost_airlock.dataplane.shadow cimport (
     FOLLOWER, FREE, IN_FLIGHT, PARKED, QUARANTINED, RECALLED, RETURNED, RingForBack,
@@ -47,56 +47,13 @@ from vhost_airlock.dataplane.step cimport (
 )
 
 from vhost_airlock.dataplane import guest_split
+from vhost_airlock.dataplane.faults import DETAILS, FAULTS
 
 layout = guest_split.layout
 check_base = guest_split.check_base
 
 POLICIES = {"full": COPY_FULL, "used": COPY_USED, "used+tail": COPY_USED_TAIL}
 """The copy policies by name: how much of the writable buffers is copied back."""
-
-FAULTS = {
-    BAD_AVAIL_INDEX: "the guest's avail index jumps by more than the ring holds",
-    BAD_HEAD: "a head in the guest's avail ring is beyond the ring",
-    HEAD_IN_USE: "the guest offered a head that is still in flight",
-    BAD_NEXT: "a descriptor's next is beyond its table",
-    LOOP: "a chain has a loop or too many descriptors",
-    BAD_INDIRECT: "an indirect descriptor is malformed or was not negotiated",
-    NESTED_INDIRECT: "an indirect table holds an indirect descriptor",
-    BAD_ADDRESS: "a descriptor points outside of the guest's memory",
-    BAD_ORDER: "a descriptor to read from follows one to write to",
-    EMPTY_CHAIN: "a chain has no bytes at all",
-    CHAIN_TOO_LONG: "a chain has more than 2^32 - 1 bytes",
-    NEVER_FITS: "a chain is larger than the pool allows",
-    BAD_USED_INDEX: "the back's used index jumps by more than the ring holds",
-    BAD_USED_ID: "the back completes chains that are not in flight, again and again",
-    BACK_ERROR: "the back signalled an error of the ring",
-    RING_UNMAPPED: "the ring's own memory is not there any more",
-    OUT_OF_MEMORY: "the airlock has no memory left",
-    MEMORY_LOST: "a page of memory that the ring or a request is in can't be had",
-}
-"""The meaning of each fault."""
-
-DETAILS = {
-    BAD_AVAIL_INDEX: "to {number} from {other}",
-    BAD_HEAD: "{number} of {other}",
-    HEAD_IN_USE: "{number} of {other}",
-    BAD_NEXT: "head {head}, {number} of {other}",
-    LOOP: "head {head}, {descs} descriptors",
-    BAD_INDIRECT: "head {head}, flags {number:#x}, {other} bytes",
-    NESTED_INDIRECT: "head {head}, entry {number} of {other}",
-    BAD_ADDRESS: "head {head}, address {number:#x}, {other} bytes",
-    BAD_ORDER: "head {head}, address {number:#x}, {other} bytes",
-    EMPTY_CHAIN: "head {head}, {descs} descriptors",
-    CHAIN_TOO_LONG: "head {head}, {bytes} bytes",
-    NEVER_FITS: "head {head}, {bytes} bytes, {descs} descriptors",
-    BAD_USED_INDEX: "to {number} from {other}",
-    BAD_USED_ID: "id {number}, {other} in a row",
-}
-"""The place and the values of a fault, for its message: words of the ring, never of a
-buffer.
-
-`head`, `descs` and `bytes` are of the chain at hand, `number` and `other` are Blamed.
-"""
 
 BACK_SIGNALLED = BACK_ERROR
 """The fault to set when the back says by its descriptor that a ring is broken."""
@@ -154,6 +111,8 @@ cdef class Pump:
         free(self.state.shadow.state)
         free(self.state.awaited)
         free(self.state.recalled)
+        free(self.state.record.ended)
+        free(self.state.record.again)
         free(self.state.slot)
 
     @property
@@ -207,7 +166,7 @@ cdef class Pump:
     def attach(
         self, *, uint16_t size, base, guest, bint guest_event_idx, bint guest_indirect,
         uintptr_t shadow, bint shadow_event_idx, bint shadow_indirect,
-        bint whole_batches=False,
+        bint whole_batches=False, record=None,
     ):
         """Set up both rings, `size` entries each.
 
@@ -217,6 +176,8 @@ cdef class Pump:
         shadow: where prepare() has made the shadow ring. The back uses it by now, and
         not the last one any more, where its late completions are looked for.
         whole_batches: completions that the back shows at once the guest sees at once.
+        record: our address of the record of chains in flight, and its entries; None:
+        there is none. It goes before the base. `news` has what the log is to be told.
         """
         cdef PumpState *pump = &self.state
         cdef Part part[3]
@@ -244,15 +205,37 @@ cdef class Pump:
         pump.silent = False
         pump.attached = True
         run(pump, begin, 0)
-        self._resume()
+        self._resume(self._open_record(record, base))
 
-    cdef _resume(self):
-        """Decide on the chains that the last stop left behind; then count anew."""
+    cdef list _open_record(self, record, base):
+        """Return the heads of the chains that are in flight by the record."""
         cdef PumpState *pump = &self.state
-        cdef bint goes_on = self._goes_on()
+        cdef uintptr_t at
+        cdef list heads = []
+        cdef bint reset = (
+            self.left and base is not None and base != self.left_base
+            and pump.guest.ops.used_at(&pump.guest) != self.left_used
+        )
+
+        pump.record.table = NULL
+        self.news = None
+        if record is not None and pump.fault == 0:
+            at, room = record
+            heads, self.news = open_record(pump, at, room, reset)
+        return heads
+
+    cdef _resume(self, list heads):
+        """Decide on the chains that the last stop left behind; then count anew.
+
+        `heads` are those of the record, if there is one.
+        """
+        cdef PumpState *pump = &self.state
+        cdef bint goes_on = self.recorded or self._goes_on()
         cdef int i
 
-        if goes_on:
+        if self.recorded:
+            set_apart(pump, heads)
+        elif goes_on:
             pump.next = self.resumes_at
         pump.began = pump.next
         pump.reached = pump.offers
@@ -306,6 +289,9 @@ cdef class Pump:
         on with this pump. Chains that the back did not fetch are the guest's again, or
         recalled if others behind them are done. Buffers that the back may still write
         to stay out of use until it completes them.
+
+        If chains in flight are recorded, those that the back has fetched stay in the
+        record, which goes before the base. If it is not known, all of them stay.
         """
         cdef PumpState *pump = &self.state
         cdef int64_t most = pump.offers - pump.reached
@@ -326,7 +312,7 @@ cdef class Pump:
             ):
                 recall(pump, i)
                 pump.outstanding -= 1
-        end, recalled = self._hand_back()
+        end, recalled = self._hand_back(base is not None)
         before = end - pump.outstanding
         for i in range(pump.shadow.size):
             if pump.shadow.state[i] == IN_FLIGHT:
@@ -336,6 +322,8 @@ cdef class Pump:
         unfinished = pump.outstanding + recalled
         self.parked = unfinished != 0 or pump.adopted < pump.awaited_count
         self.resumes_at = before if last == unfinished else end
+        if self.recorded:
+            self.resumes_at = max(self.resumes_at, first_of_ring(pump))
         if pump.fault not in (RING_UNMAPPED, MEMORY_LOST):
             run(pump, arm_guest, 0)     # the next device of this ring wants kicks
         leave_queue(pump.pool, &pump.share)
@@ -350,27 +338,39 @@ cdef class Pump:
             &pump.guest, <int64_t> (self.resumes_at - pump.began)
         )
         self.standing = pump.guest.ops.standing(&pump.guest, found)
-        return found, unfinished, last == unfinished
+        self.left = True
+        self.left_base = found
+        self.left_used = pump.guest.ops.used_at(&pump.guest)
+        return found, unfinished, last == unfinished or self.recorded
 
-    cdef _hand_back(self):
-        """Give the last recalled chains back to the guest.
+    cdef _hand_back(self, bint told):
+        """Give the last recalled chains back to the guest. `told`: it is sure that the
+        back has not fetched them, so they go out of the record, the last one first.
 
         Returns (the position from which on the guest has all chains again, the number
         of chains before it that are recalled).
         """
         cdef PumpState *pump = &self.state
         cdef uint64_t end = pump.next
+        cdef uint64_t first = first_of_ring(pump)
         cdef int count = 0
         cdef int i
 
+        told = told and self.recorded
+        if told and pump.waiting and end >= first:
+            take_out(pump, pump.chain.head)
         for i in range(pump.shadow.size):
             if pump.shadow.state[i] == RECALLED:
                 pump.recalled[count] = i
                 count += 1
         sort_by_position(pump.recalled, count, pump.slot)
-        while count and pump.slot[pump.recalled[count - 1]].position == end - 1:
+        while count and end > first:
+            if pump.slot[pump.recalled[count - 1]].position != end - 1:
+                break
             count -= 1
             end -= 1
+            if told:
+                take_out(pump, pump.slot[pump.recalled[count]].head)
             let_go(pump, pump.recalled[count])
         pump.replayed = pump.recalled_count = 0
         return end, count
@@ -491,6 +491,11 @@ cdef class Pump:
         return self.state.attached
 
     @property
+    def recorded(self):
+        """Are its chains in flight recorded? Of a ring that has stopped: were they?"""
+        return self.state.record.table != NULL
+
+    @property
     def fault(self):
         """0, or why the ring stopped: a key of FAULTS."""
         return load_int(&self.state.fault)
@@ -605,6 +610,8 @@ cdef class Pump:
         pump.shadow.next = <uint16_t *> grown(pump.shadow.next, old, size, 2)
         pump.awaited = <uint16_t *> grown(pump.awaited, old, size, 2)
         pump.recalled = <uint16_t *> grown(pump.recalled, old, size, 2)
+        pump.record.ended = <uint16_t *> grown(pump.record.ended, old, size, 2)
+        pump.record.again = <uint16_t *> grown(pump.record.again, old, size, 2)
         pump.shadow.state = <uint8_t *> grown(pump.shadow.state, old, size, 1)
         pump.slot = <Slot *> grown(pump.slot, old, size, sizeof(Slot))
         for i in range(old):

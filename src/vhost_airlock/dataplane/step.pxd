@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from vhost_airlock.dataplane.bounce cimport CopyPolicy, Slot
 from vhost_airlock.dataplane.guard cimport Job
 from vhost_airlock.dataplane.guest cimport Chain, GuestRing
+from vhost_airlock.dataplane.inflight cimport Record
 from vhost_airlock.dataplane.layout cimport Desc
 from vhost_airlock.dataplane.pool cimport PoolState, Share
 from vhost_airlock.dataplane.regions cimport RegionTable
@@ -27,6 +28,8 @@ cdef struct Counters:
     uint64_t adopted
     # Chains that were offered again, since the back that had them is gone.
     uint64_t replayed
+    # Chains of before the start that were taken by the record of chains in flight.
+    uint64_t recovered
 
 cdef struct PumpState:
     RegionTable *memory
@@ -36,6 +39,7 @@ cdef struct PumpState:
     CopyPolicy policy
     GuestRing guest
     ShadowRing shadow
+    Record record
     Slot *slot
     # Positions count the guest's chains, in its order, from the beginning of the
     # session. The next one to take.

@@ -40,6 +40,9 @@ from vhost_airlock.dataplane.bounce cimport (
     record, release, vacate,
 )
 from vhost_airlock.dataplane.guard cimport Job, guarded
+from vhost_airlock.dataplane.inflight cimport (
+    Record, add_to_batch, end_batch, mark,
+)
 from vhost_airlock.dataplane.layout cimport (
     BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, OUT_OF_MEMORY, back_usable, blame, load16,
 )
@@ -81,7 +84,7 @@ cdef int run(PumpState *pump, Job job, int number) noexcept nogil:
 
 cdef void lose_memory(PumpState *pump) noexcept nogil:
     """A job was cut off: end all use of both rings, and put right its remains."""
-    cdef int call
+    cdef int told
 
     fail(pump, MEMORY_LOST)
     pump.waiting = False
@@ -93,18 +96,22 @@ cdef void lose_memory(PumpState *pump) noexcept nogil:
         pump.shadow.state[pump.at_hand - pump.slot] = FREE
         pump.at_hand = NULL
     # Chains that were completed before, the guest may still get to know.
-    if pump.untold and guarded(tell_guest, pump, 0, &call):
-        pump.call_due = pump.call_due or call
+    if pump.untold:
+        guarded(tell_guest, pump, 0, &told)
     pump.untold = False
 
 
 cdef int tell_guest(void *what, int _) noexcept nogil:
-    """Publish the used elements; returns whether the guest wants to be called."""
+    """Publish the used elements, and note if the guest wants to be called."""
     cdef PumpState *pump = <PumpState *> what
-    cdef bint call = pump.guest.ops.publish(&pump.guest)
 
+    if pump.guest.ops.publish(&pump.guest):
+        pump.call_due = True
+        pump.counters.calls += 1
     pump.untold = False
-    return call
+    if pump.record.table != NULL:
+        end_batch(&pump.record)
+    return 0
 
 
 cdef int move(void *what, int budget) noexcept nogil:
@@ -192,6 +199,8 @@ cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept
         pump.counters.clamped += 1
         length = slot.writable
     pump.guest.ops.complete(&pump.guest, slot.head, length)
+    if pump.record.table != NULL:
+        add_to_batch(&pump.record, slot.head)
     pump.at_hand = NULL
     pump.untold = True
     pump.counters.completions += 1
@@ -216,9 +225,8 @@ cdef void recall(PumpState *pump, uint16_t number) noexcept nogil:
 
 cdef void tell(PumpState *pump) noexcept nogil:
     """Show the guest all that was completed, and note if it wants to be called."""
-    if pump.untold and tell_guest(pump, 0):
-        pump.call_due = True
-        pump.counters.calls += 1
+    if pump.untold:
+        tell_guest(pump, 0)
 
 
 cdef int forward(PumpState *pump, int budget) noexcept nogil:
@@ -238,7 +246,7 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
         return replay(pump, budget)
     while moved < budget and bytes < BYTES_A_STEP and descs < DESCS_A_STEP:
         if not pump.waiting:
-            rc = pump.guest.ops.take(&pump.guest, &pump.chain)
+            rc = take(pump)
             if rc < 0:
                 fail(pump, rc)
             if rc <= 0:
@@ -303,6 +311,34 @@ cdef int replay(PumpState *pump, int budget) noexcept nogil:
 cdef inline uint16_t needed(const PumpState *pump, uint16_t count) noexcept nogil:
     """The descriptors that a chain of this many buffers takes in the shadow ring."""
     return 1 if pump.shadow.indirect else count
+
+
+cdef inline int take(PumpState *pump) noexcept nogil:
+    """Take the next chain: 1 taken, 0 none left, or a Fault."""
+    if pump.record.table != NULL:
+        return take_recorded(pump)
+    return pump.guest.ops.take(&pump.guest, &pump.chain)
+
+
+cdef int take_recorded(PumpState *pump) noexcept nogil:
+    """The same for a ring whose chains in flight are recorded: those that were in the
+    record when the ring started come first.
+    """
+    cdef Record *found = &pump.record
+    cdef int rc
+
+    if found.again_done < found.again_count:
+        rc = pump.guest.ops.take_head(
+            &pump.guest, &pump.chain, found.again[found.again_done]
+        )
+        if rc > 0:
+            found.again_done += 1
+            pump.counters.recovered += 1
+        return rc
+    rc = pump.guest.ops.take(&pump.guest, &pump.chain)
+    if rc > 0:
+        mark(found, pump.chain.head)
+    return rc
 
 
 cdef int bounce(PumpState *pump) noexcept nogil:

@@ -24,9 +24,9 @@ from typing import Self
 from ..errors import DeadlineExceeded, SessionError
 from ..vhost.channel import TIMEOUT as MESSAGE_TIMEOUT
 from ..vhost.channel import Channel
-from ..vhost.fds import notify
+from ..vhost.fds import Fd, notify
 from ..vhost.frontend import Frontend
-from ..vhost.wire import Feature, MemoryRegion, ProtocolFeature
+from ..vhost.wire import Feature, Inflight, MemoryRegion, ProtocolFeature
 from .disk import ID_SIZE, SEG_MAX, BlkFeature, BlkType
 from .events import clear
 from .guest_queue import GuestQueue, Io, Segment
@@ -82,6 +82,7 @@ class BlkGuest:
                 self._wanted &= ~int(feature)
         self._front: Frontend | None = None
         self._memory_is_shared = False
+        self._record: tuple[Inflight, Fd] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +93,7 @@ class BlkGuest:
     def close(self) -> None:
         """Close the connection, the memory and all descriptors."""
         self.disconnect()
+        self.forget_record()
         for queue in self.queues:
             queue.close()
         self.ram.close()
@@ -141,6 +143,8 @@ class BlkGuest:
         front.set_features(self.features)
         if not self._memory_is_shared:
             self._share_memory()
+        if self._has(ProtocolFeature.INFLIGHT_SHMFD):
+            self._share_record()
         for queue in self.queues:
             queue.set_features(self.features)
             front.set_vring_num(queue.index, queue.size)
@@ -168,7 +172,10 @@ class BlkGuest:
         self.disconnect()
         for queue in self.queues:
             queue.reap()
-            queue.base = queue.driver.reoffer()
+            if self._record is None:
+                queue.base = queue.driver.reoffer()
+            else:
+                queue.base = queue.driver.next_used  # as QEMU; the record goes before
         self.connect(path_or_channel)
         self.start()
 
@@ -180,6 +187,19 @@ class BlkGuest:
         else:
             self.front.set_mem_table(self.ram.shared())
         self._memory_is_shared = True
+
+    def _share_record(self) -> None:
+        """Let the back-end record the requests in flight, where all before it have."""
+        if self._record is None:
+            size = max(queue.size for queue in self.queues)
+            self._record = self.front.get_inflight_fd(len(self.queues), size)
+        self.front.set_inflight_fd(*self._record)
+
+    def forget_record(self) -> None:
+        """Have a new record made at the next start, as after a reset of the device."""
+        if self._record is not None:
+            self._record[1].close()
+            self._record = None
 
     def plug(self, guest_addr: int, size: int) -> MemoryRegion:
         """Give the guest more memory while it runs."""

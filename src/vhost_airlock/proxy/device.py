@@ -18,7 +18,14 @@ from contextlib import contextmanager
 from ..errors import DeadlineExceeded, RequestRefused
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.frontend import Frontend
-from ..vhost.wire import DeviceState, Feature, MemoryRegion, ProtocolFeature, VringAddr
+from ..vhost.wire import (
+    DeviceState,
+    Feature,
+    Inflight,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddr,
+)
 from .back import Back
 from .config import Config
 from .features import (
@@ -31,6 +38,7 @@ from .features import (
 )
 from .front_memory import FrontMemory
 from .front_requests import FrontRequests
+from .inflight import InflightRecord
 from .pool_policy import PoolPolicy
 from .ration import LINES, Ration
 from .ring import Ring
@@ -49,6 +57,7 @@ class Device:
         self.config = config
         self.log = config.log
         self.memory = FrontMemory()
+        self.record = InflightRecord()
         self.features: int | None = None
         self._features_told = Ration(LINES)
         self.protocol_features = ProtocolFeature(0)
@@ -252,7 +261,14 @@ class Device:
         self.stop()
         for ring in self.rings.values():
             ring.enable(False)
+        self.record.erase()
         self.informed.reset_device()
+
+    def use_record(self, told: Inflight, fd: Fd) -> None:
+        """Record the requests in flight there, and take up those that are recorded."""
+        if any(ring.attached for ring in self.rings.values()):
+            raise RequestRefused("SET_INFLIGHT_FD: rings are started")
+        self.record.use(told, fd)
 
     def share_pool(self) -> None:
         with_pump = [ring for ring in self.rings.values() if ring.pump is not None]
@@ -349,6 +365,7 @@ class Device:
         # Sessions are parts of cycles: the pool has a descriptor, and shall not wait
         # for the garbage collector.
         self.rings.clear()
+        self.record.close()
         self.memory.close()
         self._events.close()
         if back is None:

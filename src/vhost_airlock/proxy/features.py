@@ -37,7 +37,7 @@ PASSED_PROTOCOL = (
     | _P.DEVICE_STATE
 )
 """Protocol features that the front gets if the back has them."""
-OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
+OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS | _P.INFLIGHT_SHMFD
 """Protocol features that the front gets, also if the back lacks them."""
 DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
 """Protocol features that we accept from the back, also without the front."""

@@ -14,12 +14,14 @@ from typing import Any
 from ..errors import RequestRefused
 from ..vhost.backend import Handler, Result
 from ..vhost.fds import Fd
+from ..vhost.message import Answer
 from ..vhost.wire import (
     U64,
     Config,
     CryptoSession,
     DeviceState,
     Empty,
+    Inflight,
     MemoryRegion,
     MemoryTable,
     Request,
@@ -29,6 +31,7 @@ from ..vhost.wire import (
 )
 from .device import Device
 from .front_memory import MAX_REGIONS
+from .inflight import make_record
 
 Fds = list[Fd]
 DeviceHandler = Callable[[Device, Any, Fds], Result]
@@ -155,6 +158,15 @@ def get_status(device: Device, _: Empty, fds: Fds) -> Result:
     return U64(device.get_status())
 
 
+def get_inflight_fd(device: Device, asked: Inflight, fds: Fds) -> Result:
+    made, fd = make_record(asked, (ring.vring for ring in device.rings.values()))
+    return Answer(made, [fd])
+
+
+def set_inflight_fd(device: Device, told: Inflight, fds: Fds) -> None:
+    device.use_record(told, fds[0])
+
+
 def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:
     device.transfer_state(state, fds.pop())
     return U64(VringFd.NOFD)  # the front's own descriptor is the one to use
@@ -185,6 +197,8 @@ HANDLED: dict[Request, DeviceHandler] = {
     Request.GET_MAX_MEM_SLOTS: get_max_mem_slots,
     Request.ADD_MEM_REG: add_mem_reg,
     Request.REM_MEM_REG: rem_mem_reg,
+    Request.GET_INFLIGHT_FD: get_inflight_fd,
+    Request.SET_INFLIGHT_FD: set_inflight_fd,
     Request.SET_DEVICE_STATE_FD: set_device_state_fd,
     Request.CHECK_DEVICE_STATE: check_device_state,
 }
@@ -210,8 +224,6 @@ REFUSED: dict[Request, str] = {
     Request.POSTCOPY_ADVISE: "post-copy migration is not offered",
     Request.POSTCOPY_LISTEN: "post-copy migration is not offered",
     Request.POSTCOPY_END: "post-copy migration is not offered",
-    Request.GET_INFLIGHT_FD: "in-flight tracking is not offered",
-    Request.SET_INFLIGHT_FD: "in-flight tracking is not offered",
     Request.GPU_SET_SOCKET: "a GPU's requests carry guest addresses",
     Request.VRING_KICK: "in-band notifications are not offered",
     Request.GET_SHARED_OBJECT: "a shared object may be guest memory",

@@ -24,6 +24,7 @@ from .config import Config
 from .drain import await_done, await_fetched
 from .features import require_modern
 from .front_memory import FrontMemory
+from .inflight import InflightRecord
 from .ration import LINES, Ration
 from .state import TABLE, Action, Change, Event, State, Vring
 
@@ -36,6 +37,7 @@ class Owner(Protocol):
 
     config: Config
     memory: FrontMemory
+    record: InflightRecord
     events: HasFileno
     """Signalled by the workers."""
     features: int | None
@@ -89,6 +91,7 @@ class Ring:
         self._faults = Ration()
         self._waits = Ration()
         self._course = Ration(LINES)
+        self._news = Ration()
         self.waits_for_memory = False
         """The front has started it, and it is not in the guest's memory."""
         self.tell_at = math.inf
@@ -388,11 +391,15 @@ class Ring:
                 shadow_event_idx=bool(back.has.features & Feature.EVENT_IDX),
                 shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
                 whole_batches=bool(features & owner.config.whole_batches),
+                record=owner.record.of_ring(self.index),
             )
-            self._connect_fds()
+            # If an airlock was killed, its last call may be lost.
+            self._connect_fds(call=pump.recorded)
             # The specification wants a kick with the start, and rust-vmm needs it. It
             # can wait, if the back has seen to that; let it be the worker that does.
             pump.kick()
+        if pump.news:
+            self._news.log(self.log, "ring %d: %s", self.index, pump.news)
         self.worker.watch(self.call.fileno())
         owner.share_pool()
         self._tell(
@@ -449,12 +456,16 @@ class Ring:
         self.worker.unwatch(self.call.fileno())
         self._tell("ring %d stopped: base %d", self.index, self.vring.base)
         if unfinished:
-            later = ", and later ones done: they end only if this ring goes on"
+            more = ""
+            if self.pump.recorded:
+                more = ", which stay in the VMM's record"
+            elif not again:
+                more = ", and later ones done: they end only if this ring goes on"
             self.log.warning(
                 "ring %d: stopped with %d requests unfinished%s",
                 self.index,
                 unfinished,
-                "" if again else later,
+                more,
             )
 
     def _tell(self, text: str, *arguments: object) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 from ..errors import ProtocolError, RequestRefused
 from .wire import (
     MAX_PAYLOAD,
+    MAX_VRING_SIZE,
     MAX_VRINGS,
     U64,
     BackendRequest,
@@ -192,6 +193,12 @@ def _crypto_session(payload: U64) -> str:
     return _outside("session id", payload.value, 0, (1 << 63) - 1)
 
 
+def _inflight(payload: Inflight) -> str:
+    return _outside("num_queues", payload.num_queues, 1, MAX_VRINGS) or _outside(
+        "queue_size", payload.queue_size, 1, MAX_VRING_SIZE
+    )
+
+
 def _transfer(payload: DeviceState) -> str:
     return _outside("direction", payload.direction, 0, 1) or _outside(
         "phase", payload.phase, 0, 0
@@ -251,8 +258,11 @@ RULES: dict[Request, Rule] = {
         reply_fds=MAYBE_FD,
         refusal=Inflight(0, 0, 0, 0),
         needs=_F.INFLIGHT_SHMFD,
+        wrong=_inflight,
     ),
-    Request.SET_INFLIGHT_FD: Rule(Inflight, fds=ONE_FD, needs=_F.INFLIGHT_SHMFD),
+    Request.SET_INFLIGHT_FD: Rule(
+        Inflight, fds=ONE_FD, needs=_F.INFLIGHT_SHMFD, wrong=_inflight
+    ),
     Request.GPU_SET_SOCKET: Rule(fds=ONE_FD),
     Request.RESET_DEVICE: Rule(needs=_F.RESET_DEVICE),
     Request.VRING_KICK: Rule(VringState, needs=_F.INBAND_NOTIFICATIONS, wrong=_vring),

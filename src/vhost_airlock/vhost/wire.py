@@ -22,6 +22,8 @@ MAX_FDS = 32
 """No message carries more descriptors: the most that rust-vmm sends or takes."""
 MAX_VRINGS = 256
 """Descriptor messages name a vring in 8 bits."""
+MAX_VRING_SIZE = 32768
+"""The most entries of a vring, of whatever format (virtio 1.3, 2.7 and 2.8)."""
 
 
 class Request(IntEnum):

@@ -159,7 +159,7 @@ def said(folder: Path, code: str) -> str:
 
 def at(folder: Path, text: str) -> str:
     """With whole paths of sockets: other runs of these tests have the same names."""
-    return re.sub(r"\w+\.sock", lambda name: f"{folder}/{name[0]}", text)
+    return re.sub(r"\w+\.sock\b", lambda name: f"{folder}/{name[0]}", text)
 
 
 def test_examples_of_both_roles_talk_to_each_other(folder):

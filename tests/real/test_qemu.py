@@ -176,14 +176,19 @@ def qtest(programs, airlocks: Airlocks, chardev: str) -> QtestMachine:
     )
 
 
-@pytest.mark.parametrize("end", ["quit", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("end", ["quit", "SIGTERM", "SIGKILL", "SIGTERM to all"])
 def test_airlocks_end_with_qemu(programs, folder, airlocks, end):
+    """The last is how a service manager stops a unit."""
     back, path = ScriptedBack(), folder / "back.sock"
     with serving(back, path), qtest(programs, airlocks, f"path={path}") as machine:
         Blk(machine, back).request()
         keeper = airlocks.keeper()
         if end == "quit":
             machine.qmp("quit")
+        elif end == "SIGTERM to all":
+            for pid in machine.pid, *airlocks.pids().values():
+                os.kill(pid, signal.SIGTERM)
+            signal.pidfd_send_signal(keeper, signal.SIGTERM)
         else:
             machine.popen.send_signal(getattr(signal, end))
         assert machine.wait(PATIENCE) == (-signal.SIGKILL if end == "SIGKILL" else 0)

@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in RIGHTS:
         parser.add_argument(
             flag,
-            help="as for `vhost-airlock run`; for the sockets at which airlocks listen for"
-            " a back-end or for stats",
+            help="as for `vhost-airlock run`; for the sockets at which airlocks listen"
+            " for a back-end or for stats",
         )
 
 

@@ -259,7 +259,7 @@ def test_signal_at_any_time_of_the_start_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        ([], 2, "one of --socket-path, --fd, --front-connect is needed, and only one"),
+        ([], 2, "one of --socket-path, --fd, --front-connect is needed"),
         (
             ["--pool-limit=none"],
             2,

@@ -24,7 +24,7 @@ UNUSABLE = [
         "arguments: --nonsense .see vhost-airlock qemu --h",
     ),
     (2, ["surplus", "--", *DISK], "arguments: surplus .see vhost-airlock qemu --help"),
-    (2, ["--fd=5", "--backend=x", "--", *DISK], "-- COMMAND is needed, and only one"),
+    (2, ["--fd=5", "--backend=x", "--", *DISK], "--backend can't be the same for all"),
     (2, ["--name=x", "--", *DISK], "--name can't be the same for all airlocks .see"),
     (2, ["--stats-path=x", "--", *DISK], "--stats-path can't be the same for all"),
     (2, ["--exit-with-pipe=3", "--", *DISK], "--exit-with-pipe can't be the same"),

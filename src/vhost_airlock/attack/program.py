@@ -14,7 +14,7 @@ from typing import Self
 
 from ..errors import StartError
 from ..peers.blk_process import end
-from ..process.program import why_not_started
+from ..process.program import unusable, why_not_started
 
 TICK = 0.01
 
@@ -35,11 +35,18 @@ class Program:
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
 
+    def require(self) -> None:
+        """Raise StartError if there is no program that could be attacked."""
+        if self.command:
+            if trouble := unusable(self.command[0]):
+                raise StartError(trouble)
+        elif not listens(self.path):
+            raise StartError(f"no process listens at {self.path}")
+
     def ensure(self) -> None:
         """Start the program if it does not run. StartError: no process listens then."""
+        self.require()
         if not self.command:
-            if not listens(self.path):
-                raise StartError(f"no process listens at {self.path}")
             return
         if self._process is not None and self._process.poll() is None:
             return

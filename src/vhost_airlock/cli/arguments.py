@@ -22,6 +22,7 @@ class Parser(ArgumentParser):
     """A parser whose errors are one line, which names the help."""
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "takes no value:")
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 

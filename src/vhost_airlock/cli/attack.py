@@ -23,8 +23,9 @@ from ..attack.guest_scene import GuestScene
 from ..attack.program import Program
 from ..attack.report import Report, listing
 from ..attack.vmm import MESSAGES, VmmScene
-from ..errors import UsageError
+from ..errors import StartError, UsageError
 from ..process.signals import ending_on_signals
+from ..vhost.fds import Fd
 from .arguments import seconds
 
 GUEST: list[Attack[GuestScene]] = [*CHAINS.attacks, *REQUESTS.attacks, *RACES.attacks]
@@ -116,10 +117,10 @@ def _chosen(options: argparse.Namespace) -> list[Attack[Any]]:
         )
         if path is not None
     ]
-    if len(given) != 1:
-        raise UsageError(
-            "one of --as-guest, --as-vmm, --as-backend, --list is needed, and only one"
-        )
+    if not given:
+        raise UsageError("one of --as-guest, --as-vmm, --as-backend, --list is needed")
+    if len(given) > 1:
+        raise UsageError("--as-guest, --as-vmm and --as-backend exclude each other")
     if (options.as_backend is None) != (options.front is None):
         raise UsageError("--as-backend and --front go together")
     return select(given[0], options.names)
@@ -130,14 +131,20 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     path = options.as_guest or options.as_vmm or options.front
     with contextlib.ExitStack() as stack:
-        log = os.open(
-            options.log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-        )
-        stack.callback(os.close, log)
-        program = Program(path, options.command, options.timeout, log)
+        log = stack.enter_context(_open(options.log or os.devnull))
+        program = Program(path, options.command, options.timeout, log.fileno())
+        program.require()
         if options.as_backend is not None:
             yield from back_judge.run(program, attacks, options.as_backend)
             return
         stack.enter_context(program)
         scene = GuestScene if options.as_guest is not None else VmmScene
         yield from front_judge.run(program, attacks, scene)
+
+
+def _open(path: str) -> Fd:
+    """Open the file for COMMAND's output. StartError if that can't be."""
+    try:
+        return Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        raise StartError(f"--log {path}: {error.strerror}") from None

@@ -93,7 +93,12 @@ def parsers(loaded: Container[str]) -> tuple[Parser, dict[str, Parser]]:
         title="commands", dest="chosen", required=True, metavar="COMMAND"
     )
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            allow_abbrev=False,
+        )
         if name in loaded:
             module = importlib.import_module(f"..{name}", __name__)
             module.add_arguments(command)

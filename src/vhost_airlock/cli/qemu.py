@@ -37,7 +37,10 @@ RUN = (sys.executable, "-P", "-m", "vhost_airlock", "run")
 
 STDERR = 2
 
-OWN = ("name", "stats_path", "exit_with_pipe", "print_capabilities")
+OWN = (
+    *("socket_path", "front_connect", "backend"),
+    *("name", "stats_path", "exit_with_pipe", "print_capabilities"),
+)
 """Options of an airlock that can't be the same for several."""
 
 RIGHTS = ("--socket-mode", "--socket-group")
@@ -96,7 +99,7 @@ def check(words: Sequence[str]) -> None:
     """Raise UsageError unless all airlocks can have these options."""
     parser = Parser(prog="vhost-airlock qemu", allow_abbrev=False)
     airlock.add_arguments(parser)
-    options = parser.parse_args(["--fd=0", "--backend-listen=", *words])
+    options = parser.parse_args(["--fd=0", "--backend-listen=.", *words])
     for name in OWN:
         if getattr(options, name) != parser.get_default(name):
             flag = "--" + name.replace("_", "-")

@@ -38,6 +38,9 @@ BACK = ("backend", "backend_listen", "command")
 """The options for one side, of which one is needed."""
 PATHS = ("socket_path", "front_connect", "backend", "backend_listen", "stats_path")
 """The options that name a socket by its path."""
+FD = number(0, (1 << 31) - 1)
+LONGEST_PATH = 107
+"""Bytes that the path of a socket can have, see unix(7)."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     front.add_argument("--socket-path", metavar="PATH", help="listen here for the VMM")
     front.add_argument(
         "--fd",
-        type=int,
+        type=FD,
         metavar="N",
         help="use this inherited socket, listening or connected",
     )
@@ -83,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--exit-with-pipe",
-        type=int,
+        type=FD,
         metavar="N",
-        help="an inherited pipe: end when no process has its other end open any more",
+        help="end when no process has the other end of this inherited pipe any more",
     )
     parser.add_argument(
         "--once",
@@ -95,8 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--copy",
         choices=sorted(POLICIES),
-        help="how much of a request's writable buffers is copied back to the guest"
-        f" (default: {Config.copy}, or the device type's)",
+        metavar="POLICY",
+        help="how much of a request's writable buffers is copied back to the guest:"
+        f" {', '.join(sorted(POLICIES))} (default: that of the device type, or"
+        f" {Config.copy})",
     )
     parser.add_argument(
         "--device-type",
@@ -146,16 +151,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=Config.timeout,
         metavar="S",
-        help="seconds in which the back-end has to answer, in all, after a message of"
-        " the VMM (default: %(default)s)",
+        help="seconds that the back-end may take to answer a message; also all messages"
+        " to it that one message of the VMM needs (default: %(default)s)",
     )
     parser.add_argument(
         "--drain-timeout",
         type=seconds,
         default=Config.drain_timeout,
         metavar="S",
-        help="seconds to wait, when queues stop, for requests that the back-end still"
-        " works on (default: %(default)s)",
+        help="seconds that requests at the back-end may take to end when queues stop"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
@@ -188,8 +193,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-level",
         choices=LEVELS,
+        metavar="LEVEL",
         default=ProcessConfig.log_level,
-        help="leave out messages below this level (default: %(default)s)",
+        help=f"leave out messages below this level of {', '.join(LEVELS)}"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--sandbox",
@@ -294,20 +301,28 @@ def _need_listening(options: argparse.Namespace) -> None:
 
 
 def _need_paths_of_their_own(options: argparse.Namespace) -> None:
-    """Raise UsageError if two options have the same socket."""
+    """Raise UsageError if two options have the same socket, or one has none."""
     paths: dict[str, str] = {}
     for option in _given(options, PATHS):
         path = getattr(options, option)
         told = f"{_flag(option)} {path}"
+        if not path:
+            raise UsageError(f"{_flag(option)}: no path")
+        if len(os.fsencode(path)) > LONGEST_PATH:
+            raise UsageError(
+                f"{told}: a socket's path has at most {LONGEST_PATH} bytes"
+            )
         other = paths.setdefault(os.path.realpath(path), told)
-        if path and other is not told:
+        if other is not told:
             raise UsageError(f"{other} and {told} are the same socket")
 
 
 def _exactly_one(options: argparse.Namespace, names: Sequence[str]) -> None:
-    if len(_given(options, names)) != 1:
-        flags = ", ".join(map(_flag, names))
-        raise UsageError(f"one of {flags} is needed, and only one")
+    given = _given(options, names)
+    if not given:
+        raise UsageError(f"one of {', '.join(map(_flag, names))} is needed")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(map(_flag, given))} exclude each other")
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> list[str]:

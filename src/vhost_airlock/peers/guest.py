@@ -110,7 +110,7 @@ class BlkGuest:
     def connect(self, path_or_channel: str | Channel) -> None:
         """Connect to a back-end and agree on features."""
         channel = (
-            Channel.connect(path_or_channel)
+            Channel.connect(path_or_channel, peer="back-end")
             if isinstance(path_or_channel, str)
             else path_or_channel
         )

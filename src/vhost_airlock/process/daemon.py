@@ -97,8 +97,6 @@ class Daemon:
             )
             # The broker is closed last: it removes the paths of the other sockets.
             self._open.callback(broker.close)
-            self.connector = make_connector(config, self.stop, broker)
-            self._open.callback(self.connector.close)
             self._fronts = make_fronts(config, self.stop, broker)
             self._open.callback(self._fronts.close)
             if config.stats_path is not None or config.stats_fd is not None:
@@ -107,6 +105,9 @@ class Daemon:
                 )
                 self._stats = Stats(listener, self.describe)
                 self._open.callback(self._stats.close)
+            # The last one, since it may tell that there is no back-end yet.
+            self.connector = make_connector(config, self.stop, broker)
+            self._open.callback(self.connector.close)
             broker.start()
             undo.pop_all()
 

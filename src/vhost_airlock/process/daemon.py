@@ -131,6 +131,8 @@ class Daemon:
                         return 0
             except Stopped:
                 pass
+            if any(event & select.EPOLLHUP for _, event in self.stop.poll(0)):
+                self.log.info("the pipe has no other end any more: ending")
         return 0
 
     def describe(self) -> dict[str, object]:

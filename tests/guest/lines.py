@@ -9,15 +9,14 @@ from typing import Any
 
 
 class Lines:
-    """One end of a pair of sockets; the other is for a character device of QEMU's."""
+    """A connected socket, whose other end is a character device of QEMU's."""
 
-    def __init__(self) -> None:
-        self.ours, self.theirs = socket.socketpair()
+    def __init__(self, ours: socket.socket) -> None:
+        self.ours = ours
         self._received = b""
 
     def close(self) -> None:
         self.ours.close()
-        self.theirs.close()
 
     def send(self, message: object) -> None:
         self.ours.sendall(json.dumps(message).encode() + b"\n")

@@ -2,6 +2,7 @@
 """A virtual machine under QEMU's own emulation, with vhost-user devices."""
 
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar, TypeVarTuple
@@ -21,10 +22,17 @@ PATIENCE = 150.0
 """Seconds that an emulated machine has to answer: others may want the processors."""
 
 
+def initramfs_for(programs: Programs, *devices: Device) -> bytes:
+    """An initramfs with all that a guest with these devices needs."""
+    modules = [name for device in devices for name in device.modules]
+    tools = [name for device in devices for name in device.tools]
+    return initramfs(programs, ["virtio_pci", *modules], tools)
+
+
 class Call(Generic[T]):
     """A function that runs in the guest meanwhile."""
 
-    def __init__(self, guest: "Guest", name: str) -> None:
+    def __init__(self, guest: "Machine", name: str) -> None:
         self.guest = guest
         self.name = name
 
@@ -37,56 +45,14 @@ class Call(Generic[T]):
         return value
 
 
-class Guest(Process):
-    """A machine, running and ready for calls. Its console is the process's output."""
+class Machine(ABC):
+    """Calls to the agent of a running machine."""
 
-    def __init__(
-        self,
-        programs: Programs,
-        folder: Path,
-        *devices: Device,
-        cpus: int = 1,
-        memory: str = "256M",
-        boot_words: str = "",
-    ) -> None:
-        archive = folder / "initramfs"
-        modules = [name for device in devices for name in device.modules]
-        tools = [name for device in devices for name in device.tools]
-        archive.write_bytes(initramfs(programs, ["virtio_pci", *modules], tools))
-        self.agent = Lines()
-        monitor, theirs = socket.socketpair()
-        argv = programs(
-            "qemu-system-x86_64",
-            *("-M", "q35,accel=tcg,memory-backend=ram", "-cpu", "max"),
-            *("-smp", str(cpus), "-m", memory),
-            *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
-            *("-nodefaults", "-display", "none", "-serial", "stdio"),
-            *("-chardev", f"socket,id=agent,fd={self.agent.theirs.fileno()}"),
-            *("-serial", "chardev:agent"),
-            *Qmp.options(theirs.fileno()),
-            *("-kernel", str(kernel(programs)), "-initrd", str(archive)),
-            *("-append", f"console=ttyS0 quiet panic=0 tsc=unstable {boot_words}"),
-            *(word for device in devices for word in device.arguments),
-        )
-        fds = [self.agent.theirs.fileno(), theirs.fileno()]
-        super().__init__(argv, folder / "guest.log", pass_fds=fds)
-        self.agent.theirs.close()
-        theirs.close()
-        self._monitor = monitor
-        try:
-            self.qmp = Qmp(monitor)
-            Call[str](self, "boot").result()
-        except OSError as error:
-            self.kill()
-            raise AssertionError(f"{error}\n{self.describe()}") from None
-        except BaseException:
-            self.kill()
-            raise
+    agent: Lines
 
-    def kill(self) -> None:
-        super().kill()
-        self.agent.close()
-        self._monitor.close()
+    @abstractmethod
+    def describe(self) -> str:
+        """All that helps when a call has failed."""
 
     def hear(self, timeout: float) -> Any:
         """The next answer of the agent."""
@@ -110,6 +76,57 @@ class Guest(Process):
     def sh(self, command: str) -> str:
         """Run a shell command in the guest: its output."""
         return self.call(sh, command)
+
+
+class Guest(Process, Machine):
+    """A machine, running and ready for calls. Its console is the process's output."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        folder: Path,
+        *devices: Device,
+        cpus: int = 1,
+        memory: str = "256M",
+        boot_words: str = "",
+    ) -> None:
+        archive = folder / "initramfs"
+        archive.write_bytes(initramfs_for(programs, *devices))
+        ours, agent = socket.socketpair()
+        self.agent = Lines(ours)
+        monitor, theirs = socket.socketpair()
+        argv = programs(
+            "qemu-system-x86_64",
+            *("-M", "q35,accel=tcg,memory-backend=ram", "-cpu", "max"),
+            *("-smp", str(cpus), "-m", memory),
+            *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
+            *("-nodefaults", "-display", "none", "-serial", "stdio"),
+            *("-chardev", f"socket,id=agent,fd={agent.fileno()}"),
+            *("-serial", "chardev:agent"),
+            *Qmp.options(theirs.fileno()),
+            *("-kernel", str(kernel(programs)), "-initrd", str(archive)),
+            *("-append", f"console=ttyS0 quiet panic=0 tsc=unstable {boot_words}"),
+            *(word for device in devices for word in device.arguments),
+        )
+        fds = [agent.fileno(), theirs.fileno()]
+        super().__init__(argv, folder / "guest.log", pass_fds=fds)
+        agent.close()
+        theirs.close()
+        self._monitor = monitor
+        try:
+            self.qmp = Qmp(monitor)
+            Call[str](self, "boot").result()
+        except OSError as error:
+            self.kill()
+            raise AssertionError(f"{error}\n{self.describe()}") from None
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        super().kill()
+        self.agent.close()
+        self._monitor.close()
 
     def begin_reboot(self) -> Call[str]:
         """Reset the machine; it is ready again when the result is there."""

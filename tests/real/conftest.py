@@ -11,7 +11,7 @@ import pytest
 from tests.real.airlock import airlock
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
-from tests.real.programs import Programs, find, new_folder
+from tests.real.programs import Programs, need, new_folder
 from tests.real.serving import serving
 from tests.real.storage import Disk, StorageDaemon, storage_daemon
 from tests.support.backs import RecordedBack
@@ -25,10 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def programs() -> Programs:
-    found = find()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
+    return need()
 
 
 @pytest.fixture

@@ -83,3 +83,11 @@ def find(name: str = "root", keep: bool = True) -> Programs | str:
     settings = [f"REAL_ROOT={root}", f"REAL_KEEP={'yes' if keep else 'no'}"]
     prefix = ("env", *settings, str(PROJECT / "tools" / "in-real-root"))
     return Programs(prefix, root, "/var/cache/vhost-airlock")
+
+
+def need(name: str = "root", keep: bool = True) -> Programs:
+    """The same. Where there are none, the test is skipped."""
+    found = find(name, keep)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A host with Debian's libvirt, and domains on it.
+
+The host is a Debian of .real with process numbers, a network and changes of its own,
+which end with it. The package is installed there, or run from the tree: then the
+outside's root is in the host's folder in /tmp.
+"""
+
+import contextlib
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from tests.guest.devices import Device
+from tests.guest.initramfs import kernel
+from tests.guest.lines import Lines
+from tests.guest.machine import PATIENCE, Call, Machine, initramfs_for
+from tests.real.processes import Process, listening, run
+from tests.real.programs import PROJECT, Programs
+
+QEMU_GROUP = 64055
+"""Debian's group libvirt-qemu has the same number everywhere."""
+
+DOCUMENT = (PROJECT / "docs" / "libvirt.md").read_text()
+
+UUID = "5bd80d5c-5d2a-4d5b-9a67-2a1f7a9d4c11"
+PORT = "<controller type='pci' model='pcie-root-port'/>"
+
+CONFIG = """stdio_handler = "file"
+"""
+"""Of libvirt, whose virtlogd does not run."""
+
+OUTSIDE = """
+mkdir "$1/outside"
+mount --rbind / "$1/outside"
+shift
+exec "$@"
+"""
+"""The folder is in /tmp, and so in the root too."""
+
+START = """
+mount -t proc proc /proc
+mount -t proc proc "$1/outside/proc"
+cp -R "$1/host/." /
+mkdir /run/vm
+mount --bind "$1/vm" /run/vm
+ip link set lo up
+if [ -e /dev/kvm ]; then
+    install -m 0 /dev/null /run/no-kvm
+    mount --bind /run/no-kvm /dev/kvm
+fi
+echo "127.0.0.1 localhost $(hostname)" > /etc/hosts
+libvirtd &
+wait
+"""
+"""The first process of the host: it has to reap the processes that others leave.
+
+A /dev/kvm that root may use and libvirt-qemu not would make libvirt look at QEMU again
+and again.
+"""
+
+STAND_IN = """#!/bin/sh
+export PYTHONPATH={source} VIRTIOFSD={folder}/host/usr/libexec/real-virtiofsd
+exec chroot {folder}/outside {python} -c 'import sys
+from vhost_airlock.cli.virtiofsd import virtiofsd
+sys.argv[0] = "/usr/bin/vhost-airlock-virtiofsd"
+sys.exit(virtiofsd())' "$@"
+"""
+"""vhost-airlock-virtiofsd, run by the outside's Python from the tree."""
+
+REAL = """#!/bin/sh
+exec nsenter --mount=/proc/self/ns/mnt /usr/libexec/virtiofsd "$@"
+"""
+"""The host's virtiofsd, run from the outside."""
+
+
+def of_the_tree(folder: Path) -> dict[str, str]:
+    """The files of a host in this folder on which the package is not installed."""
+    python = Path(sys.executable).absolute()
+    stand_in = STAND_IN.format(source=PROJECT / "src", folder=folder, python=python)
+    return {
+        "usr/bin/vhost-airlock-virtiofsd": stand_in,
+        "usr/libexec/real-virtiofsd": REAL,
+    }
+
+
+START_GUEST = "virsh define guest.xml; virsh start guest"
+
+
+def example(title: str, language: str = "xml") -> str:
+    """The first example of docs/libvirt.md below a heading."""
+    pattern = rf"^#+ {title}$(?:(?!^#).)*?^```{language}\n(.*?)^```"
+    found = re.search(pattern, DOCUMENT, re.M | re.S)
+    assert found, title
+    return found[1]
+
+
+def children(number: int) -> list[int]:
+    """The numbers of a process's children."""
+    lists = Path(f"/proc/{number}/task").glob("*/children")
+    return [int(child) for each in lists for child in each.read_text().split()]
+
+
+class Host(Process):
+    """libvirtd, ready for virsh. `vm` is its /run/vm, where all may connect."""
+
+    def __init__(
+        self, programs: Programs, folder: Path, files: Mapping[str, str]
+    ) -> None:
+        programs.find("libvirtd")
+        self.programs = programs
+        self.folder = folder
+        self.vm = folder / "vm"
+        self.vm.mkdir()
+        for path in (folder, self.vm):
+            path.chmod(0o755)
+        for name, text in {"etc/libvirt/qemu.conf": CONFIG, **files}.items():
+            path = folder / "host" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        space = ("unshare", "--mount", "--propagation", "private")
+        spaces = (*space, "--pid", "--net", "--fork", "--kill-child")
+        argv = [
+            *(*space, "sh", "-euc", OUTSIDE, "sh", str(folder)),
+            *programs(*spaces, "sh", "-euc", START, "sh", str(folder)),
+        ]
+        super().__init__(argv, folder / "libvirtd.log")
+        try:
+            self.wait_until(self._ready)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _ready(self) -> bool:
+        try:
+            return listening(Path("/run/libvirt/libvirt-sock"), self.first)
+        except (OSError, IndexError):  # there is no first process yet
+            return False
+
+    @property
+    def first(self) -> int:
+        """The number of the host's first process, out here."""
+        return children(self.pid)[0]
+
+    def command(self, *argv: str) -> list[str]:
+        """The command line that runs a program on the host."""
+        spaces = ("--mount", "--pid", "--net")
+        return ["nsenter", f"--target={self.first}", *spaces, "--", *argv]
+
+    def run(self, *argv: str) -> str:
+        """Run a program that has to succeed: its output."""
+        return run(self.command(*argv), self.folder / "command.log")
+
+    def find(self, name: str) -> list[int]:
+        """The numbers, out here, of the host's processes with this name."""
+        found = []
+        left = [self.first]
+        while left:
+            number = left.pop()
+            with contextlib.suppress(OSError):  # it has ended
+                left += children(number)
+                if Path(f"/proc/{number}/comm").read_text().strip() == name:
+                    found.append(number)
+        return found
+
+    def fails(self, *argv: str) -> str:
+        """Run a program that has to fail: its output."""
+        with Process(self.command(*argv), self.folder / "command.log") as process:
+            assert process.wait(60) != 0, process.describe()
+            return process.output()
+
+
+class Domain(Machine):
+    """A domain with our init, running and ready for calls, started by a script.
+
+    The script finds its XML in the folder in which it runs, as guest.xml.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        drivers: Device,
+        devices: str,
+        words: str = "",
+        script: str = START_GUEST,
+    ) -> None:
+        self.host = host
+        self.script = script
+        initrd = host.vm / "initramfs"
+        initrd.write_bytes(initramfs_for(host.programs, drivers))
+        host.vm.joinpath("guest.xml").write_text(f"""<domain type='qemu'>
+  <name>guest</name>
+  <uuid>{UUID}</uuid>
+  <memory unit='MiB'>256</memory>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>{kernel(host.programs)}</kernel>
+    <initrd>/run/vm/initramfs</initrd>
+    <cmdline>console=ttyS0 quiet panic=0 tsc=unstable {words}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <cpu mode='maximum'/>
+  {example("libvirt")}
+  <devices>
+    {devices}
+    <controller type='pci' model='pcie-root'/>
+    {PORT * 8}
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    <serial type='file'><source path='/run/vm/console.log'/></serial>
+    <serial type='unix'><source mode='connect' path='/run/vm/agent.sock'/></serial>
+  </devices>
+</domain>""")
+
+    def __enter__(self) -> Self:
+        path = self.host.vm / "agent.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            path.chmod(0o666)
+            listener.listen()
+            listener.settimeout(PATIENCE)
+            self.host.run("sh", "-euc", f"cd /run/vm\n{self.script}")
+            self.agent = Lines(listener.accept()[0])
+        path.unlink()
+        self.booted()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.agent.close()
+
+    def booted(self) -> None:
+        """Wait until the machine is ready for calls."""
+        Call[str](self, "boot").result()
+
+    def describe(self) -> str:
+        return self.host.describe()

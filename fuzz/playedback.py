@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fuzz.talk import PlayedChannel, memory
@@ -18,6 +18,7 @@ from vhost_airlock.peers.memory import Memory
 from vhost_airlock.peers.vring import Vring
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config as AirlockConfig
+from vhost_airlock.proxy.recovery import ConfigChanged
 from vhost_airlock.vhost.fds import Fd, close_all
 from vhost_airlock.vhost.rules import RULES, Ack
 from vhost_airlock.vhost.wire import (
@@ -48,8 +49,9 @@ PROTOCOL = (
 
 
 class PlayedBack:
-    def __init__(self, protocol: int) -> None:
+    def __init__(self, protocol: int, config: AirlockConfig) -> None:
         self.protocol = protocol
+        self.config = config
         self.seen: list[Seen] = []
         self.memory = Memory()
         self.vrings: defaultdict[int, Vring] = defaultdict(Vring)
@@ -57,9 +59,15 @@ class PlayedBack:
         self._files: list[Fd] = []
         self._old: list[DeviceRing] = []
 
-    def connect(self, config: AirlockConfig, changed: Callable[[], None]) -> Back:
-        channel = PlayedChannel(self.answer, timeout=config.timeout)
-        return Back(channel, config, changed)
+    def connect(self, config_changed: ConfigChanged) -> Back:
+        channel = PlayedChannel(self.answer, timeout=self.config.timeout)
+        return Back(channel, self.config, config_changed)
+
+    def reconnect(self, config_changed: ConfigChanged) -> Back:
+        raise AssertionError("a back that is played is never lost")
+
+    def pause(self, seconds: float) -> None:
+        raise AssertionError("nothing waits for a back that is played")
 
     def answer(
         self, number: int, flags: int, data: bytes, fds: list[Fd]

@@ -77,7 +77,7 @@ def one(data: bytes) -> None:
     fill_memory(source)
     ours, theirs = socket.socketpair()
     with eventfd() as stop, theirs:
-        back = PlayedBack(PROTOCOL if source.flag() else P.MQ | P.CONFIG)
+        back = PlayedBack(PROTOCOL if source.flag() else P.MQ | P.CONFIG, CONFIG)
         sent = 0
         while source.more and sent < 60:
             if source.number(1) >= 0xC0:
@@ -90,9 +90,7 @@ def one(data: bytes) -> None:
             sent += len(steps) or 1
         theirs.shutdown(socket.SHUT_WR)
         front = Channel(ours, stop=stop, peer="VMM", timeout=CONFIG.timeout)
-        session = Session(
-            front, CONFIG, lambda changed: back.connect(CONFIG, changed), stop
-        )
+        session = Session(front, CONFIG, back, stop)
         assert session.run() is None
         answers = replies(theirs)
         # Bytes of lying headers can be requests too, none shorter than a header.

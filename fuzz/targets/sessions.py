@@ -183,7 +183,7 @@ class BusyBack(PlayedBack):
     def __init__(
         self, protocol: int, source: Source, took: Callable[[int], None]
     ) -> None:
-        super().__init__(protocol)
+        super().__init__(protocol, CONFIG)
         self.source = source
         self.took = took
         self.served = 0
@@ -265,12 +265,7 @@ class Play(Session):
         self.busy_back = BusyBack(protocol, source, self.guest.taken)
         ours, self.peer = socket.socketpair()
         channel = Channel(ours, stop=self.stop_event, peer="VMM", timeout=0)
-        super().__init__(
-            channel,
-            CONFIG,
-            lambda changed: self.busy_back.connect(CONFIG, changed),
-            self.stop_event,
-        )
+        super().__init__(channel, CONFIG, self.busy_back, self.stop_event)
         self.acts = 0
 
     def run(self) -> Back | None:

@@ -644,7 +644,7 @@ def test_loss_of_the_back_ends_the_process_if_it_shall(
         Program(
             f"--socket-path={front}",
             f"--backend={where}",
-            "--exit-with-backend",
+            "--on-backend-loss=exit",
             "--no-wait",
             "--timeout=0.5",
         ) as program,
@@ -675,8 +675,7 @@ def test_loss_of_the_back_ends_the_process_if_it_shall(
             assert program.wait() == 1
             *_, last = program.errors().splitlines()
             assert last == (
-                f"{LINE}: error: the back-end is gone: ending, as --exit-with-backend"
-                " says"
+                f"{LINE}: error: the back-end is gone: ending (--on-backend-loss=exit)"
             )
         first.close()
         assert not front.exists()

@@ -5,7 +5,8 @@
  *
  *   randread, randwrite   timed load; prints throughput and latencies
  *   verify                writes, zeroes, reads and flushes at random, knows what each
- *                         sector must hold, and reads everything back at the end
+ *                         sector must hold, and reads everything back at the end;
+ *                         SIGUSR1 ends the random part
  *   hold                  plants `marker` (16 hex digits) in the memory it shares, does
  *                         some I/O elsewhere in it, says "holding", waits for end of input
  *
@@ -373,13 +374,24 @@ static struct request *idle(struct queue *q)
     return NULL;
 }
 
+/* SIGUSR1 ends the random part. */
+static volatile sig_atomic_t enough;
+
+static void on_enough(int number) { (void)number; enough = 1; }
+
 static void verify(struct queue *q)
 {
     uint64_t start = nanoseconds(CLOCK_MONOTONIC);
+    signal(SIGUSR1, on_enough);
     for (enum phase phase = FILL; phase < PHASES; phase++) {
         uint64_t done = 0, goal = q->sectors * (phase == RANDOM ? opt.passes : 1);
         while (done < goal || q->inflight) {
             struct request *r;
+            if (phase == RANDOM && enough) {
+                goal = done;
+                if (!q->inflight)
+                    break;
+            }
             while (done < goal && (r = idle(q)) && choose(q, r, phase, done)) {
                 done += r->count;
                 submit(q, r);

@@ -63,7 +63,7 @@ class Request:
 
 
 class StallingNbd:
-    """A disk of which `content` is what it holds. Serves one client."""
+    """A disk that holds `content`. Serves one client after the other."""
 
     def __init__(self, path: Path, content: bytearray) -> None:
         self.path = path
@@ -118,17 +118,27 @@ class StallingNbd:
             self._stalled = False
             self.let_go(range(len(self._kept))[::-1])
 
+    def go_on_without_client(self) -> None:
+        """End the stall when the client is gone, whose requests are forgotten."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._kept, 30)
+            self._stalled = False
+
     # Replies to the client.
 
     def _serve(self) -> None:
-        try:
-            self._client, _ = self._listener.accept()
-        except OSError:  # it is shut down
-            return
-        with self._client as client, client.makefile("rb") as incoming:
-            client.sendall(GREETING)
-            if self._agree(client, incoming):
-                self._hear(incoming)
+        while True:
+            try:
+                self._client, _ = self._listener.accept()
+            except OSError:  # it is shut down
+                return
+            with self._client as client, client.makefile("rb") as incoming:
+                client.sendall(GREETING)
+                if self._agree(client, incoming):
+                    self._hear(incoming)
+            with self._changed:
+                self._kept.clear()
+                self._changed.notify_all()
 
     def _agree(self, client: socket.socket, incoming: BinaryIO) -> bool:
         """Answer the client's options; return whether it goes on to requests."""

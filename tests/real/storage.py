@@ -22,6 +22,7 @@ class Disk:
     queues: int = 1
     direct: bool = False
     """The file is opened with O_DIRECT, so that alignment matters."""
+    aio: str = "threads"
 
     def blockdev(self) -> str:
         if self.image is None:
@@ -29,7 +30,7 @@ class Disk:
         cache = "on" if self.direct else "off"
         return (
             f"driver=file,node-name=disk,filename={self.image},"
-            f"cache.direct={cache},discard=unmap"
+            f"cache.direct={cache},discard=unmap,aio={self.aio}"
         )
 
 
@@ -61,6 +62,15 @@ class StorageDaemon(Process):
         self._monitor.close()
 
 
+def start_daemon(programs: Programs, disk: Disk, path: Path) -> StorageDaemon:
+    """Start one that serves a new socket at this path."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        log = path.with_suffix(".storage.log")
+        return StorageDaemon(programs, disk, listener.fileno(), log)
+
+
 @contextmanager
 def storage_daemon(
     programs: Programs, disk: Disk, path: Path
@@ -70,12 +80,7 @@ def storage_daemon(
     It gets the listening socket from us, so there is nothing to wait for. At the end it
     must still be alive, and end as told: a front-end that leaves a mess kills it.
     """
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        log = path.with_suffix(".storage.log")
-        daemon = StorageDaemon(programs, disk, listener.fileno(), log)
-    with daemon:
+    with start_daemon(programs, disk, path) as daemon:
         yield daemon, path
         assert not daemon.ended(), daemon.describe()
         assert daemon.stop() == 0, daemon.describe()

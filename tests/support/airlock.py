@@ -13,7 +13,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +21,7 @@ from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
 from vhost_airlock.errors import BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
+from vhost_airlock.proxy.recovery import ConfigChanged
 from vhost_airlock.proxy.session import Session
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import HasFileno, eventfd, notify
@@ -75,6 +76,8 @@ class Airlock:
         self.stop = eventfd()
         self.sessions: list[Session] = []
         self.fronts: list[TimedChannel] = []
+        self.away = False
+        """Whether a back that was lost stays away."""
         self.failures: list[BaseException] = []
         """Exceptions that left a session, which none must."""
         self._threads: list[threading.Thread] = []
@@ -89,7 +92,7 @@ class Airlock:
             timeout=self.config.timeout,
             lost=FrontLost,
         )
-        session = Session(front, self.config, self._connect, self.stop)
+        session = Session(front, self.config, self, self.stop)
         thread = threading.Thread(target=self._run, args=[session], name="session")
         self.sessions.append(session)
         self._threads.append(thread)
@@ -110,7 +113,19 @@ class Airlock:
         except BaseException as error:
             self.failures.append(error)
 
-    def _connect(self, config_changed: Callable[[], None]) -> Back:
+    # The source of backs.
+
+    def reconnect(self, config_changed: ConfigChanged) -> Back:
+        """Another connection, as soon as the test has said that there is a back."""
+        if self.away:
+            raise BackLost("back-end: it is away")
+        self.back.join()
+        return self.connect(config_changed)
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def connect(self, config_changed: ConfigChanged) -> Back:
         ours, theirs = socket.socketpair()
         self.back.start(theirs)
         channel = Channel(

@@ -21,7 +21,7 @@ from vhost_airlock.dataplane.pump import POLICIES
 from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.sockets import Group, Rights
 from vhost_airlock.proxy.config import MIB, Config
-from vhost_airlock.proxy.device_types import TYPES
+from vhost_airlock.proxy.device_types import TYPES, DeviceType
 
 WAYS = ["--socket-path=/front", "--backend=/back"]
 
@@ -64,7 +64,15 @@ def test_defaults_are_those_of_config(configs: list[ProcessConfig]) -> None:
 
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--keep-backend"], {"keep_backend": True}),
-    (["--exit-with-backend"], {"exit_with_backend": True}),
+    (["--on-backend-loss=exit"], {"exit_with_backend": True}),
+    (["--on-backend-loss", "recover"], {"recover": True}),
+    (["--on-backend-loss=close"], {}),
+    (
+        ["--on-backend-loss=recover", "--device-type=scsi"],
+        {"recover": True, "whole_batches": 0},
+    ),
+    (["--recover-for=0.5"], {"recover_time": 0.5}),
+    (["--recover-times=9"], {"recover_times": 9}),
     (["--exit-with-pipe=7"], {"exit_with_pipe": 7}),
     (["--once"], {"once": True}),
     (["--sandbox=off"], {"sandbox": False}),
@@ -92,10 +100,12 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--socket-group=1234567"], {"socket_group": Group("1234567", 1234567)}),
     (["--log-level=debug"], {"log_level": "debug"}),
     (["--name=vm 1: disk"], {"name": "vm 1: disk"}),
-    (["--device-type=net"], {"copy": "used"}),
-    (["--device-type=1"], {"copy": "used"}),
-    (["--device-type=net", "--copy=full"], {"copy": "full"}),
-    (["--device-type=block"], {"copy": "full", "whole_batches": 0}),
+    (["--device-type=net"], {"copy": "used", "recover": True}),
+    (["--device-type=1"], {"copy": "used", "recover": True}),
+    (["--device-type=net", "--copy=full"], {"copy": "full", "recover": True}),
+    (["--device-type=block"], {"whole_batches": 0, "recover": True}),
+    (["--device-type=block", "--on-backend-loss=close"], {"whole_batches": 0}),
+    (["--device-type=fs"], {"whole_batches": 0}),
 ]
 
 
@@ -258,6 +268,16 @@ def test_device_that_can_not_be_isolated_is_refused(
     )
 
 
+@pytest.mark.parametrize("kind", [each for each in TYPES if each.stateful], ids=str)
+def test_device_with_state_can_not_recover(
+    kind: DeviceType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--device-type={kind.name}", "--on-backend-loss=recover"]
+    assert cli.main(["run", *WAYS, *options]) == 2
+    assert f"{kind.name} has {kind.stateful}" in capsys.readouterr().err
+    assert not kind.recovers
+
+
 def test_device_types_have_names_and_numbers_of_their_own() -> None:
     assert len({kind.name for kind in TYPES}) == len(TYPES)
     assert len({kind.number for kind in TYPES}) == len(TYPES)
@@ -315,6 +335,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         # Of the device, what follows from its type, and from the service manager.
         if field.name not in (
             *("command", "device", "whole_batches"),
+            *("recover", "recover_time", "exit_with_backend"),
             *("backend_fd", "stats_fd", "notify_socket"),
         ):
             assert "--" + field.name.replace("_", "-") in text

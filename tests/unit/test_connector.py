@@ -433,8 +433,8 @@ def test_starter_starts_a_program_that_fails_less_and_less_often(
     ends = "import os, sys; end = os.read(int(sys.argv[1]), 1); eval(end)"
     made = make(stack, stop, command=(*PYTHON, ends, "{fd}"))
     assert isinstance(made, Starter)
-    pauses: list[float | None] = []
-    monkeypatch.setattr(made, "_wait", pauses.append)
+    waits: list[float | None] = []
+    monkeypatch.setattr(made, "_wait", waits.append)
 
     def fail(how: bytes) -> None:
         with connect(made) as channel:
@@ -442,15 +442,20 @@ def test_starter_starts_a_program_that_fails_less_and_less_often(
             assert hung_up(channel)
         made.disconnected()
 
-    for _ in range(9):
+    for i in range(9):
         fail(b"x")  # NameError
         assert made.status == 1
-    assert pauses == [min(connector.PAUSE * 2**i, 5.0) for i in range(8)]
+        assert made.pause == min(connector.PAUSE * 2**i, 5.0)
+    with pytest.raises(BackLost, match=r"has failed, and is started again in \d\.\d s"):
+        made.connect(time.monotonic())
+    waits.clear()
     fail(b"0")
     assert made.status == 0
-    pauses.clear()
+    (wait,) = waits
+    assert wait is not None
+    assert 0 < wait < 5.0
     fail(b"x")
-    assert not pauses
+    assert len(waits) == 1
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 10
     assert all(line.endswith("ended: status 1") for line in lines)

@@ -386,7 +386,7 @@ def test_every_counter_is_described():
         guest.connect(airlock.channel())
         guest.start()
         counters = airlock.session.device.counters()
-        counted |= {("pool", name) for name in counters["pool"]}
+        counted |= {(of, name) for of in ("pool", "backend") for name in counters[of]}
     assert told == counted == set(OF_COUNTERS)
 
 

@@ -53,7 +53,7 @@ LAYERS = """
     proxy.device
     proxy.pool_policy
     proxy.ring
-    proxy.drain
+    proxy.drain       proxy.known  proxy.recovery
     proxy.back  proxy.inflight
     proxy.isolated
     proxy.front_memory  proxy.state  proxy.features  proxy.workers  proxy.transfer

@@ -16,10 +16,10 @@ from vhost_airlock.cli.stats_document import Answer, Document, NoStats
 EVERYTHING = replace(
     BEFORE,
     counters={
-        f"{kind} 0" if kind != "pool" else kind: {
+        f"{kind} 0" if kind in ("ring", "worker") else kind: {
             counter: 1 for each, counter in OF_COUNTERS if each == kind
         }
-        for kind in ("ring", "worker", "pool")
+        for kind in ("ring", "worker", "backend", "pool")
     },
 )
 """An airlock with all counters that there are."""

@@ -78,6 +78,11 @@ OF_COUNTERS = {
         "window_seconds",
         "Longest time that the worker polls before its next sleep.",
     ),
+    ("backend", "losses"): (
+        "losses_total",
+        "Times that the back-end was lost, and another one was looked for.",
+    ),
+    ("backend", "away"): ("away_seconds_total", "Time without a back-end."),
     ("pool", "used"): ("used_bytes", "Of the pool, by requests now."),
     ("pool", "high_water"): ("high_water_bytes", "The most that requests ever used."),
     ("pool", "resident"): (

@@ -41,6 +41,7 @@ PATHS = ("socket_path", "front_connect", "backend", "backend_listen", "stats_pat
 FD = number(0, (1 << 31) - 1)
 LONGEST_PATH = 107
 """Bytes that the path of a socket can have, see unix(7)."""
+LOSS = ("recover", "close", "exit")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -80,9 +81,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep the connection to the back-end from one VMM to the next",
     )
     parser.add_argument(
-        "--exit-with-backend",
-        action="store_true",
-        help="end when the back-end goes away, with status 1",
+        "--on-backend-loss",
+        choices=LOSS,
+        help="when the back-end goes away: recover, if another one comes that is the"
+        " same device; close the VMM's connection; or exit, with status 1 (default:"
+        " recover or close, by the device type)",
+    )
+    parser.add_argument(
+        "--recover-for",
+        type=seconds,
+        dest="recover_time",
+        default=Config.recover_time,
+        metavar="S",
+        help="seconds in which another back-end has to come (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recover-times",
+        type=number(1, 1_000_000),
+        default=Config.recover_times,
+        metavar="N",
+        help="the losses within a minute after which no other back-end is looked for"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--exit-with-pipe",
@@ -262,6 +281,16 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     if options.copy is None:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
+    loss = options.on_backend_loss
+    if loss == "recover" and kind is not None and kind.stateful:
+        raise UsageError(
+            f"--on-backend-loss recover: a back-end of type {kind.name} has"
+            f" {kind.stateful}, which another one has not"
+        )
+    if loss is None:
+        loss = "recover" if kind is not None and kind.recovers else "close"
+    options.recover = loss == "recover"
+    options.exit_with_backend = loss == "exit"
     _exactly_one(options, FRONT)
     if vars(options).get("backend_fd") is None:
         _exactly_one(options, BACK)

@@ -126,11 +126,13 @@ class Waiter(Connector):
 
     def connect(self, deadline: float | None) -> Channel:
         if not self._wait(0, self.listener):
-            self.log.warning(
-                "no back-end has connected to %s; a VMM waits for it",
-                self.listener.path,
-            )
-            if not self._wait(_left(deadline), self.listener):
+            left = _left(deadline)
+            if left != 0:
+                self.log.warning(
+                    "no back-end has connected to %s; a VMM waits for it",
+                    self.listener.path,
+                )
+            if not self._wait(left, self.listener):
                 raise DeadlineExceeded(
                     f"back-end: did not connect to {self.listener.path} in time"
                 )
@@ -165,12 +167,22 @@ class Starter(Connector):
         """The exit status of the last program that ended; None: not known."""
         self._connection: Channel | None = None
         self._started = 0.0
-        self._pause = 0.0
-        """Seconds to wait before the next start."""
+        self.pause = 0.0
+        """Seconds from the last failure to the next start."""
+        self._not_before = 0.0
+        """The time of the next start, of time.monotonic()."""
 
     def connect(self, deadline: float | None) -> Channel:
-        if self._pause:
-            self._wait(self._pause)
+        left = _left(deadline)
+        pause = self._not_before - time.monotonic()
+        if left is not None and pause > left:
+            self._wait(left)
+            raise BackLost(
+                f"back-end: {self.config.command[0]} has failed,"
+                f" and is started again in {pause - left:.1f} s"
+            )
+        if pause > 0:
+            self._wait(pause)
         self._started = time.monotonic()
         sock, text = self.broker.connect_back()
         if sock is None:
@@ -201,7 +213,7 @@ class Starter(Connector):
         lived = time.monotonic() - self._started
         silent = self._connection is not None and self._connection.silent
         if not silent and self.status in (None, 0, -signal.SIGTERM):
-            self._pause = 0.0
+            self.pause = self._not_before = 0.0
             return
         self.log.warning(
             "back-end: %s (process %d) ended: %s%s",
@@ -213,7 +225,7 @@ class Starter(Connector):
         if lived < SHORT_LIFE:
             self._lengthen_pause()
         else:
-            self._pause = 0.0
+            self.pause = self._not_before = 0.0
 
     def _hint(self) -> str:
         """Return the likeliest reason why a program has sent no message at all."""
@@ -223,7 +235,8 @@ class Starter(Connector):
         return f", and sent no message: does it take {lacks} in place of {has}?"
 
     def _lengthen_pause(self) -> None:
-        self._pause = min(LONGEST_PAUSE, max(PAUSE, 2 * self._pause))
+        self.pause = min(LONGEST_PAUSE, max(PAUSE, 2 * self.pause))
+        self._not_before = time.monotonic() + self.pause
 
 
 def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Connector:

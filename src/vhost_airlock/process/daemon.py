@@ -17,11 +17,11 @@ import logging
 import select
 import signal
 import time
-from collections.abc import Callable
 from types import FrameType
 
-from ..errors import AirlockError, FrontLost, SessionError, Stopped
+from ..errors import AirlockError, BackLost, FrontLost, SessionError, Stopped
 from ..proxy.back import Back
+from ..proxy.recovery import ConfigChanged
 from ..proxy.session import Session
 from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
@@ -48,6 +48,8 @@ REACHING = "STATUS=a VMM waits for the back-end"
 SERVING = "STATUS=a VMM is connected"
 DRAINING = "STATUS=ending"
 """News for the service manager."""
+FIRST_ANSWER = 1.0
+"""Seconds that a back has for its first answer when it takes the place of another."""
 
 WANT = (OSError, MemoryError)
 """Raised for want of descriptors or memory."""
@@ -124,7 +126,7 @@ class Daemon:
                 while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
                         self.log.error(
-                            "the back-end is gone: ending, as --exit-with-backend says"
+                            "the back-end is gone: ending (--on-backend-loss=exit)"
                         )
                         return 1
                     if self._sessions and self.config.once:
@@ -174,7 +176,7 @@ class Daemon:
                     reason_of(error),
                 )
             self._wanting = True
-            self._pause()
+            self.pause(PAUSE)
             return False
         self._wanting = False
         peer = peer_of(sock)
@@ -196,7 +198,7 @@ class Daemon:
             session = Session(
                 front,
                 self.config.device,
-                self._connect,
+                self,
                 self.stop,
                 keep_backend=self.config.keep_backend,
                 others=self._fronts.others,
@@ -240,13 +242,34 @@ class Daemon:
         self._awaited = False
         return True
 
-    def _connect(self, config_changed: Callable[[], None]) -> Back:
-        """Return the back of the session, which needs it now, if its user will do.
+    # The daemon is the source of a session's backs.
+
+    def connect(self, config_changed: ConfigChanged) -> Back:
+        """Return the back of the session, which needs it now."""
+        return self._checked(self._first_back(config_changed))
+
+    def reconnect(self, config_changed: ConfigChanged) -> Back:
+        """Return another back for the session, if there is one at once.
+
+        Its first answer is waited for: a back-end that lives on after it has hung up
+        gives it when it is done with the requests that it had.
+        """
+        self.connector.disconnected()
+        return self._checked(self._back(None, config_changed, 0.0, FIRST_ANSWER))
+
+    def pause(self, seconds: float) -> None:
+        """Wait for a moment. Raises Stopped."""
+        poll = select.poll()
+        poll.register(self.stop.fileno(), select.POLLIN)
+        if poll.poll(seconds * 1000):
+            raise Stopped("stopped while it waited")
+
+    def _checked(self, back: Back) -> Back:
+        """Return the back, if its user will do.
 
         A program has made itself at home, and changed its user if it does that, when it
         has answered its first message.
         """
-        back = self._take_back(config_changed)
         try:
             self._users.check(self.connector.users(), self._front_user)
         except BaseException:
@@ -254,20 +277,37 @@ class Daemon:
             raise
         return back
 
-    def _take_back(self, config_changed: Callable[[], None]) -> Back:
+    def _first_back(self, config_changed: ConfigChanged) -> Back:
         """Return the back that is there, or a new one."""
         kept, self._kept = self._kept, None
         if kept is not None:
             kept.config_changed = config_changed
             return kept
         channel, self._reached = self._reached, None
-        if channel is None:
-            deadline = time.monotonic() + self.config.device.timeout
-            channel = self.connector.connect(deadline)
+        timeout = self.config.device.timeout
+        return self._back(channel, config_changed, timeout, timeout)
+
+    def _back(
+        self,
+        channel: Channel | None,
+        config_changed: ConfigChanged,
+        patience: float,
+        answer: float,
+    ) -> Back:
+        """Return a back, which has `patience` seconds to come if there is no channel to
+        it, and as many as `answer` for its first answer. BackLost if there is none.
+        """
+        now = time.monotonic()
         try:
-            return Back(channel, self.config.device, config_changed)
-        except BaseException:
-            channel.close()
+            if channel is None:
+                channel = self.connector.connect(now + patience)
+            until = time.monotonic() + answer
+            return Back(channel, self.config.device, config_changed, until)
+        except BaseException as error:
+            if channel is not None:
+                channel.close()
+            if isinstance(error, SessionError):
+                raise BackLost(str(error)) from None
             raise
 
     def _refresh(self, back: Back) -> None:
@@ -299,13 +339,6 @@ class Daemon:
         if held is not None:
             held.close()
             self.connector.disconnected()
-
-    def _pause(self) -> None:
-        """Wait for a moment. Raises Stopped."""
-        poll = select.poll()
-        poll.register(self.stop.fileno(), select.POLLIN)
-        if poll.poll(PAUSE * 1000):
-            raise Stopped("stopped while there was no room")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: the airlock ends", signal.Signals(number).name)

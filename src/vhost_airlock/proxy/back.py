@@ -74,9 +74,15 @@ class Back:
     """
 
     def __init__(
-        self, channel: Channel, config: Config, config_changed: Callable[[], None]
+        self,
+        channel: Channel,
+        config: Config,
+        config_changed: Callable[[], None],
+        until: float | None = None,
     ) -> None:
+        """`until`: the time when its first answers have to be there."""
         self.peer = Frontend(channel, timeout=config.timeout)
+        self.peer.until = until
         self.config = config
         self.log = config.log
         self.config_changed = config_changed
@@ -99,6 +105,7 @@ class Back:
         self.offered_protocol = ProtocolFeature(0)
         if self.offered & Feature.PROTOCOL_FEATURES:
             self.offered_protocol = self.peer.get_protocol_features()
+        self.peer.until = None
 
     @property
     def settled(self) -> bool:

@@ -39,6 +39,12 @@ class Config:
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0
     """Seconds to wait, when rings stop, for requests that the back still works on."""
+    recover: bool = False
+    """The session goes on when the back is lost, if another one comes."""
+    recover_time: float = 30.0
+    """Seconds that another back may take to come."""
+    recover_times: int = 5
+    """The losses of a back within a minute after which no other one is looked for."""
 
     @property
     def log(self) -> logging.Logger:

@@ -5,6 +5,9 @@ Handlers call this; it carries out each message, on both sides. It keeps the val
 the front tells until the back needs to know them: protocol features and owner when the
 first message goes to the back, everything about a ring when the ring starts. After each
 message it starts the rings for which the front has told all that a start takes.
+
+So when a back is lost, another one can take its place: rings stop without it, and start
+again when there is one that is the device that the front knows.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from ..errors import DeadlineExceeded, RequestRefused
+from ..errors import BackLost, DeadlineExceeded, RequestRefused
+from ..vhost import wire
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.frontend import Frontend
 from ..vhost.wire import (
+    U64,
     DeviceState,
     Feature,
     Inflight,
     MemoryRegion,
     ProtocolFeature,
+    Request,
     VringAddr,
 )
 from .back import Back
@@ -31,29 +38,27 @@ from .config import Config
 from .features import (
     front_accepts,
     front_accepts_protocol,
-    front_offer,
-    front_protocol_offer,
     names,
     require_modern,
 )
 from .front_memory import FrontMemory
 from .front_requests import FrontRequests
 from .inflight import InflightRecord
+from .known import Known
 from .pool_policy import PoolPolicy
 from .ration import LINES, Ration
+from .recovery import Backs, Recovery
 from .ring import Ring
 from .transfer import StateTransfer
 from .workers import Workers
 
+Result = TypeVar("Result")
+
 
 class Device:
-    """All that a session has beside the front's socket. `connect` makes the back."""
+    """All that a session has beside the front's socket. `backs` makes them."""
 
-    def __init__(
-        self,
-        config: Config,
-        connect: Callable[[Callable[[], None]], Back],
-    ) -> None:
+    def __init__(self, config: Config, backs: Backs) -> None:
         self.config = config
         self.log = config.log
         self.memory = FrontMemory()
@@ -78,8 +83,10 @@ class Device:
             self._events.close()
             raise
         self.front_requests = FrontRequests(config.log)
-        self._connect = connect
+        self._backs = backs
         self._back: Back | None = None
+        self._known: Known | None = None
+        self._recovery = Recovery(config)
         self._transfer = StateTransfer()
         self._pool = PoolPolicy(self.workers)
         self._until: float | None = None
@@ -88,16 +95,38 @@ class Device:
 
     @property
     def back(self) -> Back:
-        """The back, connected when it is first needed."""
-        if self._back is None:
-            self._back = self._connect(self._on_config_change)
+        """The back, connected when it is first needed.
+
+        After a loss it is awaited; RequestRefused if none comes until the message at
+        hand has to be answered.
+        """
+        if self._back is None and not self.away:
+            self._back = self._backs.connect(self._on_config_change)
             self._back.peer.until = self._until
+        while self._back is None:
+            left = (self._until or 0.0) - time.monotonic()
+            if left <= 0:
+                raise RequestRefused("the back-end is away")
+            self._backs.pause(min(left, self._recovery.wait()))
+            self._look_for_back()
         return self._back
 
     @property
     def connected(self) -> Back | None:
         """The back, if there is one yet."""
         return self._back
+
+    @property
+    def away(self) -> bool:
+        """Is the back lost, and another one looked for?"""
+        return self._recovery.active
+
+    @property
+    def known(self) -> Known:
+        """The back's answers that the front got, and the values that it has set."""
+        if self._known is None:
+            self._known = Known(self.back)
+        return self._known
 
     @property
     def informed(self) -> Back:
@@ -128,7 +157,7 @@ class Device:
         self._set_until(time.monotonic() + self.config.timeout)
         try:
             yield
-            self.start_rings()
+            self.outlive(self.start_rings)
         finally:
             self._set_until(None)
             self._drains_until = None
@@ -149,10 +178,61 @@ class Device:
         if self._back is not None:
             self._back.peer.until = until
 
+    # The loss of a back.
+
+    def outlive(self, act: Callable[[], Result]) -> Result:
+        """Do something, and do it again if the back is lost over it.
+
+        BackLost, or another SessionError, if no other back is looked for.
+        """
+        while True:
+            try:
+                return act()
+            except BackLost as lost:
+                self._lose_back(lost)
+
+    def _lose_back(self, lost: BackLost) -> None:
+        """Go on without a back: rings stop, with the chains that it has completed."""
+        self._recovery.begin(lost)
+        back, self._back = self._back, None
+        for ring in self.rings.values():
+            ring.lose_back()
+        self._transfer.close()
+        self._pool = PoolPolicy(self.workers)
+        if back is not None:
+            back.close()
+
+    def _look_for_back(self) -> None:
+        """Look for another back, if that is due, and put it in the place of the last.
+
+        SessionError if that can't be, or if none comes.
+        """
+        back = self._recovery.attempt(
+            lambda: self._backs.reconnect(self._on_config_change)
+        )
+        if back is None:
+            return
+        self._back = back
+        outer = self._until
+        self._set_until(time.monotonic() + self.config.timeout)
+        try:
+            back.settle(self.protocol_features)
+            self.known.require(back)
+            self.known.tell(self.informed.peer)
+            seconds = self._recovery.end()
+            self.start_rings()
+            self.known.tell_ready(back.peer)
+        except BackLost as another:
+            self._lose_back(another)
+        else:
+            self.log.warning("back-end: it is back, after %.1f s", seconds)
+        finally:
+            self._set_until(outer)
+
     # Features.
 
     def offer(self) -> int:
-        return front_offer(self.back.offered)
+        return self.known.offer
 
     def accept(self, features: int) -> None:
         """The front accepts features; it may repeat itself while rings run."""
@@ -171,11 +251,12 @@ class Device:
         )
 
     def offer_protocol(self) -> ProtocolFeature:
-        return front_protocol_offer(self.back.offered_protocol)
+        return self.known.protocol_offer
 
     def accept_protocol(self, features: int) -> None:
         accepted = front_accepts_protocol(self.offer_protocol(), features)
-        if self.back.settled and not self.back.has_features(accepted):
+        back = self._back
+        if back is not None and back.settled and not back.has_features(accepted):
             raise RequestRefused("SET_PROTOCOL_FEATURES: others are in use already")
         self.protocol_features = accepted
 
@@ -185,16 +266,52 @@ class Device:
         It stays here if the front has not accepted STATUS: it is about the connection
         before, of which this back knows nothing.
         """
-        if ProtocolFeature.STATUS in self.protocol_features:
-            self.peer.set_status(status)
-        else:
+        if ProtocolFeature.STATUS not in self.protocol_features:
             self._early_status = status
+            return
+        if not self.away:
+            self.peer.set_status(status)
+        if not status:
+            self.known.was_reset()
+        self.known.status = status
 
     def get_status(self) -> int:
         """Return the status that the back has, or the one that stayed here."""
-        if ProtocolFeature.STATUS in self.protocol_features:
-            return self.peer.get_status()
-        return self._early_status
+        if ProtocolFeature.STATUS not in self.protocol_features:
+            return self._early_status
+        if not self.away:
+            self.known.status = self.peer.get_status()
+        return self.known.status
+
+    # Messages that are passed on.
+
+    def get_queue_num(self) -> int:
+        known = self.known
+        if known.queue_num is None or not self.away:
+            known.queue_num = self.peer.get_queue_num()
+        return known.queue_num
+
+    def get_config(self, asked: wire.Config) -> bytes:
+        """Return a piece of the configuration space."""
+        known = self.known.config(asked.offset, asked.size)
+        if known is not None and self.away:
+            return known
+        data = self.peer.get_config(asked.offset, asked.size, asked.flags)
+        self.known.read_config(asked.offset, data)
+        return data
+
+    def set_config(self, config: wire.Config) -> None:
+        self.peer.set_config(config.offset, config.data, config.flags)
+        self.known.wrote_config(config.offset, config.data)
+
+    def set_mtu(self, mtu: int) -> None:
+        if not self.away:
+            self.peer.net_set_mtu(mtu)
+        self.known.mtu = mtu
+
+    def send_rarp(self, mac: U64) -> None:
+        if not self.away:
+            self.peer.exchange(Request.SEND_RARP, mac)
 
     def _is_modern(self) -> bool:
         try:
@@ -244,6 +361,8 @@ class Device:
 
     def start_rings(self) -> None:
         """Start every ring for which the front has told all that a start takes."""
+        if self.away:
+            return
         for ring in self.rings.values():
             ring.start_if_ready()
 
@@ -262,7 +381,9 @@ class Device:
         for ring in self.rings.values():
             ring.enable(False)
         self.record.erase()
-        self.informed.reset_device()
+        if not self.away:
+            self.informed.reset_device()
+        self.known.was_reset()
 
     def use_record(self, told: Inflight, fd: Fd) -> None:
         """Record the requests in flight there, and take up those that are recorded."""
@@ -276,12 +397,13 @@ class Device:
 
     # The device's internal state.
 
-    def transfer_state(self, state: DeviceState, front: Fd) -> None:
+    def transfer_state(self, state: DeviceState, fds: list[Fd]) -> None:
         """Begin to carry the state between the front's pipe and one of ours."""
         if any(ring.attached for ring in self.rings.values()):
-            front.close()
             raise RequestRefused("SET_DEVICE_STATE_FD: rings are started")
-        self._transfer.begin(state, front, self.peer)
+        if self.away:
+            raise RequestRefused("SET_DEVICE_STATE_FD: the back-end is away")
+        self._transfer.begin(state, fds.pop(), self.peer)
 
     def check_state(self) -> None:
         """Wait for the end of the transfer, and let the back say if all of it came."""
@@ -289,8 +411,20 @@ class Device:
 
     # Between messages.
 
-    def look(self) -> None:
-        """See to the signals of the workers, and to all that is due by now."""
+    def look(self, ready: set[int]) -> None:
+        """See to messages of the back that have come on these descriptors, to the
+        signals of the workers, and to all that is due by now.
+        """
+        try:
+            self._look(ready)
+        except BackLost as lost:
+            self._lose_back(lost)
+
+    def _look(self, ready: set[int]) -> None:
+        if self._back is not None:
+            self._back.look(ready)
+        if self.away:
+            self._look_for_back()
         drain(self.events)
         for ring in self.rings.values():
             ring.check()
@@ -305,6 +439,8 @@ class Device:
         if self._back is not None and self._back.settled:
             waits = (self._back.next_look(), self._pool.next_look(self._back))
             found += [wait for wait in waits if wait is not None]
+        if self.away:
+            found.append(self._recovery.wait())
         return min(found) * 1000 if found else None
 
     def counters(self) -> dict[str, dict[str, int]]:
@@ -318,6 +454,7 @@ class Device:
             if ring.pump is not None
         }
         found |= self.workers.counters()
+        found["backend"] = self._recovery.counters()
         back = self._back
         if back is not None and back.settled:
             memory = back.memory
@@ -377,6 +514,7 @@ class Device:
         return None
 
     def _on_config_change(self) -> None:
+        self.known.config_changed()
         self.front_requests.config_changed(self.protocol_features)
 
 

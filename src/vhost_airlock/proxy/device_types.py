@@ -26,6 +26,10 @@ class DeviceType:
     """Feature bits with which a request may be in several chains."""
     refused: str = ""
     """Why it can't be isolated; empty: it can."""
+    recovers: bool = False
+    """Another back-end takes the place of one that is gone, unless the user says no."""
+    stateful: str = ""
+    """The state by which no other back-end can do so; empty: one can."""
 
     def require_isolation(self) -> None:
         """Raise StartError if it can't be isolated."""
@@ -33,30 +37,34 @@ class DeviceType:
             raise StartError(f"a {self.name} device can't be isolated: {self.refused}")
 
 
+FILES = "open files and locks"
+LINES = "the state of hardware, on which a request that is done twice has an effect"
+
 TYPES = (
     # A posted receive buffer is far larger than most packets, and back-ends say exactly
     # how much they have written.
-    DeviceType(1, "net", copy="used", whole_batches=MRG_RXBUF),
-    DeviceType(2, "block"),
+    DeviceType(1, "net", copy="used", whole_batches=MRG_RXBUF, recovers=True),
+    # A request that is not done may be done twice, and blocks come out the same.
+    DeviceType(2, "block", recovers=True),
     DeviceType(3, "console"),
-    DeviceType(4, "rng"),
+    DeviceType(4, "rng", recovers=True),
     DeviceType(5, "balloon", refused="its requests are lists of guest pages"),
     DeviceType(8, "scsi"),
-    DeviceType(9, "9p"),
+    DeviceType(9, "9p", stateful=FILES),
     DeviceType(16, "gpu", refused="its requests carry guest addresses"),
     DeviceType(18, "input"),
-    DeviceType(19, "vsock"),
-    DeviceType(20, "crypto"),
+    DeviceType(19, "vsock", recovers=True),
+    DeviceType(20, "crypto", stateful="sessions with keys"),
     DeviceType(23, "iommu", refused="its requests are mappings of guest addresses"),
     DeviceType(24, "mem", refused="its requests are blocks of guest memory"),
-    DeviceType(25, "sound"),
-    DeviceType(26, "fs"),
+    DeviceType(25, "sound", stateful="streams"),
+    DeviceType(26, "fs", stateful=FILES),
     DeviceType(27, "pmem", refused="it is guest memory itself"),
-    DeviceType(32, "scmi"),
-    DeviceType(34, "i2c"),
+    DeviceType(32, "scmi", stateful=LINES),
+    DeviceType(34, "i2c", stateful=LINES),
     DeviceType(36, "can"),
-    DeviceType(41, "gpio"),
-    DeviceType(45, "spi"),
+    DeviceType(41, "gpio", stateful=LINES),
+    DeviceType(45, "spi", stateful=LINES),
     DeviceType(48, "media", refused="its requests can carry lists of guest pages"),
 )
 

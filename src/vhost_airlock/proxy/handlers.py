@@ -122,24 +122,24 @@ def reset_device(device: Device, _: Empty, fds: Fds) -> None:
 
 
 def get_queue_num(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.peer.get_queue_num())
+    return U64(device.get_queue_num())
 
 
 def get_config(device: Device, asked: Config, fds: Fds) -> Result:
-    data = device.peer.get_config(asked.offset, asked.size, asked.flags)
+    data = device.get_config(asked)
     return Config(asked.offset, asked.size, asked.flags, data)
 
 
 def set_config(device: Device, config: Config, fds: Fds) -> None:
-    device.peer.set_config(config.offset, config.data, config.flags)
+    device.set_config(config)
 
 
 def send_rarp(device: Device, mac: U64, fds: Fds) -> None:
-    device.peer.exchange(Request.SEND_RARP, mac)
+    device.send_rarp(mac)
 
 
 def net_set_mtu(device: Device, mtu: U64, fds: Fds) -> None:
-    device.peer.net_set_mtu(mtu.value)
+    device.set_mtu(mtu.value)
 
 
 def create_crypto_session(device: Device, session: CryptoSession, fds: Fds) -> Result:
@@ -168,7 +168,7 @@ def set_inflight_fd(device: Device, told: Inflight, fds: Fds) -> None:
 
 
 def set_device_state_fd(device: Device, state: DeviceState, fds: Fds) -> Result:
-    device.transfer_state(state, fds.pop())
+    device.transfer_state(state, fds)
     return U64(VringFd.NOFD)  # the front's own descriptor is the one to use
 
 
@@ -237,7 +237,7 @@ def bind(device: Device) -> dict[Request, Handler]:
     def of(handler: DeviceHandler) -> Handler:
         def bound(payload: Any, fds: Fds) -> Result:
             with device.message():
-                return handler(device, payload, fds)
+                return device.outlive(lambda: handler(device, payload, fds))
 
         return bound
 

@@ -21,7 +21,7 @@ from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature, VringAddr
 from .back import Back, ShadowRing
 from .config import Config
-from .drain import await_done, await_fetched
+from .drain import await_done, await_fetched, collect
 from .features import require_modern
 from .front_memory import FrontMemory
 from .inflight import InflightRecord
@@ -98,6 +98,8 @@ class Ring:
         """When the log is told that it waits, in time.monotonic()."""
         self._guesses_base = False
         """It was started without a base that the front had told."""
+        self._moves = False
+        """The isolated memory that the pump has had is gone with its back."""
 
     @property
     def index(self) -> int:
@@ -261,6 +263,20 @@ class Ring:
         """Let go of the ring without the back, which is gone."""
         self._happen(Event.LOST)
 
+    def lose_back(self) -> None:
+        """The back is gone with its isolated memory, and there may be another one.
+
+        Chains that it has completed are done. A started ring starts again when there
+        is a back, and goes on with the others; one that is dead the front has to start.
+        """
+        if self.state is State.DEAD:
+            self.vring.started = False
+        self.abandon()
+        if self.pump is not None:
+            with self.worker.pause():
+                self.pump.lose_back()
+            self._moves = True
+
     # All else.
 
     def locate(self) -> list[tuple[int, int]] | None:
@@ -371,6 +387,10 @@ class Ring:
             pool, policy = back.memory.pool, owner.config.copy
             self.pump = Pump(self.index, owner.memory.guest, pool, policy)
         pump = self.pump
+        if self._moves:
+            size = slot_bytes(pump.slots)
+            pump.move_in(back.memory.pool, *back.memory.slot_memory(self.index, size))
+            self._moves = False
         if pump.slots < vring.num:
             size = slot_bytes(vring.num - pump.slots)
             pump.add_slots(vring.num, *back.memory.slot_memory(self.index, size))
@@ -439,25 +459,10 @@ class Ring:
             if pump.owes(base) > 0:
                 owner.back.set_call(self.index, self.call)
             await_done(pump, owner.back, self.worker, base, owner.drain_deadline())
-        self._let_go(base)
-
-    def _abandon(self) -> None:
-        if self.pump is not None and self.pump.attached:
-            self._let_go(None)
-
-    def _refuse(self) -> None:
-        raise RequestRefused(f"ring {self.index} is started and enabled")
-
-    def _let_go(self, base: int | None) -> None:
-        """Leave both rings. `base` is where the back has stopped; None: not known."""
-        assert self.pump is not None
-        with self.worker.pause():
-            self.vring.base, unfinished, again = self.pump.detach(base)
-        self.worker.unwatch(self.call.fileno())
-        self._tell("ring %d stopped: base %d", self.index, self.vring.base)
+        unfinished, again = self._let_go(base)
         if unfinished:
             more = ""
-            if self.pump.recorded:
+            if pump.recorded:
                 more = ", which stay in the VMM's record"
             elif not again:
                 more = ", and later ones done: they end only if this ring goes on"
@@ -467,6 +472,31 @@ class Ring:
                 unfinished,
                 more,
             )
+
+    def _abandon(self) -> None:
+        pump = self.pump
+        if pump is None or not pump.attached:
+            return
+        with self.worker.pause():
+            pump.set_taking(False)
+            collect(pump)
+        self._let_go(None)
+
+    def _refuse(self) -> None:
+        raise RequestRefused(f"ring {self.index} is started and enabled")
+
+    def _let_go(self, base: int | None) -> tuple[int, bool]:
+        """Leave both rings. `base` is where the back has stopped; None: not known.
+
+        Returns (how many chains are unfinished, whether the guest offers all of them
+        again).
+        """
+        assert self.pump is not None
+        with self.worker.pause():
+            self.vring.base, unfinished, again = self.pump.detach(base)
+        self.worker.unwatch(self.call.fileno())
+        self._tell("ring %d stopped: base %d", self.index, self.vring.base)
+        return unfinished, again
 
     def _tell(self, text: str, *arguments: object) -> None:
         """Say in the log that it has started or stopped."""

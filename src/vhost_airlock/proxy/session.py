@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import select
 import time
-from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import AirlockError, FrontLost, SessionError, Stopped
+from ..errors import AirlockError, BackLost, FrontLost, Stopped
 from ..vhost.backend import Backend
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
@@ -25,9 +24,7 @@ from .back import Back
 from .config import Config
 from .device import Device
 from .handlers import bind
-
-Connect = Callable[[Callable[[], None]], Back]
-"""Makes the back; its argument is called when the configuration space has changed."""
+from .recovery import Backs
 
 
 class Others(HasFileno, Protocol):
@@ -44,7 +41,7 @@ class Session:
         self,
         front: Channel,
         config: Config,
-        connect: Connect,
+        backs: Backs,
         stop: HasFileno,
         *,
         keep_backend: bool = False,
@@ -53,7 +50,7 @@ class Session:
         self.front = front
         self.config = config
         self.log = config.log
-        self.connect = connect
+        self.backs = backs
         self.stop = stop
         self.keep_backend = keep_backend
         """Whether the back is left to the next session when the front leaves."""
@@ -75,7 +72,7 @@ class Session:
     def run(self) -> Back | None:
         """Serve. Returns the back, if it is to be kept and in a state to be."""
         try:
-            self._device = Device(self.config, self._connect)
+            self._device = Device(self.config, self.backs)
             self._serve(self._device)
         except Stopped:
             self.stopped = True
@@ -85,6 +82,7 @@ class Session:
             self._reason = str(error)
         except AirlockError as error:
             self._reason = str(error)
+            self.back_lost = isinstance(error, BackLost)
             self.log.error("%s", error)
             self.log.debug("where the session ended", exc_info=True)
         except (OSError, MemoryError, RuntimeError) as error:
@@ -122,10 +120,7 @@ class Session:
                 raise Stopped("stopped")
             if self.front.fileno() in ready:
                 backend.handle_one()
-            back = device.connected
-            if back is not None:
-                back.look(ready)
-            device.look()
+            device.look(ready)
             if self.others is not None and self.others.fileno() in ready:
                 self.others.tell()
                 self.others = None
@@ -145,13 +140,6 @@ class Session:
                 poll.register(fd, select.POLLIN)
         return {fd for fd, _ in poll.poll(device.next_look())}
 
-    def _connect(self, config_changed: Callable[[], None]) -> Back:
-        try:
-            return self.connect(config_changed)
-        except SessionError:
-            self.back_lost = True
-            raise
-
     def _end(self) -> Back | None:
         """Stop the rings, if the back is still there, and let go of everything.
 
@@ -160,6 +148,7 @@ class Session:
         device = self._device
         kept = None
         if device is not None:
+            self.back_lost = self.back_lost or device.away
             self._stop_rings(device)
             self._tell_end(device.counters())
             keep = self.keep_backend and self.front_lost and not self.back_lost

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A back-end is gone, another one comes, and the VMM keeps its connection."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.airlock import Airlock
+from tests.support.backs import ScriptedBack, wait_until
+from tests.support.sessions import await_reaped, errors, serve, small_guest
+from vhost_airlock.errors import Disconnected
+from vhost_airlock.peers import Chain
+from vhost_airlock.peers.disk import BlkStatus, BlkType
+from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.peers.guest_queue import Io
+from vhost_airlock.proxy import recovery
+from vhost_airlock.proxy.state import State
+from vhost_airlock.vhost.backend import Result
+from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.wire import Config, Payload, ProtocolFeature, Request
+
+R = Request
+P = ProtocolFeature
+TIMEOUT = 1.0
+PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.STATUS | P.CONFIGURE_MEM_SLOTS
+
+
+@contextlib.contextmanager
+def connected(
+    back: ScriptedBack, **options: object
+) -> Iterator[tuple[Airlock, BlkGuest]]:
+    """A guest whose rings run, by an airlock that looks for another back."""
+    options = {"recover": True, "timeout": TIMEOUT} | options
+    with Airlock(back, **options) as airlock, small_guest(also=[P.STATUS]) as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        serve(back, guest)
+        yield airlock, guest
+        guest.disconnect()
+        airlock.join()
+
+
+def lose(airlock: Airlock, back: ScriptedBack, *, away: bool = False) -> None:
+    """The back is gone; until `airlock.away` is False again if `away`."""
+    before = back.connections
+    airlock.away = away
+    hang_up(back)
+    if away:
+        wait_until(lambda: airlock.session.device.away, "the loss is noticed")
+    else:
+        wait_until(lambda: back.connections > before, "it is connected again")
+        wait_until(lambda: all_run(airlock), "all rings run again")
+
+
+def hang_up(back: ScriptedBack) -> None:
+    assert back.channel is not None
+    with socket.socket(fileno=os.dup(back.channel.fileno())) as its:
+        its.shutdown(socket.SHUT_RDWR)
+
+
+def all_run(airlock: Airlock) -> bool:
+    rings = airlock.session.device.rings.values()
+    return all(ring.state is State.RUNNING for ring in rings)
+
+
+def offer(guest: BlkGuest, count: int, index: int = 0) -> list[Io]:
+    """The guest offers reads of a sector each."""
+    queue = guest.queues[index]
+    made = [
+        queue.submit(BlkType.IN, sector, [(guest.ram.alloc(512), 512)])
+        for sector in range(count)
+    ]
+    queue.kick()
+    return made
+
+
+def sector(back: ScriptedBack, chain: Chain) -> int:
+    return int.from_bytes(back.read(chain)[8:16], "little")
+
+
+def test_the_next_back_gets_the_chains_that_are_not_done() -> None:
+    """The second of three was done: the first one comes from the airlock's record."""
+    back = ScriptedBack()
+    with connected(back) as (airlock, guest):
+        ios = offer(guest, 3)
+        chains = [back.take() for _ in ios]
+        back.complete(chains[1], b"b" * 512)
+        await_reaped(guest.queues[0])
+        lose(airlock, back)
+        again = [back.take() for _ in range(2)]
+        assert [sector(back, chain) for chain in again] == [0, 2]
+        for chain in again:
+            back.complete(chain, b"c" * 512)
+        while not all(io.status == BlkStatus.OK for io in ios):
+            await_reaped(guest.queues[0])
+        counters = airlock.counters()
+        assert (counters["replayed"], counters["completions"]) == (1, 4)
+        assert airlock.session.device.counters()["backend"]["losses"] == 1
+        serve(back, guest)
+        serve(back, guest, 1)
+
+
+def test_completions_of_its_last_moment_count() -> None:
+    """It had published them, and had not called yet. They are not done again."""
+    back = ScriptedBack()
+    with connected(back, poll_us=0) as (airlock, guest):
+        ios = offer(guest, 2)
+        chains = [back.take() for _ in ios]
+        call, back.vrings[0].call = back.vrings[0].call, None
+        back.complete(chains[1], b"b" * 512)
+        back.vrings[0].call = call
+        lose(airlock, back)
+        await_reaped(guest.queues[0])
+        assert [io.status for io in ios] == [None, BlkStatus.OK]
+        again = back.take()
+        assert sector(back, again) == 0
+        back.complete(again, b"c" * 512)
+        await_reaped(guest.queues[0])
+        assert ios[0].status == BlkStatus.OK
+
+
+def test_it_is_told_all_that_the_last_one_knew() -> None:
+    """In the order that every back-end takes."""
+    back = ScriptedBack(protocol_features=PROTOCOL)
+    with connected(back) as (airlock, guest):
+        front = guest.front
+        front.set_config(32, b"\1\2")
+        front.set_status(0xF)
+        features, before = back.features, len(back.seen)
+        lose(airlock, back)
+        wait_until(lambda: len(back.got(R.SET_STATUS)) == 3, "it is told all")
+        assert back.features == features
+        seen = back.requests(before)
+        order = [R.SET_OWNER, R.SET_FEATURES, R.SET_CONFIG, R.SET_STATUS]
+        order += [R.SET_VRING_KICK, R.SET_VRING_ENABLE]
+        assert sorted(order, key=seen.index) == order
+        status = [seen.payload.value for seen in back.got(R.SET_STATUS)]
+        assert status == [0xF, 0xB, 0xF]
+        _, written = back.got(R.SET_CONFIG)
+        assert written.payload == Config(32, 2, 0, b"\1\2")
+        serve(back, guest)
+
+
+def test_vmm_is_answered_meanwhile() -> None:
+    """From the record; a ring stops and starts; what nobody knows has to wait."""
+    back = ScriptedBack(protocol_features=PROTOCOL, config=bytes(range(60)))
+    with connected(back, timeout=0.3) as (airlock, guest):
+        front = guest.front
+        offered = front.get_features()
+        status = front.get_status()
+        offer(guest, 2)
+        back.take()
+        lose(airlock, back, away=True)
+        assert front.get_features() == offered
+        assert front.get_config(0, 8) == bytes(range(8))
+        assert front.get_queue_num() == 4
+        assert front.get_status() == status
+        assert front.get_vring_base(0) == 1  # all that is not done it offers again
+        front.set_vring_base(0, 1)
+        front.set_vring_enable(1, False)
+        front.set_vring_enable(1, True)
+        with pytest.raises(Exception, match="GET_CONFIG"):
+            front.get_config(20, 8)
+        front.set_vring_kick(0, guest.queues[0].kick_fd)
+        airlock.away = False
+        assert front.get_config(20, 8) == bytes(range(20, 28))
+        for _ in range(2):
+            back.complete(back.take(), b"c" * 512)
+        await_reaped(guest.queues[0])
+        serve(back, guest, 1)
+
+
+def test_device_is_reset_meanwhile() -> None:
+    """Nobody waits for the chains of before."""
+    back = ScriptedBack()
+    with connected(back) as (airlock, guest):
+        offer(guest, 3)
+        chains = [back.take() for _ in range(3)]
+        back.complete(chains[1], b"b" * 512)
+        await_reaped(guest.queues[0])
+        lose(airlock, back, away=True)
+        guest.stop()
+        for queue in guest.queues:
+            queue.reset()
+        guest.start()
+        airlock.away = False
+        wait_until(lambda: all_run(airlock), "all rings run again")
+        serve(back, guest)
+        assert airlock.counters()["replayed"] == 0
+
+
+def test_it_is_lost_while_a_ring_stops() -> None:
+    """The VMM gets its answer, and the chain that is not done goes to the next one."""
+    back = ScriptedBack()
+    lost: list[Request] = []
+
+    def leave(payload: Payload, fds: list[Fd]) -> Result:
+        if not lost:
+            lost.append(R.GET_VRING_BASE)
+            raise Disconnected("the test's back hangs up")
+        return back.answer(R.GET_VRING_BASE, payload, fds)
+
+    back.instead[R.GET_VRING_BASE] = leave
+    with connected(back, drain_timeout=0.1) as (_, guest):
+        (io,) = offer(guest, 1)
+        back.take()
+        assert guest.front.get_vring_base(0) == 1
+        guest.front.set_vring_base(0, 1)
+        guest.front.set_vring_kick(0, guest.queues[0].kick_fd)
+        back.complete(back.take(), b"c" * 512)
+        await_reaped(guest.queues[0])
+        assert io.status == BlkStatus.OK
+
+
+def test_old_one_may_write_to_its_memory_for_ever() -> None:
+    """Rings and buffers of the next back lie elsewhere."""
+    back = ScriptedBack()
+    with connected(back) as (airlock, guest), contextlib.ExitStack() as stack:
+        (io,) = offer(guest, 1)
+        back.take()
+        old = []
+        for fd in back.memory_fds():
+            old.append(stack.enter_context(mmap.mmap(fd.fileno(), 0)))
+        lose(airlock, back)
+        for memory in old:
+            memory[: 1 << 20] = b"\xff" * (1 << 20)
+        back.complete(back.take(), b"c" * 512)
+        await_reaped(guest.queues[0])
+        assert io.status == BlkStatus.OK
+        assert airlock.counters()["violations"] == 0
+
+
+def less_features(back: ScriptedBack) -> None:
+    back.offered &= ~(1 << 12)
+
+
+def less_protocol(back: ScriptedBack) -> None:
+    back.protocol_offered &= ~int(P.STATUS)
+
+
+def less_queues(back: ScriptedBack) -> None:
+    back.num_queues = 1
+
+
+def other_config(back: ScriptedBack) -> None:
+    back.config = b"\1" + back.config[1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (less_features, "it has no features 0x1000 any more"),
+        (less_protocol, "it has no protocol features 0x10000 any more"),
+        (less_queues, "it has 1 queues, and had 4"),
+        (
+            other_config,
+            "its configuration space has 0100000000000000 at 0,"
+            " and had 0000000000000000",
+        ),
+    ],
+)
+def test_another_device_does_not_take_its_place(
+    change: Callable[[ScriptedBack], None],
+    difference: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    features = ScriptedBack().offered | 1 << 12
+    back = ScriptedBack(features=features, protocol_features=PROTOCOL)
+    with Airlock(back, recover=True) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        serve(back, guest)
+        change(back)
+        hang_up(back)
+        airlock.join()
+        assert errors(caplog)[-1] == (
+            f"back-end: it is not the device that the VMM knows: {difference}"
+        )
+
+
+def test_a_back_that_is_lost_again_and_again_is_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    back = ScriptedBack()
+    with Airlock(back, recover=True) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        for _ in range(5):
+            serve(back, guest)
+            lose(airlock, back)
+        serve(back, guest)
+        hang_up(back)
+        airlock.join()
+        assert errors(caplog)[-1].endswith("it was lost 6 times in 60 s")
+        assert airlock.session.back_lost
+
+
+def test_a_back_that_does_not_come_is_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    back = ScriptedBack()
+    options = {"recover": True, "recover_time": 0.3}
+    with Airlock(back, **options) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        lose(airlock, back, away=True)
+        airlock.join()
+        assert errors(caplog)[-1].endswith("no other back-end came in 0.3 s")
+        assert airlock.session.back_lost
+
+
+def test_the_session_can_be_stopped_meanwhile() -> None:
+    back = ScriptedBack()
+    with Airlock(back, recover=True) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        lose(airlock, back, away=True)
+        airlock.end()
+        assert airlock.session.stopped
+
+
+def test_many_losses_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "PERIOD", 0.0)
+    back = ScriptedBack()
+    with connected(back) as (airlock, guest):
+        fds = None
+        for _ in range(50):
+            (io,) = offer(guest, 1)
+            back.take()
+            lose(airlock, back)
+            back.complete(back.take(), b"c" * 512)
+            await_reaped(guest.queues[0])
+            assert io.status == BlkStatus.OK
+            back.forget_seen()
+            count = len(os.listdir("/proc/self/fd"))
+            fds = fds or count
+            assert count == fds

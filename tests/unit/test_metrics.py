@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -135,3 +136,11 @@ def test_names_follow_the_rules() -> None:
         assert not words & (units | {"counter", "gauge", "histogram", "metric"})
         if words & {"bytes", "seconds"}:
             assert family.name.endswith(("_bytes", "_seconds")), family.name
+
+
+def test_names_in_the_manual_are_metrics() -> None:
+    manual = Path(__file__).parents[2].joinpath("docs", "operating.md").read_text()
+    named = set(re.findall(r"vhost_airlock_\w+", manual))
+    samples = {x.name for each in families(told(EVERYTHING)) for x in each.samples}
+    assert len(named) >= 5
+    assert named <= samples

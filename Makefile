@@ -36,6 +36,7 @@ lint: develop                           ## style, formatting, likely mistakes
 	ruff check .
 	ruff format --check .
 	cython-lint src
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 types: develop                          ## annotations; stubs against compiled modules
 	mypy src tests bench fuzz

@@ -293,7 +293,7 @@ seccomp.seccomp_init.restype = ctypes.c_void_p
 context = ctypes.c_void_p(seccomp.seccomp_init(0x7fff0000))
 for name in (b"landlock_create_ruleset", b"clone3"):
     number = seccomp.seccomp_syscall_resolve_name(name)
-    fail = ctypes.c_uint32(0x00050000 | {error})
+    fail = ctypes.c_uint32({error})
     assert seccomp.seccomp_rule_add_array(context, fail, number, 0, None) == 0
 assert seccomp.seccomp_load(context) == 0
 """
@@ -303,7 +303,7 @@ assert seccomp.seccomp_load(context) == 0
 def test_it_may_be_in_a_sandbox_already(error: str, tmp_path: Path) -> None:
     done = python(
         BEFORE
-        + REFUSES.format(error=error)
+        + REFUSES.format(error=f"0x50000 | {error}")
         + "enter.log.info = print\n"
         + "assert not files.version()\n"
         + ENTER
@@ -319,28 +319,62 @@ def test_it_may_be_in_a_sandbox_already(error: str, tmp_path: Path) -> None:
 
 
 TROUBLE = {
-    "PR_SET_DUMPABLE": "prctl",
+    "PR_GET_SECCOMP": "prctl",
     "Landlock": "landlock_restrict_self",
     "libseccomp: the kernel takes no filter": "seccomp",
 }
 """The text of the error, and the system call that an outer sandbox refuses."""
 
 
-@pytest.mark.parametrize(("said", "call"), TROUBLE.items())
-def test_trouble_names_its_cause(said: str, call: str, tmp_path: Path) -> None:
+def refused(call: str, action: str, cwd: Path) -> str:
+    """Enter a sandbox within one that does this to a call: the error."""
     if call.startswith("landlock") and not files.version():
         pytest.skip("this kernel has no Landlock")
     refuses = REFUSES.replace('(b"landlock_create_ruleset", b"clone3")', f'[b"{call}"]')
     done = python(
         BEFORE
-        + refuses.format(error="errno.ENOMEM")
+        + refuses.format(error=action)
         + f"try:\n    {ENTER}\nexcept Exception as error:\n    print(error)\n",
-        tmp_path,
+        cwd,
     )
+    assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith(f"can't enter the sandbox: {said}"), done.stderr
+    return line
+
+
+@pytest.mark.parametrize(("said", "call"), TROUBLE.items())
+def test_trouble_names_its_cause(said: str, call: str, tmp_path: Path) -> None:
+    """To do without the sandbox is no advice where another one is in its way."""
+    line = refused(call, "0x50000 | errno.ENOMEM", tmp_path)
+    assert line.startswith(f"can't enter the sandbox: {said}")
     assert "Cannot allocate memory" in line
-    assert line.endswith("(--sandbox=off does without)")
+    assert "SystemCallFilter= of systemd" in line
+    assert "--sandbox=off" not in line
+
+
+KILL = {"the process": "0x80000000", "the thread": "0"}
+"""Of a filter that knows no better, as systemd's unless it is told an error number."""
+
+
+@pytest.mark.parametrize("action", KILL.values(), ids=KILL.keys())
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (
+            "landlock_create_ruleset",
+            "landlock_create_ruleset or landlock_restrict_self",
+        ),
+        ("landlock_restrict_self", "landlock_create_ruleset or landlock_restrict_self"),
+        ("seccomp", "seccomp"),
+    ],
+)
+def test_filter_that_would_end_the_process_is_named(
+    call: str, named: str, action: str, tmp_path: Path
+) -> None:
+    line = refused(call, action, tmp_path)
+    assert line.startswith(f"can't enter the sandbox: {named} ends the process by SIGS")
+    assert "SystemCallFilter= of systemd" in line
+    assert "--sandbox=off" not in line
 
 
 def test_trouble_names_the_way_without(tmp_path: Path) -> None:

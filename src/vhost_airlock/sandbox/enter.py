@@ -20,10 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import resource
+import signal
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..errors import StartError
 from .files import restrict_files
@@ -36,25 +40,77 @@ MAX_FDS = 2048
 sockets have a few hundred more."""
 
 _PR_SET_DUMPABLE = 4
+_PR_GET_SECCOMP = 21
 _PR_SET_NO_NEW_PRIVS = 38
+
+Step = tuple[str, Callable[[], object]]
+"""Something to do, with the system calls that it makes."""
+
+OUTER = (
+    "this process is in a filter of system calls already, SystemCallFilter= of systemd"
+    " for example, which has to allow prlimit64, prctl, landlock_create_ruleset,"
+    " landlock_restrict_self and seccomp"
+)
+"""The likely cause of an error where there is such a filter."""
 
 
 def enter() -> None:
     """Lock this process in, while it has one thread. StartError if that fails."""
+    filtered = False
     try:
         library = load()
         _load_what_is_loaded_late()
-        _limit()
-        _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, 0)
-        _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
-        if not restrict_files():
-            log.info("sandbox: this kernel has no Landlock; seccomp has to do")
-        restrict_calls(library)
+        filtered = True  # or prctl() would not fail
+        filtered = _prctl("PR_GET_SECCOMP", _PR_GET_SECCOMP) != 0
+        steps: list[Step] = [
+            ("prlimit64", _limit),
+            ("prctl", _renounce),
+            ("landlock_create_ruleset or landlock_restrict_self", _restrict_files),
+            ("seccomp", partial(restrict_calls, library)),
+        ]
+        if filtered:
+            _rehearse(steps)
+        for _, step in steps:
+            step()
     except OSError as error:
+        hint = OUTER if filtered else "--sandbox=off does without"
         raise StartError(
-            f"can't enter the sandbox: {error.strerror or error}"
-            " (--sandbox=off does without)"
+            f"can't enter the sandbox: {error.strerror or error} ({hint})"
         ) from None
+
+
+def _rehearse(steps: Sequence[Step]) -> None:
+    """Take these steps in another process first: a filter that we are in may end us at
+    one of them, without a word. OSError names its calls then.
+    """
+    told, telling = os.pipe()
+    process = os.fork()
+    if process == 0:
+        logging.disable()
+        try:
+            for calls, step in steps:
+                os.write(telling, f"{calls}\n".encode())
+                step()
+        finally:
+            os._exit(0)
+    os.close(telling)
+    with open(told) as lines:
+        taken = lines.read().splitlines()
+    _, status = os.waitpid(process, 0)
+    if os.WIFSIGNALED(status):
+        killed = signal.Signals(os.WTERMSIG(status)).name
+        raise OSError(errno.EPERM, f"{taken[-1]} ends the process by {killed}")
+
+
+def _renounce() -> None:
+    """Give up being looked into, and getting rights from programs."""
+    _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, 0)
+    _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _restrict_files() -> None:
+    if not restrict_files():
+        log.info("sandbox: this kernel has no Landlock; seccomp has to do")
 
 
 def _load_what_is_loaded_late() -> None:
@@ -75,9 +131,12 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _prctl(name: str, option: int, value: int) -> None:
+def _prctl(name: str, option: int, value: int = 0) -> int:
+    """Return the result of prctl(). OSError with the option's name if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     zero = ctypes.c_ulong(0)
-    if libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
+    result: int = libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero)
+    if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
+    return result

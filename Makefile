@@ -3,7 +3,11 @@
 PREFIX ?= /usr/local
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
-IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
+PARALLEL = --dist loadfile --no-loadscope-reorder --numprocesses
+# Real programs are waited for: three processes keep two cores busy.
+PROCESSES = $(shell echo $$(($$(nproc) * 3 / 2)))
+CHECKED = $(wildcard $(shell git ls-files --cached --others --exclude-standard \
+    src tests bench fuzz pyproject.toml tools/stubtest.allow))
 
 .PHONY: help develop built lint types test test-asan coverage stress fuzz package demo
 .PHONY: dist install uninstall bench clean
@@ -42,18 +46,22 @@ types: develop                          ## annotations; stubs against compiled m
 	mypy src tests bench fuzz
 	stubtest --ignore-unused-allowlist --allowlist tools/stubtest.allow $(STUBS)
 
+.venv/checked: $(CHECKED)               # lint and types, if a source has changed
+	@$(MAKE) lint types
+	@touch $@
+
 test:                                   ## everything, with real programs where possible
 	@tools/phase $(if $(wildcard .venv/ready),0.5,2) "tools and package" $(MAKE) develop
-	@tools/phase 0.5 "style and types" $(MAKE) lint types
+	@tools/phase 0.5 "style and types" $(MAKE) .venv/checked
 	@tools/phase $(if $(wildcard .real/root/ready),0,3) "real programs" \
 	    tools/real-root --or-say-why
 	@tools/phase $(if $(wildcard .real/debian-13/ready),0,3) "Debian 12 and 13" \
 	    tools/release-roots --or-say-why
 	@echo "$$(date +%T) tests: 11 min; those that measure time come last, alone"
-	@pytest $(IN_PARALLEL)
+	@pytest $(PARALLEL) $(PROCESSES)
 
 test-asan: develop                      ## the data plane under ASan and UBSan
-	tools/test-asan $(IN_PARALLEL)
+	tools/test-asan $(PARALLEL) auto
 
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \

@@ -636,6 +636,29 @@ def test_loss_of_the_back_ends_the_session(
         assert not front.exists()
 
 
+def test_fence_waits_for_the_end_of_the_process(
+    front: Path, where: Path, back: ScriptedBack
+) -> None:
+    """The back has hung up, and its process, which is the test's, lives on."""
+    with (
+        Program(
+            *(f"--socket-path={front}", f"--backend={where}", "--recover-for=0.3"),
+            *("--on-backend-loss=recover", "--fence=exit"),
+        ) as program,
+        small_guest() as guest,
+    ):
+        connect(guest, program, front)
+        serve(back, guest)
+        lose(back)
+        assert hung_up(guest.front.channel)
+        *_, last = program.errors().splitlines()
+        assert last == (
+            f"{LINE}: error: back-end: the last one may still be at work: process"
+            f" {os.getpid()} has not ended; no other back-end came in 0.3 s"
+        )
+        assert program.stop() == 0
+
+
 @pytest.mark.parametrize("moment", ["session", "connect", "features"])
 def test_loss_of_the_back_ends_the_process_if_it_shall(
     front: Path, where: Path, back: ScriptedBack, moment: str

@@ -33,11 +33,15 @@ PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.STATUS | P.CONFIGURE_MEM_SLOTS
 
 @contextlib.contextmanager
 def connected(
-    back: ScriptedBack, **options: object
+    back: ScriptedBack, *, recorded: bool = False, **options: object
 ) -> Iterator[tuple[Airlock, BlkGuest]]:
-    """A guest whose rings run, by an airlock that looks for another back."""
+    """A guest whose rings run, by an airlock that looks for another back.
+
+    `recorded`: its VMM has a record of the chains in flight.
+    """
     options = {"recover": True, "timeout": TIMEOUT} | options
-    with Airlock(back, **options) as airlock, small_guest(also=[P.STATUS]) as guest:
+    also = [P.STATUS, P.INFLIGHT_SHMFD] if recorded else [P.STATUS]
+    with Airlock(back, **options) as airlock, small_guest(also=also) as guest:
         guest.connect(airlock.channel())
         guest.start()
         serve(back, guest)
@@ -84,10 +88,11 @@ def sector(back: ScriptedBack, chain: Chain) -> int:
     return int.from_bytes(back.read(chain)[8:16], "little")
 
 
-def test_the_next_back_gets_the_chains_that_are_not_done() -> None:
-    """The second of three was done: the first one comes from the airlock's record."""
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_next_back_gets_the_chains_that_are_not_done(recorded: bool) -> None:
+    """The second of three was done: the first one comes from the airlock's slots."""
     back = ScriptedBack()
-    with connected(back) as (airlock, guest):
+    with connected(back, recorded=recorded) as (airlock, guest):
         ios = offer(guest, 3)
         chains = [back.take() for _ in ios]
         back.complete(chains[1], b"b" * 512)
@@ -176,10 +181,11 @@ def test_vmm_is_answered_meanwhile() -> None:
         serve(back, guest, 1)
 
 
-def test_device_is_reset_meanwhile() -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_device_is_reset_meanwhile(recorded: bool) -> None:
     """Nobody waits for the chains of before."""
     back = ScriptedBack()
-    with connected(back) as (airlock, guest):
+    with connected(back, recorded=recorded) as (airlock, guest):
         offer(guest, 3)
         chains = [back.take() for _ in range(3)]
         back.complete(chains[1], b"b" * 512)
@@ -325,10 +331,13 @@ def test_the_session_can_be_stopped_meanwhile() -> None:
         assert airlock.session.stopped
 
 
-def test_many_losses_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_many_losses_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
     monkeypatch.setattr(recovery, "PERIOD", 0.0)
     back = ScriptedBack()
-    with connected(back) as (airlock, guest):
+    with connected(back, recorded=recorded) as (airlock, guest):
         fds = None
         for _ in range(50):
             (io,) = offer(guest, 1)

@@ -2,9 +2,9 @@
 """Which process runs which tests, and when, where several processes share the work.
 
 Tests of one file stay together. Those with guests begin, in one process: a guest wants
-a core of its own, and takes the longest. The others have a hand in them when nothing
-else is left. Those that measure time (the marker `timing`) come last, when no other
-test runs any more.
+a core of its own, and takes the longest. A second process has a hand in them when
+nothing else is left, and never a third one. Those that measure time (the marker
+`timing`) come last, when no other test runs any more.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 TIMING = "timing"
+MOST_GUESTS = 2
+"""How many processes may have guests at a time."""
 
 
 @cache
@@ -59,19 +61,18 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
         return str(super()._split_scope(nodeid))
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        if not self._only_timing_is_left() or self._is_alone(node):
-            self.workqueue.move_to_end(self._best_for(node), last=False)
-            super()._assign_work_unit(node)
+        if self._only_timing_is_left() and not self._is_alone(node):
+            return
+        best = self._best_for(node)
+        if self._has_guests(best) and self._others_with_guests(node) >= MOST_GUESTS:
+            return
+        self.workqueue.move_to_end(best, last=False)
+        super()._assign_work_unit(node)
 
     def _best_for(self, node: WorkerController) -> str:
         """A file without guests where another process has some, and one with them where
         none has; what measures time if nothing else is left."""
-        another_has_guests = any(
-            self._has_guests(scope) and not all(unit.values())
-            for other, work in self.assigned_work.items()
-            if other is not node
-            for scope, unit in work.items()
-        )
+        another_has_guests = self._others_with_guests(node) > 0
         queue: list[str] = [*self.workqueue]
         return min(
             queue,
@@ -81,11 +82,26 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
             ),
         )
 
+    def _others_with_guests(self, node: WorkerController) -> int:
+        """Return how many other processes have tests with guests to do."""
+        return sum(
+            any(
+                self._has_guests(scope) and not all(unit.values())
+                for scope, unit in work.items()
+            )
+            for other, work in self.assigned_work.items()
+            if other is not node
+        )
+
     def _has_guests(self, scope: str) -> bool:
         return scope != TIMING and has_guests(self.config.rootpath / scope)
 
     def _reschedule(self, node: WorkerController) -> None:
         super()._reschedule(node)
+        if not self.workqueue:
+            for each in self.nodes:  # also those that had nothing to do for a while
+                if not each.shutting_down and not self._pending_of_node(each):
+                    each.shutdown()
         if self._only_timing_is_left():
             # One process is enough now. It waits for the end of the others.
             idle = [each for each in self.nodes if not each.shutting_down]
@@ -100,7 +116,11 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
     def _is_alone(self, node: WorkerController) -> bool:
         """Have all other processes done all they had to?"""
         return not any(
-            self._pending_of(work)
-            for other, work in self.assigned_work.items()
+            self._pending_of_node(other)
+            for other in self.assigned_work
             if other is not node
         )
+
+    def _pending_of_node(self, node: WorkerController) -> int:
+        """Return how many tests a process has still to do."""
+        return int(self._pending_of(self.assigned_work[node]))

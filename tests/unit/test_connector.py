@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -182,6 +183,40 @@ def test_users_of_a_back_that_listens_or_connects_are_the_peers(
         back.connect(other)
         with connect(waiter):
             assert waiter.users() == me
+
+
+LISTENS = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(sys.argv[1])
+sock.listen()
+sock.accept()[0].close()
+os.read(0, 1)
+"""
+"""A back-end that hangs up, and lives on until its standard input ends."""
+
+
+def test_back_that_was_connected_to_lives_until_its_process_ends(
+    stack: ExitStack, stop: Fd, path: str
+) -> None:
+    made = make(stack, stop, backend=path)
+    assert made.lives() == "its process is not known"
+    command = [*PYTHON, LISTENS, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        with connect(made) as channel:
+            assert hung_up(channel)
+        assert made.lives() == f"process {process.pid} has not ended"
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        assert made.lives() == ""
+
+
+def test_back_that_connects_may_live_and_a_program_ends_with_its_connection(
+    stack: ExitStack, stop: Fd, path: str
+) -> None:
+    assert make(stack, stop, backend_listen=path).lives() == "its process is not known"
+    assert make(stack, stop, command=("true", "{fd}")).lives() == ""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")

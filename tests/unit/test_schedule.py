@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).parents[2]
 CONFTEST = """
 import os, time
@@ -110,6 +112,17 @@ def test_guests_are_one_processes_until_nothing_else_is_left(tmp_path: Path) -> 
     }
     guests_at = {at[2] for name, at in found.items() if "test_g" in name}
     assert (len(at_first), len(guests_at)) == (1, 2)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_two_processes_have_guests_at_the_most(tmp_path: Path, timed: bool) -> None:
+    guests = "# from tests.guest.machine\n" + PLAIN
+    files = dict.fromkeys([f"test_g{number}" for number in range(6)], guests)
+    make(tmp_path, **files, test_a=PLAIN, **({"test_t": WHOLE_FILE} if timed else {}))
+    found = spans(tmp_path, "-n", "3")
+    assert len(found) == 14 + timed
+    guests_at = {at[2] for name, at in found.items() if "test_g" in name}
+    assert len(guests_at) == 2
 
 
 def test_there_may_be_nothing_else(tmp_path: Path) -> None:

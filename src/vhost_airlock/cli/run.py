@@ -13,7 +13,7 @@ from typing import Any
 from ..dataplane.pump import POLICIES
 from ..errors import AirlockError, UsageError
 from ..process import manager
-from ..process.config import ProcessConfig
+from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
 from ..process.program import CONNECTED_FD, LISTENING_FD
@@ -94,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Config.recover_time,
         metavar="S",
         help="seconds in which another back-end has to come (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fence",
+        choices=FENCES,
+        default=ProcessConfig.fence,
+        help="the sign that a lost back-end has ended its requests, so that another one"
+        " may get them: its reply on a new connection, or the exit of its process too"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--recover-times",

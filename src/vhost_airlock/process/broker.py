@@ -14,6 +14,8 @@ time. The requests, and the answers to them:
              that was started, and the program's process number as text
     front    a socket connected to the path on which the front listens
     users    the users that the program runs as, as text; nothing if there is none
+    lives    the reason why the back-end of the last connection to the path may still be
+             at work, as text; "no" if its process has ended
     end      the program's status as text, as soon as it has ended
 
 An answer without a socket is the reason why there is none. When the airlock's socket
@@ -43,16 +45,18 @@ from .sockets import (
     Rights,
     SocketFile,
     inherited,
+    peer_of,
     reason_of,
 )
 
 ANSWER = 10.0
 """Seconds that the broker has to answer, beside those that a program has to end."""
 
-_BACK, _FRONT, _USERS, _END = b"back", b"front", b"users", b"end"
+_BACK, _FRONT, _USERS, _LIVES, _END = b"back", b"front", b"users", b"lives", b"end"
 _SIZE = 4096
 """More than any message has."""
 _CONNECTED = "connected"
+_ENDED = "no"
 _GONE = "the broker is gone"
 
 
@@ -153,6 +157,14 @@ class Broker:
         _, text = self._answer()
         return frozenset(int(word) for word in text.split() if word.isdigit())
 
+    def back_lives(self) -> str:
+        """Return the reason why the back-end of the last connection to its path may
+        still be at work; "": its process has ended.
+        """
+        self._ask(_LIVES)
+        _, text = self._answer()
+        return "" if text == _ENDED else text
+
     def end_back(self) -> int | None:
         """End the program; returns its exit status, None if that is not known."""
         self._ask(_END)
@@ -249,12 +261,15 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 
 
 class _Server:
-    """Serves the four requests, and cleans up at the end."""
+    """Serves the requests, and cleans up at the end."""
 
     def __init__(self, plan: Broker, made: Sequence[SocketFile]) -> None:
         self.plan = plan
         self.made = made
         self.program: Program | None = None
+        self.peer: Fd | None = None
+        """Of the process that listens at the back-end's path, a pidfd."""
+        self.peer_pid = 0
 
     def serve(self, sock: socket.socket) -> None:
         """Serve the airlock's requests until it is gone, and clean up after it."""
@@ -275,6 +290,9 @@ class _Server:
             users = () if self.program is None else self.program.users()
             sock.send(f"users: {' '.join(map(str, users))}".encode())
             return
+        if asked == _LIVES:
+            sock.send(self._lives().encode())
+            return
         try:
             text, connected = self._connect(asked)
         except OSError as error:
@@ -288,12 +306,29 @@ class _Server:
         if asked == _FRONT and self.plan.front is not None:
             return _CONNECTED, _dial(self.plan.front)
         if asked == _BACK and self.plan.back is not None:
-            return _CONNECTED, _dial(self.plan.back)
+            sock = _dial(self.plan.back)
+            self._note_peer(sock)
+            return _CONNECTED, sock
         if asked == _BACK and self.plan.command:
             self._end(GRACE, None)
             self.program = Program(self.plan.command)
             return str(self.program.pid), self.program.socket
         raise OSError("this is nothing that the broker does")
+
+    def _note_peer(self, sock: socket.socket) -> None:
+        if self.peer is not None:
+            self.peer.close()
+        self.peer, self.peer_pid = None, peer_of(sock).pid
+        with contextlib.suppress(OSError):  # 0: it is in another namespace
+            self.peer = Fd(os.pidfd_open(self.peer_pid))
+
+    def _lives(self) -> str:
+        """Return the reason why the last peer may be at work, or _ENDED."""
+        if self.peer is None:
+            return "its process is not known"
+        poll = select.poll()
+        poll.register(self.peer.fileno(), select.POLLIN)
+        return _ENDED if poll.poll(0) else f"process {self.peer_pid} has not ended"
 
     def _end(self, grace: float, hurry: socket.socket | None) -> int | None:
         """End the program, if there is one; returns its exit status, None if that is

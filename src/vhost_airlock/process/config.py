@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from ..proxy.config import Config
 from .sockets import Group, Rights
 
+FENCES = ("reply", "exit")
+"""The first answer of the next back, or that and the end of the old one's process."""
+
 
 @dataclass(frozen=True)
 class ProcessConfig:
@@ -36,6 +39,9 @@ class ProcessConfig:
     """The back-end must be there at the start; otherwise the first one is awaited."""
     keep_backend: bool = False
     """Hold the connection to the back from one front to the next."""
+    fence: str = "reply"
+    """The sign that a lost back does not work on its requests any more, one of FENCES,
+    so that another one can have them."""
     exit_with_backend: bool = False
     """End when the back goes away; otherwise wait for the next front."""
     exit_with_pipe: int | None = None

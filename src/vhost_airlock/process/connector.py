@@ -64,6 +64,12 @@ class Connector(ABC):
         """
         return self._users
 
+    def lives(self) -> str:
+        """Return the reason why the last back-end may still be at work, after its
+        connection has ended; "": its process has ended too.
+        """
+        return "its process is not known"
+
     def disconnected(self) -> None:  # noqa: B027 (most have nothing to do)
         """The connection is closed."""
 
@@ -113,6 +119,9 @@ class Dialler(Connector):
                 self.log.warning("%s; a VMM waits, trying again", trouble)
                 told = True
             self._wait(PAUSE if left is None else min(PAUSE, left))
+
+    def lives(self) -> str:
+        return self.broker.back_lives()
 
 
 class Waiter(Connector):
@@ -202,6 +211,10 @@ class Starter(Connector):
         pair was made by the broker, and says nothing of the program.
         """
         return self.broker.users_of_back()
+
+    def lives(self) -> str:
+        """It has ended with its connection."""
+        return ""
 
     def disconnected(self) -> None:
         """End the program. If the process ends meanwhile, the broker ends it."""

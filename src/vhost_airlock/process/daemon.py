@@ -255,6 +255,8 @@ class Daemon:
         gives it when it is done with the requests that it had.
         """
         self.connector.disconnected()
+        if self.config.fence == "exit" and (reason := self.connector.lives()):
+            raise BackLost(f"back-end: the last one may still be at work: {reason}")
         return self._checked(self._back(None, config_changed, 0.0, FIRST_ANSWER))
 
     def pause(self, seconds: float) -> None:

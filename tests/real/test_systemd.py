@@ -10,7 +10,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,7 +160,7 @@ def test_back_end_that_fails(manager: Systemd, folder: Path) -> None:
     image, path = folder / "disk.img", manager.run / "fails.sock"
     image.write_bytes(bytes(1 << 16))
     service = manager.configure(
-        "fails", "--backend=/run/fails.sock --exit-with-backend"
+        "fails", "--backend=/run/fails.sock --on-backend-loss=exit"
     )
     sockets = start_sockets(manager, "fails")
     for restarts in ("0", "1"):
@@ -173,7 +173,7 @@ def test_back_end_that_fails(manager: Systemd, folder: Path) -> None:
                     guest.stop()
     manager("systemctl", "stop", *sockets, service)
     journal = manager.journal(service)
-    ended = (3, "fails: the back-end is gone: ending, as --exit-with-backend says")
+    ended = (3, "fails: the back-end is gone: ending (--on-backend-loss=exit)")
     assert journal.count(ended) == 2, journal
 
 
@@ -218,10 +218,13 @@ def test_filter_without_a_call_of_the_sandbox(
 
 
 def test_options_that_make_no_sense(manager: Systemd) -> None:
-    """It is not started again: it would say the same."""
+    """It is not started again and again: it would say the same."""
     service = manager.configure("wrong", "--backend=/run/none.sock --worker=2")
-    manager("systemctl", "start", service, status=1)
+    listener, _ = start_sockets(manager, "wrong")
+    with closing(connect(manager, "wrong")):
+        manager.await_value(listener, "Result", "trigger-limit-hit")
     assert manager.show(service, "ActiveState") == "failed"
     assert manager.show(service, "ExecMainStatus") == "2"
-    assert "--worker=2" in manager.journal(service)[-1][1]
-    manager("systemctl", "stop", "vhost-airlock@wrong.socket")
+    told = [line for _, line in manager.journal(service)]
+    assert len(told) == 5
+    assert all("--worker=2" in line for line in told)

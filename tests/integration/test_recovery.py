@@ -23,6 +23,7 @@ from vhost_airlock.proxy import recovery
 from vhost_airlock.proxy.state import State
 from vhost_airlock.vhost.backend import Result
 from vhost_airlock.vhost.fds import Fd
+from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import Config, Payload, ProtocolFeature, Request
 
 R = Request
@@ -109,6 +110,32 @@ def test_the_next_back_gets_the_chains_that_are_not_done(recorded: bool) -> None
         assert airlock.session.device.counters()["backend"]["losses"] == 1
         serve(back, guest)
         serve(back, guest, 1)
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_back_may_be_lost_before_any_ring_is_started(steps: int) -> None:
+    """The front goes on where it was, whatever it has said so far."""
+    back = ScriptedBack()
+    with Airlock(back, recover=True) as airlock, small_guest() as guest:
+        channel = airlock.channel()
+        with Frontend(channel) as front:
+            said: list[Callable[[], object]] = [
+                front.get_features,
+                front.get_protocol_features,
+                lambda: front.set_protocol_features(P.MQ | P.REPLY_ACK | P.CONFIG),
+                front.get_queue_num,
+                lambda: front.get_config(0, 8),
+            ]
+            for step, say in enumerate(said):
+                say()
+                if step == steps:
+                    lose(airlock, back)
+            # A front-end that begins anew on its connection is served too.
+            guest.connect(channel)
+            guest.start()
+            serve(back, guest)
+            guest.disconnect()
+            airlock.join()
 
 
 def test_completions_of_its_last_moment_count() -> None:

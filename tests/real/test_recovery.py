@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.guest import devices
-from tests.guest.inside import blocks
+from tests.guest.inside import blocks, streams
 from tests.guest.machine import Guest
 from tests.real.airlock import airlock
-from tests.real.processes import Process
+from tests.real.processes import Process, listening
 from tests.real.programs import Programs
 from tests.real.stalling_nbd import NbdDisk, stalling_nbd
 from tests.real.storage import Disk, StorageDaemon, start_daemon
 from tests.support.backs import wait_until
 from tests.support.profiles import STRESS
-from vhost_airlock.cli.stats_document import Document, ask, parse
+from vhost_airlock.cli.stats_document import ask, parse
 
 MIB = 1 << 20
 COUNT = 80
@@ -34,7 +35,33 @@ DEATHS = 250 if STRESS else 4
 OFTEN = f"--recover-times={DEATHS + 1}"
 
 
-class Mortal:
+class Watched:
+    """An airlock's account of itself."""
+
+    def __init__(self, stats: Path) -> None:
+        self.stats = stats
+
+    def total(self, kind: str, name: str) -> int:
+        document = parse(ask(str(self.stats)), str(self.stats))
+        return document.total(kind, name)
+
+    def await_progress(self) -> None:
+        """Wait until some more requests are done, and some are in flight."""
+        done = self.total("ring", "completions")
+        wait_until(
+            lambda: (
+                self.total("ring", "completions") > done + 50
+                and self.total("ring", "outstanding") > 0
+            ),
+            "requests are done",
+        )
+
+    @property
+    def losses(self) -> int:
+        return self.total("backend", "losses")
+
+
+class Mortal(Watched):
     """A disk's back-end that dies and comes back, behind an airlock."""
 
     def __init__(self, programs: Programs, disk: Disk, folder: Path) -> None:
@@ -42,7 +69,7 @@ class Mortal:
         self.disk = disk
         self.back = folder / "back.sock"
         self.front = folder / "front.sock"
-        self.stats = folder / "stats.sock"
+        super().__init__(folder / "stats.sock")
         self.daemon: StorageDaemon | None = None
 
     @contextmanager
@@ -60,26 +87,6 @@ class Mortal:
     def kill(self) -> None:
         if self.daemon is not None:
             self.daemon.kill()
-
-    def document(self) -> Document:
-        return parse(ask(str(self.stats)), str(self.stats))
-
-    def await_progress(self) -> None:
-        """Wait until some more requests are done, and some are in flight."""
-        done = self.document().total("ring", "completions")
-
-        def works() -> bool:
-            now = self.document()
-            return (
-                now.total("ring", "completions") > done + 50
-                and now.total("ring", "outstanding") > 0
-            )
-
-        wait_until(works, "requests are done")
-
-    @property
-    def losses(self) -> int:
-        return self.document().total("backend", "losses")
 
 
 @pytest.mark.parametrize("aio", ["threads", "io_uring"])
@@ -105,6 +112,80 @@ def test_disk_under_verified_load(programs, drive, folder, aio, direct):
             assert fds[-1] == fds[1]
             load.popen.send_signal(signal.SIGUSR1)
             assert load.wait(timeout=100) == 0, load.describe()
+
+
+def test_airlock_starts_its_back_end_again(programs, drive, folder):
+    """After pauses that double, since it fails soon after its start each time."""
+    image = folder / "disk.img"
+    image.write_bytes(bytes(32 * MIB))
+    disk = Disk(image)
+    front, stats = folder / "front.sock", folder / "stats.sock"
+    command = programs(
+        "qemu-storage-daemon",
+        *("--blockdev", disk.blockdev()),
+        "--export",
+        "type=vhost-user-blk,id=export,node-name=disk,writable=on,"
+        "addr.type=fd,addr.str={listen-fd}",
+    )
+    options = ("--device-type=block", f"--stats-path={stats}")
+    watched = Watched(stats)
+    with (
+        airlock(None, front, *options, command=command) as proxy,
+        drive.start(front, "verify", qd=8, passes=10**6, max=128 << 10) as load,
+    ):
+        for _ in range(3):
+            watched.await_progress()
+            (pid,) = daemons(image)
+            os.kill(pid, signal.SIGKILL)
+        watched.await_progress()
+        assert watched.losses == 3
+        load.popen.send_signal(signal.SIGUSR1)
+        assert load.wait(timeout=100) == 0, load.describe()
+        assert proxy.output().count("ended: signal 9") == 3
+
+
+def daemons(image: Path) -> list[int]:
+    """The numbers of the processes of qemu-storage-daemon that have this image."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (each / "cmdline").read_bytes()
+            if (
+                words.startswith(b"qemu-storage-daemon")
+                and str(image).encode() in words
+            ):
+                found.append(int(each.name))
+    return found
+
+
+def test_vsock_takes_new_connections(programs, folder):
+    """QEMU's own connection to a vsock's back-end never comes back."""
+    host, back = folder / "host", folder / "vsock.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{host}_5000")
+    server = streams.Server(listener)
+    to_host = ["vsock", socket.VMADDR_CID_HOST, 5000]
+    program = programs.find("vhost-device-vsock")
+    argv = (f"--socket={back}", f"--uds-path={host}", "--guest-cid=3")
+    log = folder / "vsock.log"
+    with ExitStack() as stack:
+        daemon = stack.enter_context(Process(programs(program, *argv), log))
+        daemon.wait_until(lambda: listening(back))
+        options = ("--device-type=vsock", OFTEN)
+        front = folder / "front.sock"
+        stack.enter_context(airlock(back, front, *options))
+        guest = stack.enter_context(Guest(programs, folder, devices.vsock(front)))
+        for _ in range(3):
+            guest.call(streams.take_from, to_host, 2, MIB)
+            guest.call(streams.give_to, to_host, 1, MIB)
+            daemon.kill()
+            for path in (back, host):
+                path.unlink(missing_ok=True)
+            daemon = stack.enter_context(Process(programs(program, *argv), log))
+        guest.call(streams.connect_many, to_host, 5, 5)
+        guest.power_off()
+    server.close()
+    assert server.failures == []
 
 
 def test_guest_sees_a_pause(programs, folder):

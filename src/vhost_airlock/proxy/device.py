@@ -87,6 +87,8 @@ class Device:
         self._back: Back | None = None
         self._known: Known | None = None
         self._recovery = Recovery(config)
+        self._settled = False
+        """Whether the back that was lost was settled: the front may yet choose else."""
         self._transfer = StateTransfer()
         self._pool = PoolPolicy(self.workers)
         self._until: float | None = None
@@ -200,6 +202,7 @@ class Device:
         self._transfer.close()
         self._pool = PoolPolicy(self.workers)
         if back is not None:
+            self._settled = back.settled
             back.close()
 
     def _look_for_back(self) -> None:
@@ -216,9 +219,11 @@ class Device:
         outer = self._until
         self._set_until(time.monotonic() + self.config.timeout)
         try:
-            back.settle(self.protocol_features)
+            if self._settled:
+                back.settle(self.protocol_features)
             self.known.require(back)
-            self.known.tell(self.informed.peer)
+            if self._settled:
+                self.known.tell(self.informed.peer)
             seconds = self._recovery.end()
             self.start_rings()
             self.known.tell_ready(back.peer)

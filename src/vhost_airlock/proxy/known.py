@@ -68,8 +68,9 @@ class Known:
     # For another back.
 
     def require(self, back: Back) -> None:
-        """Raise SessionError if this back, whose protocol features are settled, is not
-        the device that the front knows.
+        """Raise SessionError if this back is not the device that the front knows.
+
+        If it is not settled, the front knows its offers only.
         """
         fewer = self.offer & ~front_offer(back.offered)
         if fewer:
@@ -77,6 +78,8 @@ class Known:
         lacking = self.protocol_offer & ~front_protocol_offer(back.offered_protocol)
         if lacking:
             raise _changed(f"it has no protocol features {lacking:#x} any more")
+        if not back.settled:
+            return
         if self.queue_num is not None:
             queues = back.peer.get_queue_num()
             if queues < self.queue_num:

@@ -32,16 +32,21 @@ UNITS = ("systemd-journald.service", "systemd-journald.socket")
 TARGETS = ("sysinit", "basic", "sockets", "multi-user", "shutdown")
 """Units of systemd that there are, and targets, which pull in nothing."""
 
+BACK = 4242
+GROUPS = {"kvm": 4241, "disk-back": BACK}
+"""Groups that the machine may lack."""
+
 BOOT = """
 mkdir "$1/cgroups"
 mount -t cgroup2 cgroup2 "$1/cgroups"
-mkdir "$1/cgroups/airlock-$$"
+own=$1/cgroups/airlock-$$
+mkdir "$own"
 sh -euc '
     echo 0 > "$2/cgroup.procs"
-    exec setpriv --pdeathsig KILL \
-        unshare --pid --fork --kill-child --cgroup --ipc --uts sh -euc "$3" sh "$1"
-' sh "$1" "$1/cgroups/airlock-$$" "$2" || true
-find "$1/cgroups/airlock-$$" -depth -type d -exec rmdir {} +
+    exec setpriv --pdeathsig KILL unshare --mount --pid --fork --kill-child \
+        --cgroup --ipc --uts sh -euc "$3" sh "$1"
+' sh "$1" "$own" "$2" || true
+find "$own" -depth -type d -exec rmdir {} +
 """
 """Runs the next script in new namespaces and a new cgroup; removes that at the end."""
 
@@ -83,9 +88,8 @@ def why_not() -> str:
         return f"there is no {PROGRAM}"
     if "cgroup2" not in Path("/proc/filesystems").read_text():
         return "the kernel has no cgroup2"
-    tried = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "true"], check=False
-    )
+    attempt = "unshare --mount --pid --fork mount -t cgroup2 cgroup2 /mnt"
+    tried = subprocess.run(attempt.split(), capture_output=True, check=False)
     return "this root may not make namespaces" if tried.returncode else ""
 
 
@@ -105,6 +109,12 @@ class Systemd(Process):
         shutil.rmtree(self.etc / "systemd")
         shutil.copytree(OURS, self.etc / "systemd" / "system")
         (self.etc / "vhost-airlock").mkdir()
+        groups = self.etc / "group"
+        text = groups.read_text()
+        for name, number in GROUPS.items():
+            if f"\n{name}:" not in text:
+                text += f"{name}:x:{number}:\n"
+        groups.write_text(text)
         _install(folder / "program")
         enter = ENTER.replace("SOURCE", shlex.quote(str(SOURCE)))
         enter = enter.replace("PROGRAM", str(PROGRAM))

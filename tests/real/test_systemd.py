@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import grp
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import pytest
 
 from tests.real.processes import Process, listening
 from tests.real.programs import Programs
-from tests.real.systemd import Systemd, systemd
+from tests.real.systemd import BACK, Systemd, systemd
 from tests.support.users import as_user
 from vhost_airlock.cli.stats_document import ask
 from vhost_airlock.errors import Disconnected
@@ -26,9 +25,6 @@ from vhost_airlock.peers.blk_process import BlkProcess
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.sandbox import files
 from vhost_airlock.vhost.channel import Channel
-
-BACK = 4242
-"""The user and group of the back-end."""
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +108,11 @@ def test_life_of_an_airlock(manager: Systemd, programs: Programs, folder: Path) 
     image.write_bytes(bytes(1 << 20))
     folder.chmod(0o755)
     options = "--backend=/run/disk-back/back.sock --require-other-user --log-level=info"
-    with (manager.etc / "group").open("a") as groups:
-        groups.write(f"disk-back:x:{BACK}:\n")
     service = manager.configure("disk", options, "SupplementaryGroups=disk-back")
     sockets = start_sockets(manager, "disk")
     front = manager.run / "vhost-airlock" / "disk.sock"
-    assert (front.stat().st_uid, front.stat().st_mode & 0o777) == (0, 0o660)
-    assert front.stat().st_gid == grp.getgrnam("kvm").gr_gid
+    asked = ("stat", "--format=%U %G %a", "/run/vhost-airlock/disk.sock")
+    assert manager(*asked) == "root kvm 660\n"
     assert manager.show(service, "ActiveState") == "inactive"
     with disk_back(manager, programs, image):
         with disk_guest(manager, "disk") as guest:

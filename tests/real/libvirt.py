@@ -8,18 +8,27 @@ outside's root is in the host's folder in /tmp.
 
 import contextlib
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
 from tests.guest.devices import Device
 from tests.guest.initramfs import kernel
+from tests.guest.inside import files
 from tests.guest.lines import Lines
 from tests.guest.machine import PATIENCE, Call, Machine, initramfs_for
 from tests.real.processes import Process, listening, run
 from tests.real.programs import PROJECT, Programs
+from tests.real.storage import Disk, storage_daemon
+
+MIB = 1 << 20
+DRIVERS = Device((), ("virtio_blk", "virtiofs", "virtio_net"))
 
 QEMU_GROUP = 64055
 """Debian's group libvirt-qemu has the same number everywhere."""
@@ -30,8 +39,9 @@ UUID = "5bd80d5c-5d2a-4d5b-9a67-2a1f7a9d4c11"
 PORT = "<controller type='pci' model='pcie-root-port'/>"
 
 CONFIG = """stdio_handler = "file"
+namespaces = []
 """
-"""Of libvirt, whose virtlogd does not run."""
+"""Of libvirt: no virtlogd runs, and libvirt 9 can't make a private /dev of this one."""
 
 OUTSIDE = """
 mkdir "$1/outside"
@@ -47,7 +57,7 @@ mount -t proc proc "$1/outside/proc"
 cp -R "$1/host/." /
 mkdir /run/vm
 mount --bind "$1/vm" /run/vm
-ip link set lo up
+busybox ip link set lo up
 if [ -e /dev/kvm ]; then
     install -m 0 /dev/null /run/no-kvm
     mount --bind /run/no-kvm /dev/kvm
@@ -183,7 +193,6 @@ class Domain(Machine):
     def __init__(
         self,
         host: Host,
-        drivers: Device,
         devices: str,
         words: str = "",
         script: str = START_GUEST,
@@ -191,7 +200,7 @@ class Domain(Machine):
         self.host = host
         self.script = script
         initrd = host.vm / "initramfs"
-        initrd.write_bytes(initramfs_for(host.programs, drivers))
+        initrd.write_bytes(initramfs_for(host.programs, DRIVERS))
         host.vm.joinpath("guest.xml").write_text(f"""<domain type='qemu'>
   <name>guest</name>
   <uuid>{UUID}</uuid>
@@ -238,3 +247,50 @@ class Domain(Machine):
 
     def describe(self) -> str:
         return self.host.describe()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A folder that the guest has by its tag, which is the folder's name."""
+
+    folder: Path
+
+    def use(self, guest: Machine) -> None:
+        """A file goes each way."""
+        tag = self.folder.name
+        self.folder.joinpath("from host").write_text(tag)
+        guest.sh(f"mkdir -p /mnt/{tag} && mount -t virtiofs {tag} /mnt/{tag}")
+        assert guest.sh(f"cat '/mnt/{tag}/from host'") == tag
+        guest.call(files.write_big, f"/mnt/{tag}/big", 1, MIB)
+        files.check_big(str(self.folder / "big"), 1, MIB)
+
+
+def disk(
+    programs: Programs, folder: Path, name: str
+) -> AbstractContextManager[tuple[Process, Path]]:
+    """A back-end with random bytes."""
+    image = folder / f"{name}.img"
+    image.write_bytes(secrets.token_bytes(4 * MIB))
+    return storage_daemon(programs, Disk(image), folder / f"{name}-back.sock")
+
+
+READ = "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /dev/{}"
+"""A guest's command that reads a whole disk."""
+
+
+def digest(image: Path) -> str:
+    """The output of READ for the disk with this image."""
+    return f"{sha256(image.read_bytes()).hexdigest()}  -\n"
+
+
+def check_disk(guest: Machine, name: str, image: Path) -> None:
+    assert guest.sh(READ.format(name)) == digest(image)
+
+
+def share(host: Host, name: str) -> Share:
+    """A folder that is /srv/NAME for the host."""
+    folder = host.folder / name
+    folder.mkdir()
+    host.run("mkdir", f"/srv/{name}")
+    host.run("mount", "--bind", str(folder), f"/srv/{name}")
+    return Share(folder)

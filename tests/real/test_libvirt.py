@@ -7,57 +7,38 @@ import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from tests.guest.devices import Device
-from tests.guest.inside import files, net
+from tests.guest.inside import net
 from tests.guest.inside.agent import sh
-from tests.guest.machine import Machine
 from tests.real.airlock import airlock
 from tests.real.backends import passt, virtiofsd_command
 from tests.real.libvirt import (
     DOCUMENT,
     QEMU_GROUP,
+    READ,
     UUID,
     Domain,
     Host,
+    Share,
+    check_disk,
+    digest,
+    disk,
     example,
     of_the_tree,
+    share,
 )
 from tests.real.network import Network
 from tests.real.processes import Process
-from tests.real.programs import Programs, need, new_folder
-from tests.real.storage import Disk, storage_daemon
+from tests.real.programs import need, new_folder
 from vhost_airlock.peers.scan import search
 
-MIB = 1 << 20
-DRIVERS = Device((), ("virtio_blk", "virtiofs", "virtio_net"))
 DESCRIPTOR = "Every shared folder of a host"
 DEVICES = ["A disk", "A network card", "A shared folder", DESCRIPTOR]
 DEVICES += ["One shared folder"]
 MARKER = secrets.token_hex(16)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A folder that the guest has by its tag, which is the folder's name."""
-
-    folder: Path
-
-    def use(self, guest: Machine) -> None:
-        """A file goes each way."""
-        tag = self.folder.name
-        self.folder.joinpath("from host").write_text(tag)
-        guest.sh(f"mkdir -p /mnt/{tag} && mount -t virtiofs {tag} /mnt/{tag}")
-        assert guest.sh(f"cat '/mnt/{tag}/from host'") == tag
-        guest.call(files.write_big, f"/mnt/{tag}/big", 1, MIB)
-        files.check_big(str(self.folder / "big"), 1, MIB)
-
-
-READ = "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /dev/{}"
 
 
 @dataclass
@@ -74,6 +55,9 @@ class Scene:
     stack: ExitStack
     proxy: Process
 
+    def image(self, name: str) -> Path:
+        return self.host.folder / f"{name}.img"
+
     def restart(self, number: int) -> None:
         """End the airlock of the first disk by a signal, and start another one."""
         self.proxy.popen.send_signal(number)
@@ -81,38 +65,11 @@ class Scene:
         self.stack.close()
         self.proxy = self.stack.enter_context(proxy(self.host, "disk"))
 
-    def digest(self, image: str) -> str:
-        """What READ says of a disk with this image."""
-        data = (self.host.folder / image).read_bytes()
-        return f"{sha256(data).hexdigest()}  -\n"
-
-    def check(self, name: str, image: str) -> None:
-        """Has the guest's disk of this name what is in the image?"""
-        assert self.guest.sh(READ.format(name)) == self.digest(image)
-
 
 def proxy(host: Host, name: str) -> AbstractContextManager[Process]:
     """The airlock of the back-end with this name."""
     back = host.folder / f"{name}-back.sock"
     return airlock(back, host.vm / f"{name}.sock", f"--socket-group={QEMU_GROUP}")
-
-
-def disk(
-    programs: Programs, folder: Path, name: str
-) -> AbstractContextManager[tuple[Process, Path]]:
-    """A back-end with random bytes."""
-    image = folder / f"{name}.img"
-    image.write_bytes(secrets.token_bytes(4 * MIB))
-    return storage_daemon(programs, Disk(image), folder / f"{name}-back.sock")
-
-
-def share(host: Host, name: str) -> Share:
-    """A folder that is /srv/NAME for the host."""
-    folder = host.folder / name
-    folder.mkdir()
-    host.run("mkdir", f"/srv/{name}")
-    host.run("mount", "--bind", str(folder), f"/srv/{name}")
-    return Share(folder)
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +91,14 @@ def scene(programs) -> Iterator[Scene]:
         enter(airlock(None, host.vm / "fs.sock", group, command=command))
         xml = "".join(map(example, DEVICES))
         words = f"marker={MARKER}"
-        guest = enter(Domain(host, DRIVERS, xml, words))
+        guest = enter(Domain(host, xml, words))
         yield Scene(host, guest, shares, disks, first, running)
 
 
 def test_devices_are_used(scene):
     for folder in scene.shares:
         folder.use(scene.guest)
-    scene.check("vda", "disk.img")
+    check_disk(scene.guest, "vda", scene.image("disk"))
     _, router, _ = scene.guest.call(net.configure)
     assert "3 packets received" in scene.guest.sh(f"ping -c 3 -i 0.1 {router}")
 
@@ -162,22 +119,23 @@ def test_no_back_end_has_the_guests_memory(scene):
 def test_airlock_is_started_again_while_the_disk_is_read(scene, number):
     reading = scene.guest.begin(sh, READ.format("vda"))
     scene.restart(number)
-    assert reading.result() == scene.digest("disk.img")
+    assert reading.result() == digest(scene.image("disk"))
 
 
 def test_disk_comes_and_goes(scene):
     scene.host.vm.joinpath("disk.xml").write_text(example("A disk that comes later"))
     scene.host.run("virsh", "attach-device", "guest", "/run/vm/disk.xml")
     scene.guest.sh("until [ -e /dev/vdb ]; do sleep 0.1; done")
-    scene.check("vdb", "disk2.img")
+    check_disk(scene.guest, "vdb", scene.image("disk2"))
     scene.host.run("virsh", "detach-device", "guest", "/run/vm/disk.xml")
     scene.guest.sh("while [ -e /dev/vdb ]; do sleep 0.1; done")
 
 
 def test_domain_is_not_saved_and_goes_on(scene):
     message = example("What the domain can do", "text").strip()
-    assert message in scene.host.fails("virsh", "save", "guest", "/run/vm/saved")
-    scene.check("vda", "disk.img")
+    for words in (["save", "guest", "/run/vm/saved"], ["managedsave", "guest"]):
+        assert message in scene.host.fails("virsh", *words)
+    check_disk(scene.guest, "vda", scene.image("disk"))
 
 
 def test_domain_reboots(scene):
@@ -198,16 +156,17 @@ def test_airlocks_of_libvirt_end_with_the_domain(scene):
 
 def test_apparmor_is_as_the_document_says(scene):
     """By libvirt's helper, which prints the rules for the domain."""
-    said = scene.host.run(
-        "sh",
-        "-c",
-        "/usr/lib/libvirt/virt-aa-helper --create --dryrun"
-        f" --uuid libvirt-{UUID} < /run/vm/guest.xml",
-    )
-    assert '"/run/vm/net.sock" rw' in said
-    assert '"/var/lib/libvirt/qemu/domain--1-guest/*" rw' in said
-    assert "disk.sock" not in said
-    assert "fs.sock" not in said
+    xml = scene.host.vm.joinpath("guest.xml").read_text()
+    emulator = example("Every device of a domain")
+    xml = xml.replace("<devices>", f"<devices>{emulator}")
+    scene.host.vm.joinpath("apparmor.xml").write_text(xml)
+    helper = "/usr/lib/libvirt/virt-aa-helper --create --dryrun"
+    domain = f"--uuid libvirt-{UUID} < /run/vm/apparmor.xml"
+    rules = scene.host.run("sh", "-euc", f"{helper} {domain}")
+    assert '"/run/vm/net.sock" rw' in rules
+    assert '"/var/lib/libvirt/qemu/domain--1-guest/*" rw' in rules
+    for missing in ("disk.sock", "fs.sock", "vhost-airlock"):
+        assert missing not in rules
 
 
 @pytest.mark.parametrize("name", ["root", "debian-12", "debian-13"])
@@ -220,3 +179,4 @@ def test_apparmor_profiles_are_as_the_document_says(name):
     own = line.rpartition("/etc/apparmor.d/")[2]
     rules = profiles.joinpath("abstractions/libvirt-qemu").read_text()
     assert f"<{own}>" in rules
+    assert "vhost-airlock" not in rules

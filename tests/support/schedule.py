@@ -17,6 +17,7 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 TIMING = "timing"
+WITH_GUESTS = ("tests.guest.machine", "tests.real.libvirt")
 MOST_GUESTS = 2
 """How many processes may have guests at a time."""
 
@@ -24,7 +25,8 @@ MOST_GUESTS = 2
 @cache
 def has_guests(file: Path) -> bool:
     """Do tests of this file boot guests, as far as its imports say?"""
-    return "from tests.guest.machine" in file.read_text()
+    text = file.read_text()
+    return any(f"from {module}" in text for module in WITH_GUESTS)
 
 
 @cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backs are lost at any point, and rings stop and start, and no chain is lost.
+"""Backs are lost at any point, airlocks too, rings stop and start: no chain is lost.
 
 Each chain carries a number that the back reads and answers with. The back journals the
 numbers as it executes them: each one that the guest offered is executed, comes out
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.plane import PAGE, Lane, World
+from tests.support.plane import PAGE, Lane, Record, World
 from tests.support.profiles import PROFILE
 from vhost_airlock.peers import Chain
 
@@ -29,11 +29,15 @@ class Journal:
     def __init__(self, chance: Random) -> None:
         self.chance = chance
         self.world = World(pool=chance.choice([2, 64]) * PAGE)
+        size = chance.choice(SIZES)
+        self.recorded = chance.random() < 0.5
+        """Whether the VMM has a record of the chains in flight."""
         self.lane = Lane(
             self.world,
-            size=chance.choice(SIZES),
+            size=size,
             back_indirect=chance.random() < 0.5,
             back_event_idx=chance.random() < 0.5,
+            record=Record(size) if self.recorded else None,
         )
         self.waits: dict[int, int] = {}
         """The number of the chain with each head that the guest waits for."""
@@ -102,6 +106,16 @@ class Journal:
         self.taken.clear()
         self.lane.start(base)
 
+    def kill(self) -> None:
+        """The airlock is killed. If there is a record, another one goes on by that,
+        with another back, whatever the base is.
+        """
+        if self.recorded:
+            self.lane.renew()
+            self.taken.clear()
+            ring = self.lane.ring
+            self.lane.start(self.chance.choice([ring.used_idx, ring.avail_idx, 7]))
+
     def stop(self) -> None:
         """The ring stops and starts; the back keeps the chains that it has taken."""
         base, *_ = self.lane.stop(self.lane.device.next_avail)
@@ -128,5 +142,6 @@ def test_no_chain_is_lost_with_its_back(seed):
     journal = Journal(chance)
     deeds = [journal.offer, journal.take, journal.complete, journal.step]
     for _ in range(120):
-        chance.choice([*deeds, *deeds, *deeds, journal.lose, journal.stop])()
+        often = [*deeds, *deeds, *deeds]
+        chance.choice([*often, journal.lose, journal.stop, journal.kill])()
     journal.settle()

@@ -452,10 +452,20 @@ def test_links_lead_somewhere(path):
         assert linked.exists(), target
         if heading:
             titles = re.findall(r"^#+ (.*)", linked.read_text(), re.M)
-            slugs = {
-                re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles
-            }
-            assert heading in slugs, target
+            assert heading in map(anchor, titles), target
+
+
+def anchor(title: str) -> str:
+    """The name of a heading in links."""
+    return re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_contents_are_all_sections_in_their_order(path):
+    text = path.read_text()
+    contents = re.findall(r"^- \[(.*)\]\(#", text.partition("\n## ")[0], re.M)
+    if contents:
+        assert contents == re.findall(r"^## (.*)", text, re.M)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log that an operator sees with QEMU: the transcripts in docs/operating.md."""
 
+import json
 import mmap
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.real.airlock import airlock
@@ -12,6 +18,7 @@ from tests.real.processes import Process
 from tests.real.programs import PROJECT, Programs
 from tests.real.qtest import RAM, QtestMachine, VirtioDevice
 from tests.real.storage import Disk, storage_daemon
+from tests.support.backs import wait_until
 from vhost_airlock.peers.disk import HEADER, SECTOR, BlkType
 
 INFO = "--log-level=info"
@@ -159,3 +166,64 @@ def test_second_vmm(programs, folder):
             write_and_read(disk)
         disk.reset()
         assert plain(proxy.output()) == transcript("A second VMM")
+
+
+@contextmanager
+def journald(programs: Programs, folder: Path) -> Iterator[Path]:
+    """The journal's own daemon; it listens at the path that is yielded."""
+    mounts = ["mount -t tmpfs journal /run"]
+    for name, place in (("journal", "systemd/journal"), ("log", "log/journal")):
+        (folder / name).mkdir()
+        mounts.append(f"mkdir -p /run/{place}")
+        mounts.append(f"mount --bind {folder / name} /run/{place}")
+    start = " && ".join([*mounts, "exec /usr/lib/systemd/systemd-journald"])
+    with Process(programs("sh", "-c", start), folder / "journald.log") as process:
+        path = folder / "journal" / "stdout"
+        process.wait_until(path.exists)
+        yield path
+
+
+def journal(programs: Programs, folder: Path) -> list[tuple[str, str]]:
+    """The airlock's lines there, with their priorities."""
+    shown = subprocess.run(
+        programs("journalctl", f"--directory={folder}/log", "--output=json"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    entries = [json.loads(line) for line in shown.stdout.splitlines()]
+    return [
+        (entry["PRIORITY"], entry["MESSAGE"])
+        for entry in entries
+        if entry.get("SYSLOG_IDENTIFIER") == "vhost-airlock"
+    ]
+
+
+def test_journal_knows_the_level_of_each_line(programs, folder):
+    """The airlock's stderr is connected to it, as systemd does that for a service."""
+    away = f"can't listen at {folder}/away/disk.sock: No such file or directory"
+    late = f"no back-end at {folder}/back.sock: No such file or directory"
+    with (
+        journald(programs, folder) as path,
+        socket.socket(socket.AF_UNIX) as stderr,
+    ):
+        stderr.connect(str(path))
+        header = ["vhost-airlock", "", "6", "1", "0", "0", "0"]
+        stderr.sendall("".join(f"{field}\n" for field in header).encode())
+        found = os.fstat(stderr.fileno())
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "vhost_airlock", "run"),
+                f"--socket-path={folder}/away/disk.sock",
+                f"--backend={folder}/back.sock",
+            ],
+            stderr=stderr.fileno(),
+            env={**os.environ, "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"},
+            timeout=30,
+        )
+        assert done.returncode == 1
+        wait_until(lambda: len(journal(programs, folder)) == 2, "both have come")
+        assert journal(programs, folder) == [
+            ("4", f"disk.sock: {late}; waiting for it"),
+            ("3", f"disk.sock: {away}"),
+        ]

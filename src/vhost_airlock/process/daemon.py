@@ -204,7 +204,9 @@ class Daemon:
                 others=self._fronts.others,
             )
         except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
-            self.log.error("no session for this VMM: %s", error)
+            self.log.error(
+                "no session for this VMM: %s; its connection is closed", error
+            )
             self.log.debug("where it failed", exc_info=True)
             return False
         self._session = session
@@ -324,6 +326,7 @@ class Daemon:
             return
         if back.settled:
             back.memory.clear()
+        self.log.info("the back-end's connection is kept for the next VMM")
 
     def _tidy(self) -> None:
         """After a session: make a kept back ready for the next session, or tell the

@@ -88,7 +88,11 @@ class Manager:
             sock.connect("\0" + address[1:] if address[0:1] == "@" else address)
         except OSError as error:
             sock.close()
-            log.warning("NOTIFY_SOCKET=%s: %s", address, reason_of(error))
+            log.warning(
+                "the service manager is told nothing: NOTIFY_SOCKET=%s: %s",
+                address,
+                reason_of(error),
+            )
             return
         self._socket = sock
 

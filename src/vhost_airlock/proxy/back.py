@@ -289,7 +289,10 @@ class Back:
                 if not requests.handle_now():
                     break
         except Disconnected:
-            self.log.info("back-end: closed its socket for requests of its own")
+            self.log.info(
+                "back-end: closed its own socket for requests; it tells of no more"
+                " changes of the configuration space"
+            )
             requests.channel.close()
             self.requests = None
         if self._changed:

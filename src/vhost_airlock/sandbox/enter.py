@@ -110,7 +110,7 @@ def _renounce() -> None:
 
 def _restrict_files() -> None:
     if not restrict_files():
-        log.info("sandbox: this kernel has no Landlock; seccomp has to do")
+        log.info("this kernel has no Landlock: the sandbox is made by seccomp alone")
 
 
 def _load_what_is_loaded_late() -> None:

@@ -183,7 +183,7 @@ def test_killed_under_load(
         BlkGuest(num_queues=2, queue_size=SIZE, seg_max=4, also=also) as guest,
     ):
         load = Load(guest, back, seed)
-        options = f"--socket-path={front}", f"--backend={where}", "--sandbox=off"
+        options = f"--socket-path={front}", f"--backend={where}"
         for _ in range(KILLS):
             with Program(*options) as program:
                 resume(guest, program, front, base)

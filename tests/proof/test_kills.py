@@ -125,6 +125,13 @@ class Play(Machine):
             pass
         self.watch(lambda: self.lane.start(self.lane.ring.used_idx))
 
+    def lose(self) -> None:
+        """The back is gone, and another one takes its place in the same session."""
+        self.watch(lambda: self.lane.stop(None))
+        self.world.lose_back()
+        self.at_back.clear()
+        self.watch(lambda: self.lane.start(self.lane.ring.used_idx))
+
     def kill(self) -> None:
         self.lane.renew()
         self.at_back.clear()
@@ -244,6 +251,26 @@ def test_killed_while_the_ring_stops_and_starts(watcher: Watcher, base: int) -> 
 
 
 @pytest.mark.parametrize("base", BASES)
+def test_killed_while_another_back_takes_over(watcher: Watcher, base: int) -> None:
+    """With chains between that are done; some stay in slots, others in the record."""
+    play = Play(watcher, base)
+    play.offer(4)
+    play.step()
+    play.complete(1)
+    play.step()
+    play.lose()
+    play.step()
+    play.complete(1)
+    play.step()
+    play.reap()
+    play.lose()
+    play.step()
+    assert play.kills > 150
+    play.complete(0, 0, 0, 0)
+    play.step()
+
+
+@pytest.mark.parametrize("base", BASES)
 def test_killed_again_and_again(watcher: Watcher, base: int) -> None:
     """By the time of each kill the back has done some of the chains."""
     play = Play(watcher, base)
@@ -261,7 +288,7 @@ def test_killed_again_and_again(watcher: Watcher, base: int) -> None:
 ACTS = st.one_of(
     st.tuples(st.just("offer"), st.integers(1, SIZE)),
     st.tuples(st.just("complete"), st.integers(0, 3), st.integers(0, 3)),
-    st.tuples(st.sampled_from(["step", "step", "step", "kill", "reap"])),
+    st.tuples(st.sampled_from(["step", "step", "step", "kill", "lose", "reap"])),
     st.tuples(st.just("stop"), st.integers(0, 2)),
 )
 

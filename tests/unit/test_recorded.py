@@ -548,6 +548,21 @@ class TestNotRecorded:
         assert "does not fit to the ring" in lane.pump.news
         assert record.marked == []
 
+    def test_a_record_that_libvhost_user_has_written(self, world: World) -> None:
+        """It never writes `next`, and completes one chain at a time. It was killed
+        behind the store to the ring's used index."""
+        lane = Recorded(world, size=SIZE, record=Record(SIZE), start=False)
+        heads = offer(lane, 3)
+        lane.record.set_head(last=heads[1], used=0)
+        for counter, head in enumerate(heads):
+            lane.record.set_entry(head, inflight=1, counter=counter)
+        lane.ring.set_used_entry(0, heads[1], 0)
+        lane.ring.used_idx = 1
+        assert [head for head, _ in lane.used()] == [heads[1]]
+        lane.start(1)
+        assert lane.pump.news is None
+        assert complete_all(lane) == [heads[0], heads[2]]
+
     def test_leftovers_without_a_mark_say_nothing(self, world: World) -> None:
         """Whatever its used index and its list are."""
         record = Record(SIZE)

@@ -13,13 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.real.airlock import airlock
+from tests.real.backends import virtiofsd_command
 from tests.real.processes import Process, listening
 from tests.real.programs import PROJECT, Programs
 from tests.real.qtest import RAM, QtestMachine, VirtioDevice
 from tests.real.storage import Disk, storage_daemon
 from tests.support.backs import wait_until
+from vhost_airlock.errors import Disconnected
 from vhost_airlock.peers.disk import HEADER, SECTOR, BlkType
+from vhost_airlock.vhost.frontend import Frontend
 
 INFO = "--log-level=info"
 DEVICE = "vhost-user-blk-pci-non-transitional,chardev=front"
@@ -166,6 +171,22 @@ def test_second_vmm(programs, folder):
             write_and_read(disk)
         disk.reset()
         assert plain(proxy.output()) == transcript("A second VMM")
+
+
+@pytest.mark.parametrize("program", ["virtiofsd", "passt"])
+def test_program_that_gets_the_wrong_kind_of_socket(programs, folder, program):
+    """virtiofsd fails then, and passt ends with status 0."""
+    commands = {
+        "virtiofsd": virtiofsd_command(programs, folder, "--fd={fd}"),
+        "passt": programs(
+            programs.find("passt"), "--vhost-user", "--foreground", "--fd={listen-fd}"
+        ),
+    }
+    front = folder / "disk.sock"
+    with airlock(None, front, command=commands[program]) as proxy:
+        with Frontend.connect(str(front)) as vmm, pytest.raises(Disconnected):
+            vmm.get_features()
+        proxy.wait_until(lambda: "and sent no message: does it take" in proxy.output())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from vhost_airlock.process.sockets import (
     Listener,
     Peer,
     Rights,
+    address_of,
     inherited,
     peer_of,
     require_socket,
@@ -396,3 +397,24 @@ def test_inherited_socket_of_no_use_is_named(path: Path) -> None:
 def test_inherited_number_of_nothing_is_named(fd: int) -> None:
     with pytest.raises(StartError, match=f"descriptor {fd}"):
         inherited(fd)
+
+
+def test_address_of_an_inherited_socket(tmp_path: Path) -> None:
+    """It is empty for all that has none; the descriptor stays as it is."""
+    path = tmp_path / "there.sock"
+    with (
+        socket.socket(socket.AF_UNIX) as listener,
+        socket.socket(socket.AF_UNIX) as nameless,
+        socket.socket(socket.AF_INET) as other,
+        (tmp_path / "file").open("w") as file,
+    ):
+        listener.bind(str(path))
+        assert address_of(listener.fileno()) == str(path)
+        for fd in (nameless.fileno(), other.fileno(), file.fileno(), -1, 9999, 1 << 40):
+            assert address_of(fd) == ""
+        listener.listen()
+
+
+def test_peer_is_told_by_its_process_and_user() -> None:
+    assert str(Peer(4711, 64055, 108)) == "process 4711, user 64055"
+    assert str(Peer(0, 65534, 65534)) == "process of another namespace, user 65534"

@@ -240,8 +240,10 @@ def address_of(fd: int) -> str:
     """Return the address of a unix socket; "" if it has none, or is none."""
     with (
         contextlib.suppress(OSError, OverflowError, TypeError),
-        socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as sock,
+        Fd(os.dup(fd)) as own,
+        socket.socket(fileno=own.fileno()) as sock,
     ):
+        own.release()
         return os.fsdecode(sock.getsockname())
     return ""
 

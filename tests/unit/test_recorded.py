@@ -500,6 +500,19 @@ class TestNotRecorded:
             " and the record has none of the requests between"
         )
 
+    def test_a_ring_without_its_record_leaves_no_chains_in_it(
+        self, world: World
+    ) -> None:
+        """They would be taken for its own at a later start."""
+        record = Record(SIZE)
+        record.set_head(used=5, last=1)
+        record.set_entry(1, inflight=1)
+        lane = Recorded(world, size=SIZE, record=record, start=False)
+        offer(lane, 3)
+        lane.start(2)
+        assert not lane.pump.recorded
+        assert record.head[1] == 0
+
     def test_a_record_that_is_not_there(self, world: World) -> None:
         record = Record(SIZE)
         record.memory.cut()

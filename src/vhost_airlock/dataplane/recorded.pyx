@@ -131,6 +131,7 @@ cdef str begin_record(PumpState *pump, bint reset, list heads):
         text = None if reset else OTHER_RING
     base = pump.guest.ops.base_after(&pump.guest, 0)
     if base != used:
+        run(pump, leave_unused, 0)  # it would be out of date at the next start
         record.table = NULL
         return NOT_RECORDED.format(
             f"its base is {base} and its used index {used}, and the record has none of"
@@ -178,6 +179,12 @@ cdef int read_table(void *what, int _) noexcept nogil:
 cdef int settle(void *what, int _) noexcept nogil:
     """Make the stores that the last batch lacks."""
     end_batch(&(<PumpState *> what).record)
+    return True
+
+
+cdef int leave_unused(void *what, int _) noexcept nogil:
+    """Let the next start find no chains in it."""
+    note(&(<PumpState *> what).record.table.version, 0, 2)
     return True
 
 

@@ -10,7 +10,7 @@ CHECKED = $(wildcard $(shell git ls-files --cached --others --exclude-standard \
     src tests bench fuzz pyproject.toml tools/stubtest.allow))
 
 .PHONY: help develop built lint types test test-asan coverage stress fuzz package demo
-.PHONY: dist install uninstall bench clean
+.PHONY: dist deb install uninstall bench clean
 
 help:                                   ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1 /p' Makefile | \
@@ -90,6 +90,9 @@ demo: built                             ## see the isolation work, in half a min
 
 install: dist                           ## in PREFIX (/usr/local), or that below DESTDIR
 	@tools/install $(PREFIX)
+
+deb:                                    ## a Debian package for this release, in dist/deb
+	@tools/deb
 
 uninstall:                              ## removes all that make install made
 	@tools/install --remove $(PREFIX)

@@ -47,6 +47,12 @@ def kernel(programs: Programs) -> Path:
     return Path("/kernel") / max(found).relative_to(folder)
 
 
+def plain_initramfs(programs: Programs, init: bytes, modules: Iterable[str]) -> bytes:
+    """An archive of this init, busybox and these kernel modules."""
+    content = {"/init": File(init), "/bin/busybox": _file(programs, "/bin/busybox")}
+    return _archive(content | _loaded(programs, modules))
+
+
 def initramfs(
     programs: Programs, modules: Iterable[str], tools: Iterable[str]
 ) -> bytes:
@@ -57,12 +63,17 @@ def initramfs(
     for tool in tools:
         content[f"/tools/{Path(tool).name}"] = _file(programs, tool)
     content |= {path: _file(programs, path) for path in _libraries(programs, *tools)}
+    return _archive(content | _loaded(programs, modules))
+
+
+def _loaded(programs: Programs, modules: Iterable[str]) -> dict[str, File]:
+    """The modules, and the order in which an init has to load them."""
     loaded: dict[str, bytes] = {}
     for module in modules:
         loaded |= _modules(programs, module)
-    content |= {f"/modules/{name}": File(code) for name, code in loaded.items()}
+    content = {f"/modules/{name}": File(code) for name, code in loaded.items()}
     content["/modules/order"] = File("\n".join(loaded).encode())
-    return _archive(content)
+    return content
 
 
 def _file(programs: Programs, name: str) -> File:

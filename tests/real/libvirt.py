@@ -69,8 +69,11 @@ wait
 """The first process of the host: it has to reap the processes that others leave.
 
 A /dev/kvm that root may use and libvirt-qemu not would make libvirt look at QEMU again
-and again.
+and again. Without /etc/hosts, libvirt waits 40 s for a server that knows the host's
+name.
 """
+
+START_GUEST = "virsh define guest.xml; virsh start guest"
 
 STAND_IN = """#!/bin/sh
 export PYTHONPATH={source} VIRTIOFSD={folder}/host/usr/libexec/real-virtiofsd
@@ -95,9 +98,6 @@ def of_the_tree(folder: Path) -> dict[str, str]:
         "usr/bin/vhost-airlock-virtiofsd": stand_in,
         "usr/libexec/real-virtiofsd": REAL,
     }
-
-
-START_GUEST = "virsh define guest.xml; virsh start guest"
 
 
 def example(title: str, language: str = "xml") -> str:

@@ -133,6 +133,5 @@ def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
             proxies.close()
             proxy = proxies.enter_context(airlock(back, front, dials=listens))
             guest.call(load.go_on)
-            print(proxy.output())
         assert guest.call(load.stop) >= 4
         guest.power_off()

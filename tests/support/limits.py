@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def no_more_fds(room: int = 0) -> Iterator[None]:
     """Meanwhile, this process can get no more than `room` new descriptors."""
+    gc.collect()  # what it would close meanwhile were room
     free = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     os.close(free)
     with _fds_below(free + room):

@@ -74,6 +74,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--recover-for=0.5"], {"recover_time": 0.5}),
     (["--recover-times=9"], {"recover_times": 9}),
     (["--fence=exit"], {"fence": "exit"}),
+    (["--wait-for=2"], {"wait_for": 2.0}),
     (["--exit-with-pipe=7"], {"exit_with_pipe": 7}),
     (["--once"], {"once": True}),
     (["--sandbox=off"], {"sandbox": False}),

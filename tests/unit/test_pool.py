@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 import re
@@ -564,6 +565,7 @@ class TestGrowth:
 
 
 def test_without_room_for_its_descriptor_there_is_no_shared_pool():
+    gc.collect()
     before = os.listdir("/proc/self/fd")
     with no_more_fds(), pytest.raises(OSError, match="cannot make") as told:
         Pool(MIB, largest=MIB, shared=True)

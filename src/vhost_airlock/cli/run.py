@@ -70,7 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument(
         "--backend-listen", metavar="PATH", help="listen here for the back-end"
     )
-    parser.add_argument(
+    waits = parser.add_mutually_exclusive_group()
+    waits.add_argument(
+        "--wait-for",
+        type=seconds,
+        metavar="S",
+        help="seconds after the start in which a socket has to be at --backend, or the"
+        " airlock ends (default: no limit)",
+    )
+    waits.add_argument(
         "--no-wait",
         action="store_true",
         help="fail at the start if the back-end is not there, and do not wait for it",
@@ -289,6 +297,8 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     if options.copy is None:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
+    if options.wait_for is not None and options.backend is None:
+        raise UsageError("--wait-for goes with --backend")
     loss = options.on_backend_loss
     if loss == "recover" and kind is not None and kind.stateful:
         raise UsageError(

@@ -35,6 +35,9 @@ class ProcessConfig:
     command: tuple[str, ...] = ()
     """The command that starts the back, with a place for a socket's number, see
     program.py."""
+    wait_for: float | None = None
+    """Seconds after the start in which the first back-end has to be there, or the
+    process ends; None: no limit."""
     no_wait: bool = False
     """The back-end must be there at the start; otherwise the first one is awaited."""
     keep_backend: bool = False

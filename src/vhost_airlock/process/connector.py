@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import signal
 import socket
@@ -63,6 +64,11 @@ class Connector(ABC):
         as; none if that is not known.
         """
         return self._users
+
+    def await_there(self) -> None:  # noqa: B027
+        """Wait for the first back-end, if the user has set a limit for that. StartError
+        when it is over. The process is not locked in yet.
+        """
 
     def lives(self) -> str:
         """Return the reason why the last back-end may still be at work, after its
@@ -119,6 +125,17 @@ class Dialler(Connector):
                 self.log.warning("%s; a VMM waits, trying again", trouble)
                 told = True
             self._wait(PAUSE if left is None else min(PAUSE, left))
+
+    def await_there(self) -> None:
+        limit = self.config.wait_for
+        if limit is None:
+            return
+        deadline = time.monotonic() + limit
+        while absent := require_socket(self.path, may_come=True):
+            left = _left(deadline)
+            if not left:
+                raise StartError(f"{absent}, {limit:g} s after the start")
+            self._wait(min(PAUSE, left))
 
     def lives(self) -> str:
         return self.broker.back_lives()
@@ -249,7 +266,8 @@ class Starter(Connector):
 
     def _lengthen_pause(self) -> None:
         self.pause = min(LONGEST_PAUSE, max(PAUSE, 2 * self.pause))
-        self._not_before = time.monotonic() + self.pause
+        # Many airlocks whose program fails at once do not start it at once again.
+        self._not_before = time.monotonic() + self.pause * random.uniform(0.7, 1)
 
 
 def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Connector:

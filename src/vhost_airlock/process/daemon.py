@@ -115,14 +115,15 @@ class Daemon:
 
     def run(self) -> int:
         """Lock the process in, serve until a signal comes; returns the exit status."""
-        with contextlib.closing(self):
+        with contextlib.closing(self), contextlib.suppress(Stopped):
+            self.connector.await_there()
             if self.config.sandbox:
                 sandbox.enter()
             if self._stats is not None:
                 self._stats.start()
             self._manager.tell("READY=1")
             self.log.info("%s", self._fronts.where)
-            try:
+            with contextlib.suppress(Stopped):
                 while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
                         self.log.error(
@@ -131,8 +132,6 @@ class Daemon:
                         return 1
                     if self._sessions and self.config.once:
                         return 0
-            except Stopped:
-                pass
             if any(event & select.EPOLLHUP for _, event in self.stop.poll(0)):
                 self.log.info("the pipe has no other end any more: ending")
         return 0

@@ -284,9 +284,7 @@ class Device:
         """Return the status that the back has, or the one that stayed here."""
         if ProtocolFeature.STATUS not in self.protocol_features:
             return self._early_status
-        if not self.away:
-            self.known.status = self.peer.get_status()
-        return self.known.status
+        return self.known.status if self.away else self.peer.get_status()
 
     # Messages that are passed on.
 

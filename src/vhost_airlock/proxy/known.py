@@ -29,7 +29,7 @@ class Known:
         self.queue_num: int | None = None
         """None: the front did not ask."""
         self.status = 0
-        """As the front has set it last, or has read it since."""
+        """As the front has set it last."""
         self.mtu: int | None = None
         self._config: dict[int, int] = {}
         """The bytes of the configuration space that the front has read, by offset."""

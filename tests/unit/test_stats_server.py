@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     yield
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before

@@ -810,6 +810,7 @@ class TestDescriptors:
             worker.unwatch(fd)
 
     def test_i9_a_worker_leaves_no_descriptors_and_threads(self, events):
+        gc.collect()
         fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
         for _ in range(20):
             worker = Worker(events)
@@ -820,6 +821,7 @@ class TestDescriptors:
         assert threading.active_count() == threads
 
     def test_without_room_for_them_there_is_no_worker(self, events):
+        gc.collect()
         before = os.listdir("/proc/self/fd")
         for room in range(2):
             with no_more_fds(room), pytest.raises(OSError, match="cannot make") as told:
@@ -829,6 +831,7 @@ class TestDescriptors:
 
     def test_i9_a_closed_one_has_none_though_somebody_holds_it(self, events):
         """As an error that was logged does, as long as the log keeps its record."""
+        gc.collect()
         gc.collect()
         fds = os.listdir("/proc/self/fd")
         worker = Worker(events)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 
@@ -34,6 +35,7 @@ def test_processor_that_has_gone_keeps_nobody_from_work(
 def test_want_of_descriptors_leaves_no_worker() -> None:
     """Not even those that there was room for."""
     with eventfd() as events:
+        gc.collect()
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
         with no_more_fds(3), pytest.raises(OSError, match=r"make a worker|open files"):
             Workers(8, events, poll_us=0, log=LOG)
@@ -52,6 +54,7 @@ def test_want_of_threads_leaves_no_worker(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(threading.Thread, "start", want)
     with eventfd() as events:
+        gc.collect()
         before = threading.active_count(), len(os.listdir("/proc/self/fd"))
         with pytest.raises(RuntimeError):
             Workers(8, events, poll_us=0, log=LOG)

@@ -3,9 +3,7 @@
 PREFIX ?= /usr/local
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
-PARALLEL = --dist loadfile --no-loadscope-reorder --numprocesses
-# Real programs are waited for: three processes keep two cores busy.
-PROCESSES = $(shell echo $$(($$(nproc) * 3 / 2)))
+IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 CHECKED = $(wildcard $(shell git ls-files --cached --others --exclude-standard \
     src tests bench fuzz pyproject.toml tools/stubtest.allow))
 
@@ -57,11 +55,11 @@ test:                                   ## everything, with real programs where 
 	    tools/real-root --or-say-why
 	@tools/phase $(if $(wildcard .real/debian-13/ready),0,3) "Debian 12 and 13" \
 	    tools/release-roots --or-say-why
-	@echo "$$(date +%T) tests: 11 min; those that measure time come last, alone"
-	@pytest $(PARALLEL) $(PROCESSES)
+	@echo "$$(date +%T) tests: 25 min; those that measure time come last, alone"
+	@pytest $(IN_PARALLEL)
 
 test-asan: develop                      ## the data plane under ASan and UBSan
-	tools/test-asan $(PARALLEL) auto
+	tools/test-asan $(IN_PARALLEL)
 
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \

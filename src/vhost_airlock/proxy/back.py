@@ -185,7 +185,7 @@ class Back:
         The back gets its descriptors before the ring: it may complete chains there, of
         before a stop, as soon as it has the addresses.
         """
-        self._announce()
+        self.show_memory()
         self.peer.set_vring_num(ring.number, ring.size)
         self.peer.set_vring_base(ring.number, ring.base)
         self.peer.set_vring_call(ring.number, call)
@@ -299,8 +299,8 @@ class Back:
             self._changed = False
             self.config_changed()
 
-    def _announce(self) -> None:
-        """Tell the back its memory, once for a connection."""
+    def show_memory(self) -> None:
+        """Tell the back its memory, once for a connection; no ring uses it yet."""
         if self.link is Link.UP:
             return
         self.link = Link.UP

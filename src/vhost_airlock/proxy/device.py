@@ -224,6 +224,7 @@ class Device:
             self.known.require(back)
             if self._settled:
                 self.known.tell(self.informed.peer)
+                back.show_memory()
             seconds = self._recovery.end()
             self.start_rings()
             self.known.tell_ready(back.peer)

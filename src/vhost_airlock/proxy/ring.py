@@ -389,7 +389,9 @@ class Ring:
         pump = self.pump
         if self._moves:
             size = slot_bytes(pump.slots)
-            pump.move_in(back.memory.pool, *back.memory.slot_memory(self.index, size))
+            with self.worker.pause():
+                memory = back.memory.slot_memory(self.index, size)
+                pump.move_in(back.memory.pool, *memory)
             self._moves = False
         if pump.slots < vring.num:
             size = slot_bytes(vring.num - pump.slots)

@@ -115,15 +115,15 @@ class Daemon:
 
     def run(self) -> int:
         """Lock the process in, serve until a signal comes; returns the exit status."""
-        with contextlib.closing(self), contextlib.suppress(Stopped):
-            self.connector.await_there()
-            if self.config.sandbox:
-                sandbox.enter()
-            if self._stats is not None:
-                self._stats.start()
-            self._manager.tell("READY=1")
-            self.log.info("%s", self._fronts.where)
+        with contextlib.closing(self):
             with contextlib.suppress(Stopped):
+                self.connector.await_there()
+                if self.config.sandbox:
+                    sandbox.enter()
+                if self._stats is not None:
+                    self._stats.start()
+                self._manager.tell("READY=1")
+                self.log.info("%s", self._fronts.where)
                 while self._wait():
                     if self._serve_next() and self.config.exit_with_backend:
                         self.log.error(

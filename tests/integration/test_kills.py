@@ -42,7 +42,7 @@ class Load:
         self.disk: dict[int, bytes] = {}
         """The content of the back-end's disk, by the first sector of a request."""
         self.written: dict[int, bytes] = {}
-        """What the guest knows to be there."""
+        """The content that the guest knows to be there."""
         self.free = [2 * i for i in range(2 * SIZE)]
         """The sectors that no request has."""
         self.buffers = [guest.ram.alloc(BYTES) for _ in range(2 * SIZE)]
@@ -174,7 +174,7 @@ def back() -> Iterator[ScriptedBack]:
 def test_killed_under_load(
     tmp_path: Path, back: ScriptedBack, base: str, seed: int
 ) -> None:
-    """Whatever the VMM says where the rings are: QEMU the used index, Cloud Hypervisor
+    """Each base that a VMM tells will do: QEMU tells the used index, Cloud Hypervisor
     the avail index."""
     front = tmp_path / "front.sock"
     also = [ProtocolFeature.INFLIGHT_SHMFD]

@@ -65,7 +65,7 @@ class Machine:
 
 
 def turned(question: bytes) -> bytes:
-    """What the back answers."""
+    """The answer of the back."""
     return bytes(byte ^ 0xFF for byte in question)
 
 
@@ -82,7 +82,7 @@ class Play(Machine):
         self.names = iter(range(1, 256))
         self.kills = 0
 
-    # Acts of the guest and of the back, who are not killed.
+    # Acts of the guest and of the back; neither of them is killed.
 
     def offer(self, count: int) -> None:
         for _ in range(min(count, len(self.lane.driver.free))):

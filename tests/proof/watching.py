@@ -90,8 +90,8 @@ class Watcher:
     def shots_during(
         self, call: Callable[[], object], pieces: Sequence[tuple[int, int]]
     ) -> list[list[bytes]]:
-        """What is in these pieces of memory before `call` and after each store that it
-        makes there: all that would be left if it ended at some instruction."""
+        """The content of these pieces of memory before `call` and after each store that
+        it makes there: all that would be left if it ended at some instruction."""
         sizes = [size for _, size in pieces]
         before = [ctypes.string_at(address, size) for address, size in pieces]
         room = mmap.mmap(-1, SHOTS * sum(sizes))  # of which only pages in use cost time

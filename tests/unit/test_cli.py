@@ -22,6 +22,8 @@ from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.sockets import Group, Rights
 from vhost_airlock.proxy.config import MIB, Config
 from vhost_airlock.proxy.device_types import TYPES, DeviceType
+from vhost_airlock.proxy.features import Withheld
+from vhost_airlock.vhost.wire import Feature
 
 WAYS = ["--socket-path=/front", "--backend=/back"]
 
@@ -78,6 +80,10 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--exit-with-pipe=7"], {"exit_with_pipe": 7}),
     (["--once"], {"once": True}),
     (["--sandbox=off"], {"sandbox": False}),
+    (
+        ["--withhold-features=EVENT_IDX,0x40"],
+        {"withhold_features": Withheld(Feature.EVENT_IDX | 0x40)},
+    ),
     (["--sandbox=on"], {"sandbox": True}),
     (["--copy=used"], {"copy": "used"}),
     (["--copy", "used+tail"], {"copy": "used+tail"}),

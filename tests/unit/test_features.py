@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from vhost_airlock.errors import RequestRefused, SessionError
 from vhost_airlock.proxy.features import (
+    Withheld,
     back_features,
     back_protocol,
     front_accepts,
@@ -157,3 +158,52 @@ def test_protocol_features_are_accepted_all_or_none(offered: int, bits: int) -> 
     if surplus := bits & ~offered:
         with pytest.raises(RequestRefused, match=f"{surplus:#x} were not offered"):
             front_accepts_protocol(offered, bits)
+
+
+WITHHELD = {
+    "EVENT_IDX": Withheld(1 << 29),
+    "RING_PACKED": Withheld(1 << 34),
+    "INFLIGHT_SHMFD": Withheld(0, ProtocolFeature.INFLIGHT_SHMFD),
+    "0x4000": Withheld(0x4000),
+    "0x8000000000000000": Withheld(1 << 63),
+    "EVENT_IDX,MQ,0x6e44,INDIRECT_DESC": Withheld(
+        1 << 28 | 1 << 29 | 0x6E44, ProtocolFeature.MQ
+    ),
+}
+
+
+@pytest.mark.parametrize("text", WITHHELD)
+def test_features_to_withhold_have_names_and_masks(text: str) -> None:
+    assert Withheld.parse(text) == WITHHELD[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", ": no name of a feature, and no mask as 0x20000000"),
+        ("EVENT_IDX,", ": no name of a feature"),
+        ("event_idx", "event_idx: no name of a feature"),
+        ("29", "29: no name of a feature"),
+        ("0x", "0x: no name of a feature"),
+        ("0x0", "0x0: no name of a feature"),
+        ("0x-1", "0x-1: no name of a feature"),
+        ("0x10000000000000000", "0x10000000000000000: no name of a feature"),
+        ("MQ,VERSION_1", "VERSION_1: nothing works without VERSION_1"),
+        ("0x140000000", "0x140000000: nothing works without PROTOCOL_FEATURES VERSION"),
+    ],
+)
+def test_what_is_wrong_with_a_feature_to_withhold_is_said(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Withheld.parse(text)
+
+
+@given(MASKS, MASKS, MASKS)
+def test_front_is_not_offered_what_is_withheld(
+    back: int, bits: int, protocol: int
+) -> None:
+    """And all else as ever."""
+    withheld = Withheld(bits, ProtocolFeature(protocol))
+    back |= VERSION_1
+    assert front_offer(back, withheld) == front_offer(back) & ~bits
+    offer = front_protocol_offer(back, withheld)
+    assert offer == front_protocol_offer(back) & ~protocol

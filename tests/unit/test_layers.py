@@ -56,9 +56,10 @@ LAYERS = """
     proxy.drain       proxy.known  proxy.recovery
     proxy.back  proxy.inflight
     proxy.isolated
-    proxy.front_memory  proxy.state  proxy.features  proxy.workers  proxy.transfer
+    proxy.front_memory  proxy.state  proxy.workers  proxy.transfer
     proxy.front_requests  proxy.ration  proxy.device_types
     proxy.config  proxy.__init__
+    proxy.features
 
     vhost.__init__
     vhost.backend  vhost.frontend       dataplane.worker

@@ -60,6 +60,10 @@ $ vhost-airlock run --socket-path=F --backend=S --copy=all
 2 vhost-airlock: argument --copy: invalid choice: 'all' (choose from ...) (see vhost-airlock run --help)
 $ vhost-airlock run --socket-path=F --backend=S --sandbox=maybe
 2 vhost-airlock: argument --sandbox: maybe: neither on nor off (see vhost-airlock run --help)
+$ vhost-airlock run --socket-path=F --backend=S --withhold-features=EVENT
+2 vhost-airlock: argument --withhold-features: EVENT: no name of a feature, and no mask as 0x20000000 (see vhost-airlock run --help)
+$ vhost-airlock run --socket-path=F --backend=S --withhold-features=MQ,VERSION_1
+2 vhost-airlock: argument --withhold-features: VERSION_1: nothing works without VERSION_1 (see vhost-airlock run --help)
 $ vhost-airlock run --socket-path=F --backend=S --name=
 2 vhost-airlock: argument --name: '': no name of 1 to 64 printable characters (see vhost-airlock run --help)
 $ vhost-airlock run --socket-path=F --backend=S --socket-mode=rw

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ..errors import UsageError
 from ..process.sockets import Group
+from ..proxy.features import Withheld
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 LONGEST_NAME = 64
@@ -108,6 +109,14 @@ def group(text: str) -> Group:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise ArgumentTypeError(f"{text}: there is no such group")
     return Group(text, int(text))
+
+
+def features(text: str) -> Withheld:
+    """Return the features of a list of names and masks, as EVENT_IDX,0x4000."""
+    try:
+        return Withheld.parse(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def switch(text: str) -> bool:

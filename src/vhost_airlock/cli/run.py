@@ -23,6 +23,7 @@ from ..proxy.device_types import find_type
 from .arguments import (
     LONGEST_NAME,
     cpus,
+    features,
     group,
     mode,
     name,
@@ -143,6 +144,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=find_type,
         metavar="TYPE",
         help="choose defaults for this type of device, as net or block",
+    )
+    parser.add_argument(
+        "--withhold-features",
+        type=features,
+        default=Config.withhold_features,
+        metavar="LIST",
+        help="do not offer the VMM these features, by names and masks as in the log,"
+        " as EVENT_IDX,0x4000: its guest can then move to a host without them",
     )
     parser.add_argument(
         "--workers",

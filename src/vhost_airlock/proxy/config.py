@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from .features import NOTHING, Withheld
+
 MIB = 1 << 20
 DEVICE_LOGS = "vhost_airlock.device."
 """Begins the name of each device's log; the device's name follows."""
@@ -25,6 +27,8 @@ class Config:
     whole_batches: int = MRG_RXBUF
     """Feature bits of the device. If one of them is accepted, the guest sees at once
     all the requests that the back-end shows at once."""
+    withhold_features: Withheld = NOTHING
+    """Features that the front is not offered."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
     request_limit: int = 1024 * MIB

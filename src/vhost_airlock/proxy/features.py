@@ -9,6 +9,7 @@ are masked, also those that no specification has yet.
 from __future__ import annotations
 
 from enum import IntFlag
+from typing import NamedTuple, Self
 
 from ..errors import RequestRefused, SessionError
 from ..vhost.wire import Feature, ProtocolFeature
@@ -41,16 +42,60 @@ OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS | _P.INFLIGHT_SHMFD
 """Protocol features that the front gets, also if the back lacks them."""
 DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
 """Protocol features that we accept from the back, also without the front."""
+NEEDED = Feature.VERSION_1 | Feature.PROTOCOL_FEATURES
+"""Features without which nothing works: they can't be withheld."""
 
 
-def front_offer(back: int) -> int:
+class Withheld(NamedTuple):
+    """Features that the user keeps from the front, so that its guest can move to a
+    host that lacks them.
+    """
+
+    features: int = 0
+    protocol: ProtocolFeature = ProtocolFeature(0)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return those of a list of names and masks as the log has them, with commas.
+
+        ValueError says which of them is wrong, and why.
+        """
+        features, protocol = 0, ProtocolFeature(0)
+        for word in text.split(","):
+            if word in ProtocolFeature.__members__:
+                protocol |= ProtocolFeature[word]
+            elif word in Feature.__members__:
+                features |= Feature[word]
+            else:
+                features |= _mask(word)
+            if features & NEEDED:
+                raise ValueError(
+                    f"{word}: nothing works without {names(features & NEEDED, Feature)}"
+                )
+        return cls(features, protocol)
+
+
+def _mask(word: str) -> int:
+    try:
+        value = int(word, 16) if word.startswith("0x") else 0
+    except ValueError:
+        value = 0
+    if not 0 < value < 1 << 64:
+        raise ValueError(f"{word}: no name of a feature, and no mask as 0x20000000")
+    return value
+
+
+NOTHING = Withheld()
+
+
+def front_offer(back: int, withheld: Withheld = NOTHING) -> int:
     """Return the features to offer the front when the back offers these.
 
     SessionError when the back lacks a feature that we need.
     """
     if not back & Feature.VERSION_1:
         raise SessionError(f"back-end: features {back:#x} lack VIRTIO_F_VERSION_1")
-    return back & (PASSED | IF_BACK) | OWN
+    return (back & (PASSED | IF_BACK) | OWN) & ~withheld.features
 
 
 def front_accepts(offered: int, accepted: int) -> int:
@@ -77,12 +122,12 @@ def back_features(front: int, back: int) -> int:
     return back & (front & PASSED | DRIVEN)
 
 
-def front_protocol_offer(back: int) -> ProtocolFeature:
+def front_protocol_offer(back: int, withheld: Withheld = NOTHING) -> ProtocolFeature:
     """Return the protocol features to offer the front when the back offers these."""
     offer = ProtocolFeature(back & PASSED_PROTOCOL) | OWN_PROTOCOL
     if back & _P.BACKEND_REQ and back & _P.CONFIG:
         offer |= _P.BACKEND_REQ  # for changes of the configuration space
-    return offer
+    return offer & ~withheld.protocol
 
 
 def front_accepts_protocol(offered: int, accepted: int) -> ProtocolFeature:

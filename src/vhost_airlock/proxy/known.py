@@ -23,9 +23,12 @@ class Known:
     """The answers of one session's backs, the first of which is `back`."""
 
     def __init__(self, back: Back) -> None:
-        self.offer = front_offer(back.offered)
+        self._withheld = back.config.withhold_features
+        self.offer = front_offer(back.offered, self._withheld)
         """The features that the front was offered."""
-        self.protocol_offer = front_protocol_offer(back.offered_protocol)
+        self.protocol_offer = front_protocol_offer(
+            back.offered_protocol, self._withheld
+        )
         self.queue_num: int | None = None
         """None: the front did not ask."""
         self.status = 0

@@ -2,14 +2,12 @@
 """The airlock against a direct connection, side by side on the same back-end.
 
     python -m bench.bench [--long] [--only PATTERN] [--targets NAME,...]
+    python -m bench.bench --against REVISION
 
 One qemu-storage-daemon exports a file in memory. Load programs drive it directly,
 through airlocks, and by NBD, in turn and never at the same time. Each round goes
 through all cases; the order of targets changes from run to run. Figures are medians
-over rounds, ratios medians of the ratios in each round.
-
-Runs during which other programs kept the machine busy are repeated a few times; if they
-were disturbed again, the row has a star.
+over rounds, ratios medians of the ratios in each round, with how sure they are.
 """
 
 from __future__ import annotations
@@ -21,11 +19,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import cases, document, extras, goals
+from bench import against, cases, document, extras, goals
 from bench.extras import ExtraRow, in_rounds
 from bench.fronts import Fronts
 from bench.goals import Goal, measure_goals
@@ -33,12 +31,16 @@ from bench.html import page
 from bench.machine import be_prompt, describe, idle_cores_poll
 from bench.measure import Bench
 from bench.network import Network
-from bench.runs import BenchError, Case, Row, Run, summarize
+from bench.rows import Row, means, summarize
+from bench.runs import BenchError, Case, Run
 from bench.shared_folder import SharedFolder
+from bench.sure import ENOUGH
 from bench.table import heading, report
 from bench.targets import AIRLOCKS, DIRECT, NAMES, QUICK, targets
 from tests.real.programs import PROJECT, Programs, find
 
+BUDGET = 285.0
+"""Seconds that the comparison of two builds takes, compiling included."""
 PARTS = ("disk", "goals", "net", "folder")
 
 
@@ -61,7 +63,7 @@ def main() -> int:
     if isinstance(programs, str):
         print(f"bench: needs qemu-storage-daemon and libblkio: {programs}")
         return 1
-    loads = cases.chosen(cases.long() if options.long else cases.quick(), options.only)
+    loads = cases.chosen(forms(options), options.only)
     if "disk" in options.parts and not loads:
         print(f"bench: no case is named like {options.only}")
         return 2
@@ -78,11 +80,16 @@ def measure_and_show(
     programs: Programs, loads: Sequence[Case], options: argparse.Namespace
 ) -> int:
     """Measure, and show the results even if a part fails; returns the exit status."""
+    begin = time.monotonic()
     results = Results(describe(programs), time.strftime("%-d %B %Y"))
     print(heading(results.machine), flush=True)
     status = 0
     try:
-        measure_all(programs, loads, options, results)
+        if options.against:
+            until = begin + options.seconds
+            measure_builds(programs, loads, options, results, until)
+        else:
+            measure_all(programs, loads, options, results)
     except (AssertionError, BenchError) as error:
         print(f"bench: {error}", file=sys.stderr)
         status = 1
@@ -93,11 +100,50 @@ def measure_and_show(
         print(f"bench: {failure}", file=sys.stderr)
         status = 1
     # Results from before a failure are not lost.
-    results.rows = summarize(results.runs, DIRECT)
-    results.rows.sort(key=lambda r: (loads.index(r.case), NAMES.index(r.target)))
+    results.rows = summarize(results.runs, options.targets[0])
+    order = [(case, name) for case in loads for name in options.targets]
+    results.rows.sort(key=lambda row: order.index((row.case, row.target)))
     if results.rows or results.goals or results.extras:
         show(results, options)
     return status
+
+
+def forms(options: argparse.Namespace) -> Iterator[Case]:
+    """Return the cases of the form that was chosen."""
+    if options.long:
+        return cases.long()
+    return cases.compared() if options.against else cases.quick()
+
+
+def measure_builds(
+    programs: Programs,
+    loads: Sequence[Case],
+    options: argparse.Namespace,
+    results: Results,
+    until: float,
+) -> None:
+    """Measure this build and another one in turns, and nothing else."""
+    progress(f"building {options.against}")
+    sources = against.build(options.against), PROJECT / against.SOURCE
+    if time.monotonic() > until:
+        raise BenchError(
+            f"to build {options.against} took all of the {options.seconds:.0f} s; the"
+            " build is kept, so it can be measured now"
+        )
+    with tempfile.TemporaryDirectory(prefix="airlock-", dir="/tmp") as name:
+        found = against.measure_both(
+            programs,
+            Path(name),
+            loads,
+            sources,
+            options.ms,
+            until,
+            results.failures,
+            progress,
+        )
+        for run in found:
+            results.runs.append(run)
+    progress("")
 
 
 def measure_all(
@@ -111,13 +157,13 @@ def measure_all(
         folder = Path(name)
         airlocks = [each for each in options.targets if each in (DIRECT, *AIRLOCKS)]
         if "disk" in options.parts:
-            with targets(programs, folder, options.targets) as found:
+            front, back = (0, 1) if options.place else (None, None)
+            with targets(programs, folder, options.targets, back) as found:
                 be_prompt()
-                fronts = Fronts(programs, folder, options.ms)
-                bench = Bench(fronts, found, options.patience)
+                fronts = Fronts(programs, folder, options.ms, front)
+                bench = Bench(fronts, found, results.failures)
                 for run in bench.measure_all(loads, options.rounds, progress):
                     results.runs.append(run)
-                results.failures += bench.failures
         if "goals" in options.parts:
             for goal in measure_goals(programs, folder):
                 progress(goal.name)
@@ -132,9 +178,10 @@ def measure_all(
 
 def show(results: Results, options: argparse.Namespace) -> None:
     """Print everything, and keep it in files."""
-    others = [name for name in options.targets if name != DIRECT]
+    reference, *others = options.targets
     if results.rows:
-        print(report(results.rows, others))
+        ratios = {name: means(results.runs, name, reference) for name in others}
+        print(report(results.rows, reference, others, ratios))
     for title, text in (
         ("Goals", goals.as_text(results.goals)),
         ("Other devices", extras.as_text(results.extras)),
@@ -148,10 +195,13 @@ def show(results: Results, options: argparse.Namespace) -> None:
         "options": {name: str(value) for name, value in vars(options).items()},
     }
     kept.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\nall runs: {kept}")
+    if options.against:
+        return
     plots.write_text(
         page(results.machine, results.when, results.rows, results.goals, results.extras)
     )
-    print(f"\nplots: {plots}\nall runs: {kept}")
+    print(f"plots: {plots}")
     if options.document:
         for part, text in document.parts(
             results.machine,
@@ -173,10 +223,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="runs of each case and target")
     parser.add_argument("--ms", type=int, help="length of a run in milliseconds")
     parser.add_argument(
-        "--patience",
+        "--against",
+        metavar="REVISION",
+        help="compare this tree with that revision, instead of ways to the disk",
+    )
+    parser.add_argument(
+        "--seconds",
         type=float,
+        default=BUDGET,
         metavar="S",
-        help="seconds to wait, in all, for other programs to leave the machine quiet",
+        help="time of that comparison, building included (default: %(default).0f)",
+    )
+    parser.add_argument(
+        "--place",
+        action="store_true",
+        help="front-end and back-end have a core each (--against: they always have)",
     )
     parser.add_argument(
         "--only",
@@ -215,14 +276,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="put figures into docs/benchmark-tables.md",
     )
-    parser.set_defaults(
-        rounds=3, ms=250, patience=30.0, targets=list(QUICK), parts=["disk"]
-    )
+    parser.set_defaults(rounds=ENOUGH, ms=200, targets=list(QUICK), parts=["disk"])
     if parser.parse_known_args(argv)[0].long:
-        parser.set_defaults(
-            rounds=5, ms=500, patience=600.0, targets=list(NAMES), parts=list(PARTS)
-        )
-    return parser.parse_args(argv)
+        parser.set_defaults(rounds=12, targets=list(NAMES), parts=list(PARTS))
+    options = parser.parse_args(argv)
+    if options.against:
+        options.targets = [against.BEFORE, against.NOW]
+        options.parts = ["disk"]
+        if options.document:
+            parser.error("--document: its tables are of ways, and not of builds")
+    return options
 
 
 def target_names(text: str) -> list[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bench.extras import ExtraRow
 from bench.goals import Goal
-from bench.runs import BenchError, Row
-from bench.table import STAR, amount, axes, heading
+from bench.rows import Row
+from bench.runs import BenchError
+from bench.table import SURE, amount, axes, heading, others, unsure
 from bench.targets import DIRECT
 from tests.real.programs import PROJECT
 
@@ -30,7 +31,8 @@ def parts(
     """Return the parts that were measured, and their text."""
     where = f"{heading(machine)}, {when}."
     if rows:
-        yield "disk", f"{where}\n\n{of_disk(rows, targets)}"
+        sure = f"{SURE}. {others(rows)}."
+        yield "disk", f"{where} {sure}\n\n{of_disk(rows, targets)}"
     if goals:
         yield "goals", f"{where}\n\n{of_goals(goals)}"
     if extras:
@@ -58,8 +60,6 @@ def of_disk(rows: Sequence[Row], targets: Sequence[str]) -> str:
         if any("airlock" in row.cpu_us for row in mine.values())
     ]
     found.append(grid(["", *(f"depth {depth}" for depth in depths)], lines))
-    if any(row.disturbed for row in rows):
-        found.append("\\" + STAR)
     return "\n\n".join(found)
 
 
@@ -86,9 +86,7 @@ def of_devices(extras: Iterable[ExtraRow]) -> str:
 
 
 def ratio(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return f"{row.ratio}\\*" if row.disturbed else str(row.ratio)
+    return "" if row is None else f"{row.ratio}{unsure(row)}"
 
 
 def own_cpu(row: Row | None) -> str:

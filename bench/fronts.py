@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.machine import placed
 from bench.runs import MIB, BenchError, Case
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
@@ -23,15 +24,19 @@ QUEUE_SIZE = 512
 """libblkio has no indirect descriptors: 128 requests take 384 of them."""
 COLD = 256 * MIB
 """Memory of each queue that requests walk through, if it's to be in no cache."""
-WARMUP = 0.1
+WARMUP = 0.15
+"""Seconds, in which an airlock that polls has had its first trial of that."""
 
 
 class Fronts:
-    """They can be started against a socket."""
+    """They can be started against a socket. `core`: where they run, see placed()."""
 
-    def __init__(self, programs: Programs, folder: Path, ms: int) -> None:
+    def __init__(
+        self, programs: Programs, folder: Path, ms: int, core: int | None = None
+    ) -> None:
         self.folder = folder
         self.ms = ms
+        self.core = core
         self._blkdrive = BlkDrive(programs, folder)
         self._nbddrive = compiled(Path(__file__).with_name("nbddrive.c"))
         self._runs = 0
@@ -72,12 +77,15 @@ class Fronts:
             "warmup": int(WARMUP * 1000),
         }
         words = [f"{name}={value}" for name, value in options.items()]
-        return self._start([str(self._nbddrive), str(front), case.mode, *words])
+        with placed(self.core):
+            return self._start([str(self._nbddrive), str(front), case.mode, *words])
 
     def vhost(self, front: Path, case: Case, *, busy: bool) -> Process:
         """Start the program that supports the case."""
         special = case.indirect or case.cold or not case.mode.startswith("rand")
-        return (self.ring if special else self.blkio)(front, case, busy=busy)
+        start = self.ring if special else self.blkio
+        with placed(self.core):
+            return start(front, case, busy=busy)
 
     def _start(self, argv: list[str]) -> Process:
         self._runs += 1

@@ -20,9 +20,10 @@ from bench.look import (
     patterns,
     style_sheet,
 )
-from bench.runs import Case, Row
+from bench.rows import Row
+from bench.runs import Case
 from bench.svg import Series, bars, lines
-from bench.table import NOTES, STAR, full_table, heading
+from bench.table import NOTES, SURE, full_table, heading, others, unsure
 from bench.targets import DIRECT, NAMES
 from vhost_airlock.cli.bench_report import Spread
 
@@ -71,7 +72,7 @@ def page(
         parts.append(section("Network and shared folder", RATIOS))
         parts.append(extras_table(extras))
     if rows:
-        parts.append(section("All figures", NOTES + ". " + STAR + "."))
+        parts.append(section("All figures", f"{NOTES}. {others(rows)}."))
         parts.append(f"<pre>{escape(full_table(rows))}</pre>")
     return "\n".join(parts) + "\n"
 
@@ -97,9 +98,8 @@ def disk(rows: Sequence[Row]) -> list[str]:
     """The block device: at a glance, then rates, latencies and CPU time."""
     names = [name for name in NAMES if any(row.target == name for row in rows)]
     return [
-        warning(sum(bool(row.disturbed) for row in rows), len(rows)),
         tiles(rows, names),
-        section("Rate, relative to direct", RATIOS),
+        section("Rate, relative to direct", f"{RATIOS} {SURE}."),
         heat_tables(rows, names),
         section(
             "Rate",
@@ -151,15 +151,6 @@ def extras_table(extras: Sequence[ExtraRow]) -> str:
     return heat_table("", found, names)
 
 
-def warning(disturbed: int, total: int) -> str:
-    if not disturbed:
-        return ""
-    return (
-        f'<p class="warning">Other programs kept the machine busy during {disturbed}'
-        f" of {total} rows: their figures, marked by a star, are not to be trusted.</p>"
-    )
-
-
 def section(title: str, explanation: str) -> str:
     return f"<h2>{escape(title)}</h2><p>{escape(explanation)}</p>"
 
@@ -189,7 +180,7 @@ def heat_tables(rows: Sequence[Row], names: Sequence[str]) -> str:
     found: dict[str, dict[str, dict[str, Cell]]] = {}
     for row in rows:
         figure = f"{row.iops.median:,.0f} IOPS"
-        cell = Cell(row.ratio, figure, "*" if row.disturbed else "")
+        cell = Cell(row.ratio, figure, unsure(row))
         cases = found.setdefault(row.case.mode, {})
         cases.setdefault(str(row.case), {})[row.target] = cell
     tables = [heat_table(MODES[mode], cases, names) for mode, cases in found.items()]
@@ -198,11 +189,11 @@ def heat_tables(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A ratio, the figure that it comes from, and a star if that is disturbed."""
+    """A ratio, the figure that it comes from, and a mark if it isn't sure."""
 
     ratio: Spread
     figure: str
-    star: str = ""
+    mark: str = ""
 
 
 def heat_table(
@@ -223,7 +214,7 @@ def heat_table(
             cells.append(
                 f'<td style="background:{shade(cell.ratio.median)}"'
                 f' title="{cell.figure}, ratio {cell.ratio}">'
-                f"{cell.ratio.median:.2f}{cell.star}"
+                f"{cell.ratio.median:.2f}{cell.mark}"
             )
         found.append(f"<tr>{''.join(cells)}</tr>")
     heading = f"<h3>{escape(title)}</h3>" if title else ""

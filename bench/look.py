@@ -52,11 +52,11 @@ HATCHING = {
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #111827; --soft: #4b5563;
-        --line: #e5e7eb; --box: #f9fafb; --warn: #fef3c7; --fast: #5aaeea;
+        --line: #e5e7eb; --box: #f9fafb; --fast: #5aaeea;
         --slow: #f0934e; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #111418; --ink: #f3f4f6; --soft: #aeb6c2; --line: #2f353d;
-          --box: #191d23; --warn: #4a3a08; --fast: #1f5f94; --slow: #93501c; }
+          --box: #191d23; --fast: #1f5f94; --slow: #93501c; }
 }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink);
        background: var(--page); margin: 0; padding: 24px clamp(16px, 3vw, 64px); }
@@ -91,8 +91,6 @@ svg .grid { stroke: var(--line); } svg polyline { fill: none; stroke-width: 2; }
 svg .spread { stroke-width: 1.5; opacity: .6; fill: none; }
 svg .mark { stroke: var(--page); stroke-width: 1; }
 pre { overflow-x: auto; font-size: 12px; background: var(--box); padding: 12px; }
-.warning { background: var(--warn); color: var(--ink); padding: 8px 14px;
-           border-radius: 6px; max-width: none; }
 """
 
 

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs loads on targets in turn, and again when other programs disturbed them."""
+"""Runs loads on targets in turn."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
 from typing import Any
 
 from bench.fronts import Fronts
-from bench.machine import FOREIGN, Watched, take_sample, wait_for_quiet
+from bench.machine import Watched, take_sample
 from bench.runs import BenchError, Case, Run, Sample, make_run, steady
 from bench.targets import Target
 from tests.real.processes import Process
 
 TICK = 0.02
 """Seconds between samples of CPU time."""
-ATTEMPTS = 3
-"""Times that runs are made if they are disturbed each time."""
 PATIENCE = 60.0
 """Seconds that a load may take, beside its time: the machine may be busy."""
 HOPELESS = 3
@@ -29,54 +27,56 @@ class Bench:
     """The targets, ready to be measured."""
 
     def __init__(
-        self, fronts: Fronts, targets: Sequence[Target], patience: float
+        self, fronts: Fronts, targets: Sequence[Target], failures: list[str]
     ) -> None:
         self.fronts = fronts
         self.targets = targets
-        self.patience = patience
-        """Seconds left to lose to other programs: for disturbed runs and waiting."""
-        self.failures: list[str] = []
+        self.failures = failures
+        """Cases that could not be measured, with the reason."""
+        self._in_a_row = 0
 
     def measure_all(
         self, cases: Sequence[Case], rounds: int, progress: Callable[[str], None]
     ) -> Iterator[Run]:
-        """Go through all cases in each round.
+        """Go through all cases in each round."""
+        for number in range(rounds):
+            ahead = f"{number + 1}/{rounds} "
+            yield from self.measure_round(cases, number, progress, ahead)
+
+    def measure_round(
+        self,
+        cases: Sequence[Case],
+        number: int,
+        progress: Callable[[str], None],
+        ahead: str = "",
+        until: float = math.inf,
+    ) -> Iterator[Run]:
+        """Go through all cases once, or as many as begin until a time of the monotonic
+        clock, but at least one.
 
         A case that fails is left out and noted in `failures`; but when several fail one
         after the other, the fault is elsewhere, and is raised.
         """
-        todo = list(product(range(rounds), enumerate(cases)))
-        in_a_row = 0
-        for done, (number, (at, case)) in enumerate(todo):
-            progress(f"{done}/{len(todo)} {case}")
+        for at, case in enumerate(cases):
+            if at and time.monotonic() > until:
+                break
+            progress(f"{ahead}{case}")
             try:
                 runs = self.measure(case, number, turn=number + at)
             except (AssertionError, BenchError) as error:
-                in_a_row += 1
+                self._in_a_row += 1
                 self.failures.append(f"{case}: {error}")
-                if in_a_row == HOPELESS:
+                if self._in_a_row == HOPELESS:
                     raise BenchError("\n".join(self.failures)) from None
             else:
-                in_a_row = 0
+                self._in_a_row = 0
                 yield from runs
 
     def measure(self, case: Case, number: int, turn: int) -> list[Run]:
-        """Run a load on all targets, beginning with another one at each `turn`.
-
-        If any was disturbed all are run again, since they are to be compared with each
-        other; but not for ever.
-        """
+        """Run a load on all targets, beginning with another one at each `turn`."""
         first = turn % len(self.targets)
         order = [*self.targets[first:], *self.targets[:first]]
-        tries: list[list[Run]] = []
-        while len(tries) < ATTEMPTS:
-            start = time.monotonic()
-            tries.append([self.run(case, target, number) for target in order])
-            if not any(run.disturbed for run in tries[-1]) or self.patience <= 0:
-                break
-            wait_for_quiet(self.patience)
-            self.patience -= time.monotonic() - start
-        return min(tries, key=lambda runs: max(run.foreign for run in runs))
+        return [self.run(case, target, number) for target in order]
 
     def run(self, case: Case, target: Target, number: int) -> Run:
         target.prepare()
@@ -87,7 +87,7 @@ class Bench:
         length = self.fronts.ms * 1_000_000
         first, last = steady(samples, int(said["begin_ns"]), length)
         counted = target.counted()
-        return make_run(case, target.name, number, said, first, last, FOREIGN, counted)
+        return make_run(case, target.name, number, said, first, last, counted)
 
 
 def what_it_said(load: Process) -> Mapping[str, Any]:

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads, runs and their results: plain data and statistics."""
+"""Loads and runs: plain data, and the figures of one run."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from vhost_airlock.cli.bench_report import Spread
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -83,32 +80,15 @@ class Run:
     """CPU time for a request, by name of the process."""
     foreign: float
     """Cores that were busy with other programs."""
-    disturbed: bool
-    """That was too much, each time that it was tried."""
     switches: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Context switches for a request, by name of the process."""
     notices: Mapping[str, float] = field(default_factory=dict)
     """Kicks and calls for a request, by their sender."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """The results of all runs of one target under one load: medians."""
-
-    case: Case
-    target: str
-    runs: int
-    disturbed: int
-    iops: Spread
-    mb_per_s: float
-    p50_us: float
-    p99_us: float
-    p999_us: float
-    cpu_us: Mapping[str, float]
-    switches: Mapping[str, tuple[float, float]]
-    notices: Mapping[str, float]
-    ratio: Spread
-    """IOPS to those of the first target in the same round."""
+    @property
+    def all_cpu_us(self) -> float:
+        """CPU time of all processes for a request."""
+        return sum(self.cpu_us.values())
 
 
 def steady(samples: Sequence[Sample], begin: int, length: int) -> tuple[Sample, Sample]:
@@ -132,7 +112,6 @@ def make_run(
     said: Mapping[str, Any],
     first: Sample,
     last: Sample,
-    bound: float,
     counted: Mapping[str, float] | None = None,
 ) -> Run:
     """Put together the load program's results and the samples from outside.
@@ -167,7 +146,6 @@ def make_run(
         p999_us=float(latency["p999"]),
         cpu_us={name: used * 1e6 / iops for name, used in cores.items()},
         foreign=foreign,
-        disturbed=foreign > bound,
         switches={
             name: (
                 (now[0] - first.switches[name][0]) / seconds / iops,
@@ -178,57 +156,3 @@ def make_run(
         },
         notices={**notices, **(counted or {})},
     )
-
-
-def summarize(runs: Iterable[Run], reference: str) -> list[Row]:
-    """One row for each case and target, in the order in which they first came.
-
-    Ratios are paired: each run is compared with the reference's run of the same round,
-    next to it in time, so that slow changes of the machine cancel out.
-    """
-    found: dict[tuple[Case, str], dict[int, Run]] = {}
-    for run in runs:
-        found.setdefault((run.case, run.target), {})[run.round] = run
-    rows = []
-    for (case, target), mine in found.items():
-        base = found.get((case, reference), {})
-        paired = [mine[n].iops / base[n].iops for n in mine if n in base]
-        if not paired:
-            continue
-        rows.append(row_of(case, target, list(mine.values()), Spread.of(paired)))
-    return rows
-
-
-def row_of(case: Case, target: str, runs: Sequence[Run], ratio: Spread) -> Row:
-    """The medians of several runs."""
-    switches = [run.switches for run in runs]
-    return Row(
-        case=case,
-        target=target,
-        runs=len(runs),
-        disturbed=sum(run.disturbed for run in runs),
-        iops=Spread.of(run.iops for run in runs),
-        mb_per_s=statistics.median(run.mb_per_s for run in runs),
-        p50_us=statistics.median(run.p50_us for run in runs),
-        p99_us=statistics.median(run.p99_us for run in runs),
-        p999_us=statistics.median(run.p999_us for run in runs),
-        cpu_us=medians([run.cpu_us for run in runs]),
-        switches={
-            name: (
-                statistics.median(each[name][0] for each in switches),
-                statistics.median(each[name][1] for each in switches),
-            )
-            for name in switches[0]
-        },
-        notices=medians([run.notices for run in runs]),
-        ratio=ratio,
-    )
-
-
-def medians(all_figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median of each figure that all of them have."""
-    return {
-        name: statistics.median(each[name] for each in all_figures)
-        for name in all_figures[0]
-        if all(name in each for each in all_figures)
-    }

@@ -5,7 +5,7 @@
 
 One worker has two rings. While one of them is attacked, requests of 64 bytes go one at
 a time through the other, both ends of which are this program; then no requests do, and
-the worker's own CPU time is measured. Figures are in docs/benchmarks.md.
+the worker's own CPU time is measured. Figures are in docs/benchmark-tables.md.
 """
 
 from __future__ import annotations

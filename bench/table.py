@@ -3,28 +3,70 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from bench.runs import Case, Row
+from bench.rows import FIGURES, Row, verdict
+from bench.runs import Case
+from bench.sure import ENOUGH, LEVEL, Ratio
 
 HEAD = (
     f"{'case':<32}{'target':<10}{'IOPS':>8} {'MB/s':>7} {'p50 us':>8} {'p99':>8}"
     f" {'p99.9':>8} | {'CPU us: front':>13} {'airlock':>8} {'back':>8}"
-    f" | {'kicks':>12} {'calls':>12} {'switches':>8} | {'ratio (lowest-highest)'}"
+    f" | {'kicks':>12} {'calls':>12} {'switches':>8}"
 )
-STAR = "* other programs kept the machine busy meanwhile"
+SURE = (
+    f"In brackets: the {LEVEL:.0%} confidence interval of the median. A question mark:"
+    " it can't be told on which side of 1 the ratio lies"
+)
 NOTES = (
     "For each request: kicks of front/airlock, calls to front by back or airlock,"
     " context switches of all processes"
 )
 
 
-def report(rows: Sequence[Row], targets: Iterable[str]) -> str:
-    """Every figure, then the ratios of these targets."""
-    parts = [full_table(rows), NOTES, *(ratio_table(rows, name) for name in targets)]
-    if any(row.disturbed for row in rows):
-        parts.append(STAR)
-    return "\n\n".join(parts)
+def report(
+    rows: Sequence[Row],
+    reference: str,
+    targets: Iterable[str],
+    means: Mapping[str, Mapping[str, Ratio]],
+) -> str:
+    """Every figure, then the ratios of targets to the reference; `means` are over all
+    cases, by target.
+    """
+    parts = [full_table(rows), NOTES]
+    for name in targets:
+        mine = [row for row in rows if row.target == name]
+        title = f"{name} / {reference}"
+        parts.append(verdict_table(title, mine, means.get(name, {})))
+    return "\n\n".join([*parts, others(rows)])
+
+
+def verdict_table(title: str, rows: Sequence[Row], means: Mapping[str, Ratio]) -> str:
+    """The ratios of one target in each case and over all, with their verdicts."""
+    names = [name for name in FIGURES if any(name in row.ratios for row in rows)]
+    lines = [(title, {name: name for name in names})]
+    lines += [(str(row.case), said(row.ratios)) for row in rows]
+    lines.append(("geometric mean", said(means)))
+    return "\n".join(
+        f"{case:<32}" + "".join(f"{texts.get(name, ''):<36}" for name in names).rstrip()
+        for case, texts in lines
+    )
+
+
+def said(ratios: Mapping[str, Ratio]) -> dict[str, str]:
+    return {name: f"{ratio}  {verdict(name, ratio)}" for name, ratio in ratios.items()}
+
+
+def others(rows: Sequence[Row]) -> str:
+    """How much the machine had to do besides, and how many pairs of runs there are."""
+    cores = [row.foreign for row in rows]
+    pairs = min(row.ratio.pairs for row in rows)
+    few = f", fewer than the {ENOUGH} that a verdict needs" if pairs < ENOUGH else ""
+    return (
+        f"Other programs kept {statistics.median(cores):.2f} cores busy meanwhile,"
+        f" {max(cores):.2f} at most; {pairs} pairs of runs{few}"
+    )
 
 
 def full_table(rows: Iterable[Row]) -> str:
@@ -50,22 +92,11 @@ def line(row: Row, name: str) -> str:
         f" | {cpu['front']:>13.2f} {amount(cpu.get('airlock')):>8}"
         f" {amount(cpu.get('back')):>8}"
         f" | {kicks:>12} {calls:>12} {switches:>8.2f}"
-        f" | {row.ratio}{'*' * bool(row.disturbed)}"
     )
 
 
 def amount(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def ratio_table(rows: Sequence[Row], target: str) -> str:
-    """The median ratios of a target: a line for each kind of case, by depth."""
-    depths, kinds = axes(rows, target)
-    lines = [f"{target + ' / direct':<28}" + "".join(f"{d:>8}" for d in depths)]
-    for kind, mine in kinds.items():
-        text = f"{kind:<28}" + "".join(f"{cell(mine.get(d)):>8}" for d in depths)
-        lines.append(text.rstrip())
-    return "\n".join(lines)
 
 
 def axes(
@@ -79,10 +110,9 @@ def axes(
     return sorted({row.case.depth for row in mine}), kinds
 
 
-def cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return f"{row.ratio.median:.2f}{'*' if row.disturbed else ''}"
+def unsure(row: Row) -> str:
+    """A mark if it can't be told whether the rate is above or below the reference's."""
+    return "" if row.ratio.side else "?"
 
 
 def heading(machine: Mapping[str, object]) -> str:

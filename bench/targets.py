@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fronts import Fronts
-from bench.machine import Watched, io_uring_works, tmpfs
-from bench.runs import MIB, Case
+from bench.machine import Watched, io_uring_works, placed, tmpfs
+from bench.runs import MIB, BenchError, Case
 from tests.real.airlock import airlock
 from tests.real.processes import Process
 from tests.real.programs import Programs
@@ -63,38 +63,71 @@ class Target:
 
 
 @contextmanager
+def back_end(
+    programs: Programs, folder: Path, core: int | None = None
+) -> Iterator[tuple[StorageDaemon, Path]]:
+    """Start the daemon with the disk, and return it and its socket.
+
+    `core`: where it runs, see placed().
+    """
+    with ExitStack() as stack:
+        disk = FileInMemory(stack.enter_context(image(folder)), queues=QUEUES)
+        with placed(core):
+            started = storage_daemon(programs, disk, folder / "back.sock")
+            found = stack.enter_context(started)
+        yield found
+
+
+@contextmanager
 def targets(
-    programs: Programs, folder: Path, names: Collection[str] = QUICK
+    programs: Programs,
+    folder: Path,
+    names: Collection[str] = QUICK,
+    core: int | None = None,
 ) -> Iterator[list[Target]]:
     """Start the back-end and the airlocks, and return these targets in order.
 
     All connect to the same daemon: an airlock does so when a front-end comes.
     """
     with ExitStack() as stack:
-        disk = FileInMemory(stack.enter_context(image(folder)), queues=QUEUES)
-        daemon, back = stack.enter_context(
-            storage_daemon(programs, disk, folder / "back.sock")
-        )
+        daemon, back = stack.enter_context(back_end(programs, folder, core))
         watched = {"back": Watched(daemon.pid)}
         found = {
             DIRECT: Target(DIRECT, vhost(back), watched, polling(daemon, False)),
             TUNED: Target(TUNED, vhost(back, True), watched, polling(daemon, True)),
         }
         for name in AIRLOCKS.keys() & names:
-            front = folder / f"{name}.sock"
-            options = (*AIRLOCKS[name], "--log-level=debug")
-            proxy = stack.enter_context(airlock(back, front, *options))
-            found[name] = Target(
-                name,
-                vhost(front),
-                {"airlock": Watched(proxy.pid), **watched},
-                polling(daemon, False),
-                Counters(proxy),
+            found[name] = stack.enter_context(
+                through_airlock(name, daemon, back, folder, *AIRLOCKS[name])
             )
         if NBD in names:
             path = stack.enter_context(nbd_export(daemon, folder / "nbd.sock"))
             found[NBD] = Target(NBD, nbd(path), watched, polling(daemon, False))
         yield [found[name] for name in NAMES if name in names]
+
+
+@contextmanager
+def through_airlock(
+    name: str,
+    daemon: StorageDaemon,
+    back: Path,
+    folder: Path,
+    *options: str,
+    source: Path | None = None,
+) -> Iterator[Target]:
+    """Start an airlock, of the build whose modules are in `source` if that is given."""
+    front = folder / f"{name}.sock"
+    env = {"PYTHONPATH": str(source)} if source else None
+    with airlock(back, front, *options, "--log-level=debug", env=env) as proxy:
+        if source and f"{source}/" not in Path(f"/proc/{proxy.pid}/maps").read_text():
+            raise BenchError(f"{name}: an airlock of another build than {source} runs")
+        yield Target(
+            name,
+            vhost(front),
+            {"airlock": Watched(proxy.pid), "back": Watched(daemon.pid)},
+            polling(daemon, False),
+            Counters(proxy),
+        )
 
 
 def vhost(front: Path, busy: bool = False) -> Callable[[Fronts, Case], Process]:

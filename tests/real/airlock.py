@@ -3,7 +3,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def airlock(
     *options: str,
     command: Sequence[str] = (),
     dials: bool = False,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Process]:
     """An airlock that listens at `front` for front-ends of the back-end at `back`.
 
@@ -31,7 +32,7 @@ def airlock(
     run = (sys.executable, "-m", "vhost_airlock", "run", f"{side}={front}", PATIENT)
     to = (f"--backend={back}",) if back else ("--", *command)
     log = front.with_suffix(".airlock.log")
-    with Process([*run, *options, *to], log) as process:
+    with Process([*run, *options, *to], log, env=env) as process:
         if not dials:
             process.wait_until(lambda: listening(front))
         yield process

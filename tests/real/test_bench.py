@@ -3,16 +3,20 @@
 
 import json
 import re
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from bench.against import BEFORE, NOW, SOURCE, measure_both
 from bench.fronts import Fronts
 from bench.measure import what_it_said
-from bench.runs import KIB, MIB, Case
-from bench.targets import Counters, nbd_export
+from bench.runs import KIB, MIB, BenchError, Case
+from bench.targets import Counters, nbd_export, through_airlock
 from tests.real.airlock import airlock
+from tests.real.programs import PROJECT
 from tests.real.storage import Disk, storage_daemon
 
 MS = 200
@@ -90,3 +94,38 @@ def test_counters_are_those_of_the_last_session(programs, folder, disk):
             assert json.loads(load.output())[0]["requests"] > 0
     assert found[0]["airlock kicks"] < found[1]["airlock kicks"]
     assert found[1]["airlock kicks"] == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(600, 8), (0, 2)])
+def test_two_builds_run_in_turns(programs, folder, seconds, runs):
+    """Here both are this one. As long as there is time another case begins, and after
+    the last one another round; without time there is one pair.
+    """
+    source = PROJECT / SOURCE
+    loads = [Case("randread", 4 * KIB, 8), Case("randwrite", 64 * KIB, 1)]
+    failures: list[str] = []
+    done: list[str] = []
+    until = time.monotonic() + seconds
+    both = (source, source)
+    measured = measure_both(
+        programs, folder, loads, both, MS, until, failures, done.append
+    )
+    with closing(measured):
+        found = list(islice(measured, 8))
+    assert not failures
+    order = [BEFORE, NOW, NOW, BEFORE, NOW, BEFORE, BEFORE, NOW]
+    assert [run.target for run in found] == order[:runs]
+    assert [run.case for run in found[:2]] == loads[:1] * 2
+    assert all(run.cpu_us["airlock"] > 0 and run.iops > 0 for run in found)
+    assert done[0].endswith("s left, randread-4K-8")
+
+
+def test_another_build_than_was_asked_for_is_noticed(programs, folder, disk):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    with (
+        storage_daemon(programs, disk, folder / "back.sock") as (daemon, back),
+        pytest.raises(BenchError, match=f"now: an airlock of another .*{elsewhere}"),
+        through_airlock(NOW, daemon, back, folder, source=elsewhere),
+    ):
+        pass

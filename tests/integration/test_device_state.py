@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.airlock import Airlock
 from tests.support.backs import ScriptedBack
 from tests.support.sessions import LATE, TIMEOUT, errors, serve, small_guest
-from vhost_airlock.errors import AirlockError, PeerRefused
+from vhost_airlock.errors import AirlockError, PeerRefused, RequestRefused
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES
 from vhost_airlock.vhost.fds import Fd, close_all
@@ -21,6 +22,7 @@ from vhost_airlock.vhost.message import Answer
 from vhost_airlock.vhost.wire import (
     U64,
     DeviceState,
+    Empty,
     ProtocolFeature,
     Request,
     StateDirection,
@@ -28,6 +30,8 @@ from vhost_airlock.vhost.wire import (
 )
 
 STATE = os.urandom(300_000)
+Ends = tuple[Fd, Fd]
+"""Where to read, and where to write."""
 
 
 class StatefulBack(ScriptedBack):
@@ -89,8 +93,18 @@ def guest() -> Iterator[BlkGuest]:
         yield guest
 
 
-def save(guest: BlkGuest) -> bytes:
-    out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+def pipe() -> Ends:
+    out, into = os.pipe2(os.O_CLOEXEC)
+    return Fd(out), Fd(into)
+
+
+def socketpair() -> Ends:
+    one, two = socket.socketpair()
+    return Fd(one.detach()), Fd(two.detach())
+
+
+def save(guest: BlkGuest, make: Callable[[], Ends] = pipe) -> bytes:
+    out, into = make()
     with out:
         with into:
             assert guest.front.set_device_state_fd(StateDirection.SAVE, into) is None
@@ -101,8 +115,8 @@ def save(guest: BlkGuest) -> bytes:
     return b"".join(parts)
 
 
-def load(guest: BlkGuest, state: bytes) -> None:
-    out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+def load(guest: BlkGuest, state: bytes, make: Callable[[], Ends] = pipe) -> None:
+    out, into = make()
     with into:
         with out:
             assert guest.front.set_device_state_fd(StateDirection.LOAD, out) is None
@@ -236,12 +250,15 @@ def test_i5_descriptor_of_the_back_that_is_no_pipe(guest: BlkGuest, kind: str) -
 
 @pytest.mark.parametrize("value", [1, 0xFF, 0x101, 1 << 40 | 1])
 def test_back_that_refuses(guest: BlkGuest, value: int) -> None:
+    """The guest goes on with it."""
     back = StatefulBack()
     back.instead[Request.SET_DEVICE_STATE_FD] = lambda _, fds: U64(value)
     with Airlock(back) as airlock:
         guest.connect(airlock.channel())
-        with pytest.raises(AirlockError):
+        with pytest.raises(PeerRefused):
             save(guest)
+        guest.start()
+        serve(back, guest)
         guest.disconnect()
 
 
@@ -256,3 +273,79 @@ def test_session_may_end_in_the_middle_of_it(guest: BlkGuest) -> None:
             assert os.read(out.fileno(), 10) == STATE[:10]
             guest.disconnect()
             airlock.join()
+
+
+@pytest.mark.parametrize("make", [pipe, socketpair])
+def test_state_is_loaded_before_everything_else(
+    guest: BlkGuest, make: Callable[[], Ends]
+) -> None:
+    """Cloud Hypervisor loads before it tells features, memory and rings; and saves when
+    all rings are stopped, and goes on."""
+    back = StatefulBack()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        load(guest, STATE, make)
+        back.threads[-1].join()
+        assert back.loaded == STATE
+        assert not {Request.SET_FEATURES, *map(Request, range(8, 13))}.intersection(
+            back.requests()
+        )
+        guest.start()
+        serve(back, guest)
+        guest.stop()
+        assert save(guest, make) == STATE
+        guest.start()
+        serve(back, guest)
+        serve(back, guest, 1)
+        guest.disconnect()
+
+
+def refuse(_: Empty, fds: list[Fd]) -> None:
+    raise RequestRefused("a file has no path any more")
+
+
+@pytest.mark.parametrize("direction", [save, load])
+def test_back_may_not_like_the_state(
+    guest: BlkGuest, direction: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A path that is not there at the destination; the guest goes on at the source."""
+    back = StatefulBack()
+    back.instead[Request.CHECK_DEVICE_STATE] = refuse
+    arguments = (STATE,) if direction is load else ()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        guest.start()
+        guest.stop()
+        with pytest.raises(PeerRefused):
+            direction(guest, *arguments)
+        guest.start()
+        serve(back, guest)
+        guest.disconnect()
+    assert errors(caplog)[-1:] == [
+        "VMM: refused: CHECK_DEVICE_STATE: the back-end says that it went wrong"
+    ]
+
+
+def test_back_may_be_slow(guest: BlkGuest) -> None:
+    """It takes the state in small pieces, with pauses, while the front waits."""
+    back = StatefulBack()
+    go_on = threading.Semaphore(0)
+
+    def load_slowly(fd: Fd) -> None:
+        back.forget_copies()
+        with fd:
+            while go_on.acquire() and (part := os.read(fd.fileno(), 5000)):
+                back.loaded += part
+
+    back.load = load_slowly  # type: ignore[method-assign]
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        thread = threading.Thread(target=load, args=[guest, STATE])
+        thread.start()
+        while thread.is_alive():
+            go_on.release()
+            thread.join(0.001)
+        go_on.release(100)
+        back.threads[-1].join()
+        assert back.loaded == STATE
+        guest.disconnect()

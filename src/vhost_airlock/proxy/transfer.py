@@ -14,7 +14,7 @@ import select
 import stat
 import threading
 
-from ..errors import ProtocolError, RequestRefused
+from ..errors import PeerRefused, ProtocolError, RequestRefused
 from ..vhost.fds import Fd, close_all, eventfd, notify
 from ..vhost.frontend import Frontend
 from ..vhost.wire import DeviceState, StateDirection
@@ -100,7 +100,11 @@ class Transfer:
 
 
 class StateTransfer:
-    """The transfer of one device, which has at most one at a time."""
+    """The transfer of one device, which has at most one at a time.
+
+    The back may refuse (a file of virtiofsd's has no path any more, or none at the
+    destination). Then it goes on as it was, for the guest does too if it is the source.
+    """
 
     def __init__(self) -> None:
         self._transfer: Transfer | None = None
@@ -113,7 +117,14 @@ class StateTransfer:
             out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
             ours, theirs = (out, into) if saves else (into, out)
             with ours, theirs:
-                other = back.set_device_state_fd(state.direction, theirs, state.phase)
+                try:
+                    other = back.set_device_state_fd(
+                        state.direction, theirs, state.phase
+                    )
+                except PeerRefused:
+                    raise RequestRefused(
+                        "SET_DEVICE_STATE_FD: the back-end refuses"
+                    ) from None
                 kept = other or Fd(ours.release())
             ends = (kept, Fd(front.release()))
             self._transfer = Transfer(*(ends if saves else reversed(ends)))
@@ -124,7 +135,12 @@ class StateTransfer:
         if transfer is None:
             raise RequestRefused("CHECK_DEVICE_STATE: nothing was transferred")
         transfer.finish(timeout)
-        back.check_device_state()
+        try:
+            back.check_device_state()
+        except PeerRefused:
+            raise RequestRefused(
+                "CHECK_DEVICE_STATE: the back-end says that it went wrong"
+            ) from None
 
     def close(self) -> None:
         """Stop it, wherever it is."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 
@@ -249,6 +250,120 @@ def test_it_is_lost_while_a_ring_stops() -> None:
         back.complete(back.take(), b"c" * 512)
         await_reaped(guest.queues[0])
         assert io.status == BlkStatus.OK
+
+
+class Prey(ScriptedBack):
+    """A back-end that a request for one sector kills. Others it takes one by one, and
+    ends only when there is no other to take; so it dies with all that it has.
+    """
+
+    def __init__(self, deadly: int) -> None:
+        super().__init__()
+        self.deadly = deadly
+        self.deaths: list[int] = []
+        """How many requests it had, each time."""
+
+    def live(self) -> bool:
+        """Take what there is. False: that was its death."""
+        taken = [(i, chain) for i in range(2) for chain in self.take_all(i)]
+        if any(sector(self, chain) == self.deadly for _, chain in taken):
+            self.deaths.append(len(taken))
+            hang_up(self)
+            return False
+        for index, chain in taken:
+            self.complete(chain, b"c" * 512, index=index)
+        return True
+
+
+def prey_on(
+    airlock: Airlock, back: Prey, guest: BlkGuest, ios: list[Io], left: int
+) -> None:
+    """Live and die until all but `left` of these requests are done."""
+
+    def progress() -> bool:
+        for queue in guest.queues:
+            queue.reap()
+        states = {ring.state for ring in airlock.session.device.rings.values()}
+        there = back.connections == len(back.deaths) + 1
+        if there and states <= {State.RUNNING, State.BROKEN}:
+            back.live()
+        return sum(io.status is None for io in ios) <= left
+
+    wait_until(progress, "the requests are done")
+
+
+DEADLY = 5
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_request_that_kills_back_ends_fails(
+    recorded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The third back-end is lost over it alone, and the fourth one never gets it."""
+    back = Prey(DEADLY)
+    options = {"recorded": recorded, "has_error": True}
+    with connected(back, **options) as (airlock, guest):
+        ios = offer(guest, 3, index=1) + offer(guest, 8)
+        prey_on(airlock, back, guest, ios, 0)
+        failed = [io for io in ios if io.status != BlkStatus.OK]
+        assert failed == [ios[3 + DEADLY]]
+        assert failed[0].status == BlkStatus.IOERR
+        assert len(back.deaths) == 3
+        assert back.deaths[-1] == 1
+        assert airlock.counters()["poisoned"] == 1
+        lines = errors(caplog)
+        told = [line for line in lines if "one at a time" in line]
+        assert len(told) == 2
+        (line,) = [line for line in lines if "again with one request" in line]
+        assert line.startswith("ring 0: ")
+        assert line.endswith(": it fails")
+        serve(back, guest)
+        ios = offer(guest, 8, index=1)
+        chains = [back.take(1) for _ in ios]  # together again
+        for chain in chains:
+            back.complete(chain, b"c" * 512, index=1)
+        await_reaped(guest.queues[1])
+
+
+def test_request_that_kills_back_ends_ends_its_ring(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The device has no error for it. The other ring goes on."""
+    back = Prey(DEADLY)
+    with connected(back) as (airlock, guest):
+        ios = offer(guest, 3, index=1) + offer(guest, 8)
+        prey_on(airlock, back, guest, ios, 8 - DEADLY)
+        ring = airlock.session.device.rings[0]
+        wait_until(lambda: ring.state is State.BROKEN, "ring 0 is broken")
+        wait_until(lambda: "ring 0 is broken" in errors(caplog)[-1], "that is logged")
+        assert re.fullmatch(
+            "ring 0 is broken: the back-end is lost each time that it gets a chain:"
+            r" head \d+, 3 losses",
+            errors(caplog)[-1],
+        )
+        assert airlock.counters()["poisoned"] == 0
+        serve(back, guest, 1)
+
+
+def test_requests_that_take_long_go_together_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The back-end was lost for another reason, and is slow."""
+    back = ScriptedBack()
+    with connected(back, drain_timeout=0.1) as (airlock, guest):
+        ios = offer(guest, 3)
+        for _ in range(2):
+            for _ in range(3):
+                back.take()
+            lose(airlock, back)
+        chains = [back.take()]
+        assert sector(back, chains[0]) == 0
+        chains += [back.take() for _ in range(2)]
+        for chain in chains:
+            back.complete(chain, b"c" * 512)
+        while not all(io.status == BlkStatus.OK for io in ios):
+            await_reaped(guest.queues[0])
+        assert "together again" in errors(caplog)[-1]
 
 
 def test_old_one_may_write_to_its_memory_for_ever() -> None:

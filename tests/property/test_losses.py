@@ -3,7 +3,8 @@
 
 Each chain carries a number that the back reads and answers with. The back journals the
 numbers as it executes them: each one that the guest offered is executed, comes out
-once, and is not executed any more once the guest has seen that it is done.
+once, and is not executed any more once the guest has seen that it is done. One that is
+condemned, since backs were lost over it, ends with an error and is not executed again.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Journal:
             back_indirect=chance.random() < 0.5,
             back_event_idx=chance.random() < 0.5,
             record=Record(size) if self.recorded else None,
+            has_error=True,
         )
         self.waits: dict[int, int] = {}
         """The number of the chain with each head that the guest waits for."""
         self.offered = 0
         self.done: set[int] = set()
         self.executed: set[int] = set()
+        self.condemned: set[int] = set()
         self.taken: list[Chain] = []
 
     def offer(self) -> None:
@@ -74,7 +77,7 @@ class Journal:
                 left.append(chain)
                 continue
             number = int.from_bytes(self.lane.bytes_of(chain), "little")
-            assert number not in self.done
+            assert number not in self.done | self.condemned
             self.executed.add(number)
             if self.chance.random() < share:
                 self.lane.complete(chain, (~number).to_bytes(8, "little", signed=True))
@@ -89,11 +92,14 @@ class Journal:
     def reap(self) -> None:
         for head, length in self.lane.used():
             number = self.waits.pop(head)
+            self.done.add(number)
+            if number in self.condemned:
+                assert length == 0
+                continue
             assert length == 8
             answer = self.world.ram.read(number * STRIDE + 8, 8)
             assert int.from_bytes(answer, "little", signed=True) == ~number
             assert number in self.executed
-            self.done.add(number)
 
     def lose(self) -> None:
         """The back is gone. All that it has completed is done."""
@@ -101,9 +107,12 @@ class Journal:
         while self.lane.step():
             pass
         self.reap()
+        for head in self.lane.pump.accuse():
+            self.condemned.add(self.waits[head])
         base, *_ = self.lane.stop(None)
         self.world.lose_back()
         self.taken.clear()
+        self.lane.pump.set_alone(self.chance.random() < 0.7)
         self.lane.start(base)
 
     def kill(self) -> None:
@@ -112,6 +121,8 @@ class Journal:
         """
         if self.recorded:
             self.lane.renew()
+            # The next one does not know of them.
+            self.condemned &= self.done
             self.taken.clear()
             ring = self.lane.ring
             self.lane.start(self.chance.choice([ring.used_idx, ring.avail_idx, 7]))
@@ -145,3 +156,4 @@ def test_no_chain_is_lost_with_its_back(seed):
         often = [*deeds, *deeds, *deeds]
         chance.choice([*often, journal.lose, journal.stop, journal.kill])()
     journal.settle()
+    assert journal.condemned <= journal.done

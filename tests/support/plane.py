@@ -288,6 +288,7 @@ class Lane:
         back_indirect: bool = True,
         policy: str = "full",
         whole_batches: bool = False,
+        has_error: bool = False,
         entries: int = 16,
         most: int | None = None,
         start: bool = True,
@@ -303,6 +304,7 @@ class Lane:
         self.back_event_idx = back_event_idx
         self.back_indirect = back_indirect
         self.whole_batches = whole_batches
+        self.has_error = has_error
         self.record = record
 
         most = most or size
@@ -391,6 +393,7 @@ class Lane:
             shadow_event_idx=self.back_event_idx,
             shadow_indirect=self.back_indirect,
             whole_batches=self.whole_batches,
+            has_error=self.has_error,
             record=None if self.record is None else self.record.place,
         )
         self.pump.set_taking(True)

@@ -64,6 +64,8 @@ def test_defaults_are_those_of_config(configs: list[ProcessConfig]) -> None:
     assert config == ProcessConfig(socket_path="/front", backend="/back", device=device)
 
 
+RECOVERS = {"recover": True, "has_error": True}
+
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--keep-backend"], {"keep_backend": True}),
     (["--on-backend-loss=exit"], {"exit_with_backend": True}),
@@ -108,11 +110,14 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--socket-group=1234567"], {"socket_group": Group("1234567", 1234567)}),
     (["--log-level=debug"], {"log_level": "debug"}),
     (["--name=vm 1: disk"], {"name": "vm 1: disk"}),
-    (["--device-type=net"], {"copy": "used", "recover": True}),
-    (["--device-type=1"], {"copy": "used", "recover": True}),
-    (["--device-type=net", "--copy=full"], {"copy": "full", "recover": True}),
-    (["--device-type=block"], {"whole_batches": 0, "recover": True}),
-    (["--device-type=block", "--on-backend-loss=close"], {"whole_batches": 0}),
+    (["--device-type=net"], {"copy": "used", **RECOVERS}),
+    (["--device-type=1"], {"copy": "used", **RECOVERS}),
+    (["--device-type=net", "--copy=full"], {"copy": "full", **RECOVERS}),
+    (["--device-type=block"], {"whole_batches": 0, **RECOVERS}),
+    (
+        ["--device-type=block", "--on-backend-loss=close"],
+        {"whole_batches": 0, "has_error": True},
+    ),
     (["--device-type=fs"], {"whole_batches": 0}),
 ]
 
@@ -342,7 +347,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for field in (*dataclasses.fields(Config), *dataclasses.fields(ProcessConfig)):
         # Of the device, what follows from its type, and from the service manager.
         if field.name not in (
-            *("command", "device", "whole_batches"),
+            *("command", "device", "whole_batches", "has_error"),
             *("recover", "recover_time", "exit_with_backend"),
             *("backend_fd", "stats_fd", "notify_socket"),
         ):

@@ -51,7 +51,7 @@ LAYERS = """
     proxy.session
     proxy.handlers
     proxy.device
-    proxy.pool_policy
+    proxy.pool_policy  proxy.trial
     proxy.ring
     proxy.drain       proxy.known  proxy.recovery
     proxy.back  proxy.inflight
@@ -73,6 +73,7 @@ LAYERS = """
                                         dataplane.mapping  dataplane.guard
                                         dataplane.copying  dataplane.polling
                                         dataplane.inflight  dataplane.faults
+                                        dataplane.suspects
                                         dataplane.layout  dataplane.sys
     errors  __init__  dataplane.__init__
 """

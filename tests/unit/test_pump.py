@@ -214,6 +214,7 @@ class TestStep:
             "adopted": 0,
             "replayed": 0,
             "recovered": 0,
+            "poisoned": 0,
             "outstanding": 0,
             "quarantined": 0,
             "used": 0,
@@ -1319,12 +1320,12 @@ class TestFaults:
 
     def test_an_unknown_fault_is_refused(self, world):
         lane = Lane(world)
-        for fault in (0, 1, -13, -99):
+        for fault in (0, 1, -14, -99):
             with pytest.raises(ValueError, match=f"fault {fault}"):
                 lane.pump.set_fault(fault)
 
     def test_every_fault_has_words_of_its_own(self):
-        assert len(set(FAULTS.values())) == len(FAULTS) == 18
+        assert len(set(FAULTS.values())) == len(FAULTS) == 19
 
     def test_a_restart_forgets_a_fault(self, world):
         lane = Lane(world)

@@ -64,6 +64,10 @@ OF_COUNTERS = {
         "replayed_total",
         "Requests offered to a back-end again that were at the one before.",
     ),
+    ("ring", "poisoned"): (
+        "poisoned_total",
+        "Requests that ended with an error, since the back-end was lost over them.",
+    ),
     ("ring", "used"): ("used_bytes", "Of the pool, by the ring now."),
     ("ring", "high_water"): ("high_water_bytes", "The most that the ring ever used."),
     ("worker", "rounds"): ("rounds_total", "Rounds over all rings of the worker."),

@@ -4,7 +4,8 @@
 from vhost_airlock.dataplane.layout cimport (
     BACK_ERROR, BAD_ADDRESS, BAD_AVAIL_INDEX, BAD_HEAD, BAD_INDIRECT, BAD_NEXT,
     BAD_ORDER, BAD_USED_ID, BAD_USED_INDEX, CHAIN_TOO_LONG, EMPTY_CHAIN, HEAD_IN_USE,
-    LOOP, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS, OUT_OF_MEMORY, RING_UNMAPPED,
+    LOOP, MEMORY_LOST, NESTED_INDIRECT, NEVER_FITS, OUT_OF_MEMORY, POISON,
+    RING_UNMAPPED,
 )
 
 FAULTS = {
@@ -20,6 +21,7 @@ FAULTS = {
     EMPTY_CHAIN: "a chain has no bytes at all",
     CHAIN_TOO_LONG: "a chain has more than 2^32 - 1 bytes",
     NEVER_FITS: "a chain is larger than the pool allows",
+    POISON: "the back-end is lost each time that it gets a chain",
     BAD_USED_INDEX: "the back's used index jumps by more than the ring holds",
     BAD_USED_ID: "the back completes chains that are not in flight, again and again",
     BACK_ERROR: "the back signalled an error of the ring",
@@ -42,6 +44,7 @@ DETAILS = {
     EMPTY_CHAIN: "head {head}, {descs} descriptors",
     CHAIN_TOO_LONG: "head {head}, {bytes} bytes",
     NEVER_FITS: "head {head}, {bytes} bytes, {descs} descriptors",
+    POISON: "head {number}, {other} losses",
     BAD_USED_INDEX: "to {number} from {other}",
     BAD_USED_ID: "id {number}, {other} in a row",
 }

@@ -114,6 +114,13 @@ cdef struct GuestRing:
     SplitGuest split
 
 
+cdef inline uint64_t last_byte_of(const Chain *chain) noexcept nogil:
+    """The guest's address of the last byte of a chain."""
+    cdef const Segment *segment = &chain.segment[chain.count - 1]
+
+    return segment.addr + segment.len - 1
+
+
 cdef inline int add_segment(
     GuestRing *ring, Chain *chain, const Desc *desc
 ) noexcept nogil:

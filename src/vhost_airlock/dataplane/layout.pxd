@@ -84,7 +84,7 @@ cdef enum:
     MAX_SEGMENTS = 1024
 
 cdef enum Fault:
-    # Why a ring stopped for good: from BAD_AVAIL_INDEX down to NEVER_FITS the guest is
+    # Why a ring stopped for good: from BAD_AVAIL_INDEX down to POISON the guest is
     # to blame, from BAD_USED_INDEX down to BACK_ERROR the back, and nobody is for the
     # others, after which neither ring can be used.
     BAD_AVAIL_INDEX = -1
@@ -99,6 +99,7 @@ cdef enum Fault:
     EMPTY_CHAIN = -10
     CHAIN_TOO_LONG = -11
     NEVER_FITS = -12
+    POISON = -13
     BAD_USED_INDEX = -32
     BAD_USED_ID = -33
     BACK_ERROR = -34

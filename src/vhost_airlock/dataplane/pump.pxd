@@ -30,7 +30,9 @@ cdef class Pump:
     """For the log, of the last start: about the record of the chains in flight."""
     cdef _grow(self, uint16_t size)
     cdef list _open_record(self, record, base)
+    cdef _keep_accused(self, list heads)
     cdef bint _goes_on(self)
+    cdef bint _stands(self)
     cdef _resume(self, list heads)
     cdef _hand_back(self, bint told)
     cdef _place_areas(self, uint16_t first, uintptr_t host, uint64_t back)

@@ -45,6 +45,7 @@ from vhost_airlock.dataplane.step cimport (
     Counters, PumpState, disown, end_chain, fail, go_on_with, is_drained, let_go,
     look_unfetched, owed, pending, recall, rest, run, step, tell,
 )
+from vhost_airlock.dataplane.suspects cimport accuse, acquit
 
 from vhost_airlock.dataplane import guest_split
 from vhost_airlock.dataplane.faults import DETAILS, FAULTS
@@ -113,6 +114,7 @@ cdef class Pump:
         free(self.state.recalled)
         free(self.state.record.ended)
         free(self.state.record.again)
+        free(self.state.suspects.losses)
         free(self.state.slot)
 
     @property
@@ -166,7 +168,7 @@ cdef class Pump:
     def attach(
         self, *, uint16_t size, base, guest, bint guest_event_idx, bint guest_indirect,
         uintptr_t shadow, bint shadow_event_idx, bint shadow_indirect,
-        bint whole_batches=False, record=None,
+        bint whole_batches=False, bint has_error=False, record=None,
     ):
         """Set up both rings, `size` entries each.
 
@@ -176,6 +178,7 @@ cdef class Pump:
         shadow: where prepare() has made the shadow ring. The back uses it by now, and
         not the last one any more, where its late completions are looked for.
         whole_batches: completions that the back shows at once the guest sees at once.
+        has_error: a request of this device fails by a one in its last byte.
         record: our address of the record of chains in flight, and its entries; None:
         there is none. It goes before the base. `news` has what the log is to be told.
         """
@@ -201,11 +204,14 @@ cdef class Pump:
         pump.shadow.indirect = shadow_indirect
         pump.shadow.ops.start(&pump.shadow, <uint8_t *> shadow)
         pump.whole_batches = whole_batches
+        pump.has_error = has_error
         pump.fault = 0
         pump.silent = False
         pump.attached = True
         run(pump, begin, 0)
-        self._resume(self._open_record(record, base))
+        heads = self._open_record(record, base)
+        self._keep_accused(heads)
+        self._resume(heads)
 
     cdef list _open_record(self, record, base):
         """Return the heads of the chains that are in flight by the record."""
@@ -223,6 +229,17 @@ cdef class Pump:
             at, room = record
             heads, self.news = open_record(pump, at, room, reset)
         return heads
+
+    cdef _keep_accused(self, list heads):
+        """Acquit the heads that may not stand for the chains of before the start."""
+        cdef PumpState *pump = &self.state
+        cdef bint stood = self.left and self._stands()
+        cdef int i
+
+        for i in range(pump.shadow.slots if pump.suspects.accused else 0):
+            kept = i in heads if self.recorded else stood and i < pump.guest.size
+            if not kept:
+                acquit(&pump.suspects, i)
 
     cdef _resume(self, list heads):
         """Decide on the chains that the last stop left behind; then count anew.
@@ -268,12 +285,13 @@ cdef class Pump:
 
     cdef bint _goes_on(self):
         """Does the ring go on where the last stop has left it?"""
+        return self.parked and self.state.fault == 0 and self._stands()
+
+    cdef bint _stands(self):
+        """Does the ring stand where the last stop has left it?"""
         cdef const GuestRing *guest = &self.state.guest
 
-        return (
-            self.parked and self.state.fault == 0
-            and self.standing == guest.ops.standing(guest, self.base)
-        )
+        return self.standing == guest.ops.standing(guest, self.base)
 
     def detach(self, base=None):
         """Leave both rings; guest memory is not touched from here on.
@@ -398,6 +416,23 @@ cdef class Pump:
             count += pump.shadow.state[i] == RECALLED
         return count
 
+    def accuse(self):
+        """The back is lost: count that for the chains that it has, see suspects.pxd.
+
+        Its last completions were taken. Returns the heads that are condemned by it.
+        """
+        cdef PumpState *pump = &self.state
+        cdef uint16_t head
+        cdef list condemned = []
+        cdef int i
+
+        for i in range(pump.shadow.slots):
+            if pump.shadow.state[i] in (IN_FLIGHT, PARKED) and pump.slot[i].readable:
+                head = pump.slot[i].head
+                if accuse(&pump.suspects, head, pump.alone):
+                    condemned.append(head)
+        return condemned
+
     def look_back(self):
         """See which chains the back has completed since the ring has stopped."""
         if not self.state.attached and self.quarantined:
@@ -440,6 +475,10 @@ cdef class Pump:
     def set_taking(self, bint taking):
         """Move chains of the guest, or only completions."""
         self.state.taking = taking
+
+    def set_alone(self, bint alone):
+        """The back gets one chain at a time, as long as there are suspects."""
+        self.state.alone = alone
 
     def kick(self):
         """Let the worker kick the back, with its next round."""
@@ -494,6 +533,13 @@ cdef class Pump:
     def recorded(self):
         """Are its chains in flight recorded? Of a ring that has stopped: were they?"""
         return self.state.record.table != NULL
+
+    @property
+    def suspected(self):
+        """How many chains were in flight at so many losses that the back is to get them
+        alone, or not at all.
+        """
+        return load16(&self.state.suspects.suspected)
 
     @property
     def fault(self):
@@ -612,6 +658,7 @@ cdef class Pump:
         pump.recalled = <uint16_t *> grown(pump.recalled, old, size, 2)
         pump.record.ended = <uint16_t *> grown(pump.record.ended, old, size, 2)
         pump.record.again = <uint16_t *> grown(pump.record.again, old, size, 2)
+        pump.suspects.losses = <uint8_t *> grown(pump.suspects.losses, old, size, 1)
         pump.shadow.state = <uint8_t *> grown(pump.shadow.state, old, size, 1)
         pump.slot = <Slot *> grown(pump.slot, old, size, sizeof(Slot))
         for i in range(old):

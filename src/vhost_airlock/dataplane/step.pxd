@@ -9,6 +9,7 @@ from vhost_airlock.dataplane.layout cimport Desc
 from vhost_airlock.dataplane.pool cimport PoolState, Share
 from vhost_airlock.dataplane.regions cimport RegionTable
 from vhost_airlock.dataplane.shadow cimport ShadowRing
+from vhost_airlock.dataplane.suspects cimport Suspects
 
 cdef struct Counters:
     # Written by the thread that runs the pump, and read by any.
@@ -30,6 +31,8 @@ cdef struct Counters:
     uint64_t replayed
     # Chains of before the start that were taken by the record of chains in flight.
     uint64_t recovered
+    # Chains that ended with an error, since backs were lost over them.
+    uint64_t poisoned
 
 cdef struct PumpState:
     RegionTable *memory
@@ -40,6 +43,7 @@ cdef struct PumpState:
     GuestRing guest
     ShadowRing shadow
     Record record
+    Suspects suspects
     Slot *slot
     # Positions count the guest's chains, in its order, from the beginning of the
     # session. The next one to take.
@@ -79,6 +83,10 @@ cdef struct PumpState:
     bint attached
     # Chains of the guest are moved; else only completions are.
     bint taking
+    # The back gets one chain at a time, while the ring has suspects.
+    bint alone
+    # The device has an error for a request: a one in its last byte.
+    bint has_error
     # The control plane waits for the chains in flight.
     bint draining
     # The back is asked for no calls: it has no descriptor for them any more.

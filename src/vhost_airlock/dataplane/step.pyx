@@ -26,6 +26,9 @@ Chains that no back has any more are *recalled*: they are offered again from the
 own records, before any other, in the guest's order. Where all chains behind a recalled
 one are recalled too, the guest's ring has them still, and they are taken from there.
 
+A chain over which backs are lost goes to the next one alone, and to no other after
+that, see suspects.pxd.
+
 Faults of the guest end the taking of chains; those in flight are still completed.
 Faults of the back end all use of the shadow ring.
 
@@ -33,24 +36,28 @@ Shared memory is only touched in jobs that guard.pyx calls, since a page of it m
 gone: a fault too, which ends all use of both rings. The pool's mutex is not held then.
 """
 
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.bounce cimport (
     Buffer, Slot, copy_to_back, copy_to_guest, describe, forget_buffers, is_same, place,
     record, release, vacate,
 )
 from vhost_airlock.dataplane.guard cimport Job, guarded
+from vhost_airlock.dataplane.guest cimport last_byte_of
 from vhost_airlock.dataplane.inflight cimport (
     Record, add_to_batch, end_batch, mark,
 )
 from vhost_airlock.dataplane.layout cimport (
-    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, OUT_OF_MEMORY, back_usable, blame, load16,
+    BAD_ADDRESS, MEMORY_LOST, NEVER_FITS, OUT_OF_MEMORY, POISON, back_usable, blame,
+    load16, store_int,
 )
 from vhost_airlock.dataplane.pool cimport leave_queue
+from vhost_airlock.dataplane.regions cimport copy_out
 from vhost_airlock.dataplane.shadow cimport (
     FREE, IN_FLIGHT, PARKED, QUARANTINED, RECALLED, RETURNED, free_chain, give_slot,
     take_slot,
 )
+from vhost_airlock.dataplane.suspects cimport CONDEMNED, acquit
 
 cdef enum:
     # A step ends after moving so much each way, if it may: other rings want their turn.
@@ -60,6 +67,9 @@ cdef enum:
     # And after completing one of PARTS parts of the chains in flight, but a few chains.
     PARTS = 4
     FEW_CHAINS = 4
+    # The last byte of a request that failed: VIRTIO_BLK_S_IOERR (virtio 1.3, 5.2.6),
+    # VIRTIO_NET_ERR (5.1.6.5).
+    FAILED = 1
 
 
 cdef int step(PumpState *pump, int budget) noexcept nogil:
@@ -198,13 +208,20 @@ cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept
     if length > slot.writable:
         pump.counters.clamped += 1
         length = slot.writable
-    pump.guest.ops.complete(&pump.guest, slot.head, length)
-    if pump.record.table != NULL:
-        add_to_batch(&pump.record, slot.head)
+    complete(pump, slot.head, length)
     pump.at_hand = NULL
+    return copied
+
+
+cdef void complete(PumpState *pump, uint16_t head, uint32_t length) noexcept nogil:
+    """A chain is done. The guest does not see it yet."""
+    pump.guest.ops.complete(&pump.guest, head, length)
+    if pump.record.table != NULL:
+        add_to_batch(&pump.record, head)
+    if pump.suspects.accused and acquit(&pump.suspects, head):
+        store_int(&pump.pool.news, 1)
     pump.untold = True
     pump.counters.completions += 1
-    return copied
 
 
 cdef void let_go(PumpState *pump, uint16_t number) noexcept nogil:
@@ -252,6 +269,18 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
             if rc <= 0:
                 break
             pump.waiting = True
+        if pump.suspects.accused and is_condemned(pump, pump.chain.head):
+            rc = end_condemned(
+                pump, pump.chain.head, last_byte_of(&pump.chain),
+                pump.chain.bytes_writable,
+            )
+            if rc < 0:
+                fail(pump, rc)
+                break
+            pump.waiting = False
+            pump.next += 1
+            moved += 1
+            continue
         adopted = adopt(pump)
         rc = adopted or bounce(pump)
         if rc < 0:
@@ -265,7 +294,7 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
         descs += pump.chain.descs
         moved += 1
 
-    if pump.stalled and (moved or not stalled):
+    if pump.stalled and not pump.alone and (moved or not stalled):
         pump.counters.stalls += 1
     if pump.guest.armed and (moved or pump.stalled):
         pump.guest.ops.disarm(&pump.guest)
@@ -287,6 +316,8 @@ cdef void show_back(PumpState *pump) noexcept nogil:
 cdef int replay(PumpState *pump, int budget) noexcept nogil:
     """Offer recalled chains to the back again. Returns how many were offered."""
     cdef uint16_t number
+    cdef bint offered = False
+    cdef bint ended = False
     cdef int moved = 0
     cdef int rc
 
@@ -295,17 +326,58 @@ cdef int replay(PumpState *pump, int budget) noexcept nogil:
         if needed(pump, pump.slot[number].count) > pump.shadow.free_count + 1:
             pump.stalled = True  # not reached: all of them were in a ring of this size
             break
-        rc = offer(pump, number)
+        if pump.suspects.accused and is_condemned(pump, pump.slot[number].head):
+            rc = end_recalled(pump, number)
+            ended = ended or rc > 0
+        else:
+            rc = offer(pump, number)
+            offered = offered or rc > 0
+            pump.counters.replayed += rc > 0
         if rc < 0:
             fail(pump, rc)
         if rc <= 0:
             break
         pump.replayed += 1
-        pump.counters.replayed += 1
         moved += 1
-    if moved:
+    if ended:
+        tell(pump)
+    if offered:
         show_back(pump)
     return moved
+
+
+cdef inline bint is_condemned(const PumpState *pump, uint16_t head) noexcept nogil:
+    return pump.suspects.losses[head] == CONDEMNED
+
+
+cdef int end_recalled(PumpState *pump, uint16_t number) noexcept nogil:
+    """End the condemned chain of a slot. 1 done, or a Fault."""
+    cdef const Slot *slot = &pump.slot[number]
+    cdef const Buffer *buffer = &slot.buffer[slot.count - 1]
+    cdef uint64_t last = buffer.guest + buffer.len - 1
+    cdef int rc = end_condemned(pump, slot.head, last, slot.writable)
+
+    if rc > 0:
+        let_go(pump, number)
+    return rc
+
+
+cdef int end_condemned(
+    PumpState *pump, uint16_t head, uint64_t last, uint64_t writable
+) noexcept nogil:
+    """End a chain that no back gets again with an error in its last byte, which is at
+    `last` if any bytes are `writable`. 1 done, or a Fault if the device has no error.
+    """
+    cdef uint8_t error = FAILED
+
+    if not pump.has_error:
+        return blame(&pump.guest.blamed, POISON, head, CONDEMNED)
+    if writable:
+        copy_out(pump.memory, &pump.hint, last, &error, 1, False)
+    # A length promises that so many bytes were written from the first one on.
+    complete(pump, head, 1 if writable == 1 else 0)
+    pump.counters.poisoned += 1
+    return 1
 
 
 cdef inline uint16_t needed(const PumpState *pump, uint16_t count) noexcept nogil:
@@ -370,8 +442,12 @@ cdef int offer(PumpState *pump, uint16_t number) noexcept nogil:
     cdef Slot *slot = &pump.slot[number]
     cdef bint table = pump.shadow.indirect and slot.count > 1
     cdef const Buffer *missing
-    cdef int rc = place(slot, table, pump.pool, &pump.share)
+    cdef int rc
 
+    if pump.alone and pump.outstanding and pump.suspects.suspected:
+        pump.stalled = True
+        return 0
+    rc = place(slot, table, pump.pool, &pump.share)
     if rc <= 0:
         pump.stalled = rc == 0
         return rc

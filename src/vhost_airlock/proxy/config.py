@@ -29,6 +29,8 @@ class Config:
     all the requests that the back-end shows at once."""
     withhold_features: Withheld = NOTHING
     """Features that the front is not offered."""
+    has_error: bool = False
+    """A request of the device can end with an error: a one in its last byte."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
     request_limit: int = 1024 * MIB

@@ -50,6 +50,7 @@ from .ration import LINES, Ration
 from .recovery import Backs, Recovery
 from .ring import Ring
 from .transfer import StateTransfer
+from .trial import Trial
 from .workers import Workers
 
 Result = TypeVar("Result")
@@ -87,6 +88,7 @@ class Device:
         self._back: Back | None = None
         self._known: Known | None = None
         self._recovery = Recovery(config)
+        self._trial = Trial(config.log, config.drain_timeout)
         self._settled = False
         """Whether the back that was lost was settled: the front may yet choose else."""
         self._transfer = StateTransfer()
@@ -226,6 +228,7 @@ class Device:
                 self.known.tell(self.informed.peer)
                 back.show_memory()
             seconds = self._recovery.end()
+            self._trial.begin(self.rings.values())
             self.start_rings()
             self.known.tell_ready(back.peer)
         except BackLost as another:
@@ -433,19 +436,21 @@ class Device:
         for ring in self.rings.values():
             ring.check()
             ring.tell_waiting()
+        self._trial.look()
         if self._back is not None and self._back.settled:
             self._pool.look(self._back)
 
     def next_look(self) -> float | None:
         """Milliseconds until look() has something to do by itself; None: it has not."""
         tell_at = min((ring.tell_at for ring in self.rings.values()), default=math.inf)
-        found = [max(0.0, tell_at - time.monotonic())] if tell_at < math.inf else []
+        found = [max(0.0, tell_at - time.monotonic()), self._trial.wait()]
         if self._back is not None and self._back.settled:
             waits = (self._back.next_look(), self._pool.next_look(self._back))
             found += [wait for wait in waits if wait is not None]
         if self.away:
             found.append(self._recovery.wait())
-        return min(found) * 1000 if found else None
+        wait = min(found)
+        return wait * 1000 if wait < math.inf else None
 
     def counters(self) -> dict[str, dict[str, int]]:
         """The numbers of each ring, by its own, of the workers and of the pool.

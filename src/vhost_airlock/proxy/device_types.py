@@ -24,6 +24,9 @@ class DeviceType:
     """The copy policy that fits; one of dataplane.pump.POLICIES."""
     whole_batches: int = 0
     """Feature bits with which a request may be in several chains."""
+    has_error: bool = False
+    """A request can end with an error: a one in its last byte, if it has any to write.
+    Otherwise its end says nothing of success."""
     refused: str = ""
     """Why it can't be isolated; empty: it can."""
     recovers: bool = False
@@ -43,9 +46,16 @@ LINES = "the state of hardware, on which a request that is done twice has an eff
 TYPES = (
     # A posted receive buffer is far larger than most packets, and back-ends say exactly
     # how much they have written.
-    DeviceType(1, "net", copy="used", whole_batches=MRG_RXBUF, recovers=True),
+    DeviceType(
+        1,
+        "net",
+        copy="used",
+        whole_batches=MRG_RXBUF,
+        has_error=True,
+        recovers=True,
+    ),
     # A request that is not done may be done twice, and blocks come out the same.
-    DeviceType(2, "block", recovers=True),
+    DeviceType(2, "block", has_error=True, recovers=True),
     DeviceType(3, "console"),
     DeviceType(4, "rng", recovers=True),
     DeviceType(5, "balloon", refused="its requests are lists of guest pages"),

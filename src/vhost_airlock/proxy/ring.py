@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
@@ -30,6 +31,17 @@ from .state import TABLE, Action, Change, Event, State, Vring
 
 MEMORY_TIME = 1.0
 """Seconds for which a started ring may wait for memory before the log is told."""
+
+
+class Turn(Enum):
+    """The part of a ring in the search for a request over which backs are lost."""
+
+    FREE = auto()
+    """There is no search: it takes chains as it likes."""
+    ALONE = auto()
+    """Its back gets one of its chains at a time."""
+    WAITS = auto()
+    """It takes no chains."""
 
 
 class Owner(Protocol):
@@ -98,6 +110,7 @@ class Ring:
         """When the log is told that it waits, in time.monotonic()."""
         self._guesses_base = False
         """It was started without a base that the front had told."""
+        self._turn = Turn.FREE
         self._moves = False
         """The isolated memory that the pump has had is gone with its back."""
 
@@ -113,6 +126,15 @@ class Ring:
     def intact(self) -> bool:
         """Is it in use, and not broken?"""
         return self.state in (State.HELD, State.RUNNING)
+
+    @property
+    def runs(self) -> bool:
+        return self.state is State.RUNNING
+
+    @property
+    def suspected(self) -> int:
+        """Chains over which backs may have been lost, and that are not done."""
+        return 0 if self.pump is None else self.pump.suspected
 
     @property
     def quarantined(self) -> int:
@@ -263,6 +285,15 @@ class Ring:
         """Let go of the ring without the back, which is gone."""
         self._happen(Event.LOST)
 
+    def set_turn(self, turn: Turn) -> None:
+        """Take chains as this says, now and after every start."""
+        self._turn = turn
+        if self.pump is not None:
+            with self.worker.pause():
+                self.pump.set_alone(turn is Turn.ALONE)
+                if self.runs:
+                    self.pump.set_taking(turn is not Turn.WAITS)
+
     def lose_back(self) -> None:
         """The back is gone with its isolated memory, and there may be another one.
 
@@ -271,11 +302,28 @@ class Ring:
         """
         if self.state is State.DEAD:
             self.vring.started = False
+        if self.pump is not None:
+            self._accuse(self.pump)
         self.abandon()
         if self.pump is not None:
             with self.worker.pause():
                 self.pump.lose_back()
             self._moves = True
+
+    def _accuse(self, pump: Pump) -> None:
+        """Count the loss for the chains that the back still has."""
+        with self.worker.pause():
+            pump.set_taking(False)
+            collect(pump)
+            condemned = pump.accuse()
+        if condemned:
+            self.log.error(
+                "ring %d: the back-end was lost again with one request, that of head"
+                " %d: %s",
+                self.index,
+                condemned[0],
+                "it fails" if self.owner.config.has_error else "the ring ends at it",
+            )
 
     # All else.
 
@@ -413,6 +461,7 @@ class Ring:
                 shadow_event_idx=bool(back.has.features & Feature.EVENT_IDX),
                 shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
                 whole_batches=bool(features & owner.config.whole_batches),
+                has_error=owner.config.has_error,
                 record=owner.record.of_ring(self.index),
             )
             # If an airlock was killed, its last call may be lost.
@@ -432,7 +481,7 @@ class Ring:
         assert self.pump is not None
         self.owner.back.enable_ring(self.index, True)
         with self.worker.pause():
-            self.pump.set_taking(True)
+            self.pump.set_taking(self._turn is not Turn.WAITS)
             self.pump.kick()
 
     def _hold(self) -> None:

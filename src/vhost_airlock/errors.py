@@ -11,6 +11,7 @@
     │   │   ├── FrontLost      ... the VMM
     │   │   └── BackLost       ... the back-end
     │   └── DeadlineExceeded   ... a peer did not answer in time
+    │       └── BackLate       ... the back-end; it is a BackLost too
     ├── RequestRefused         one message; the connection lives on
     └── Stopped                nothing: we were told to stop while we waited idly
 
@@ -66,6 +67,10 @@ class BackLost(Disconnected):
 
 class DeadlineExceeded(SessionError):
     """A peer did not answer, or did not read, in the time that it has."""
+
+
+class BackLate(BackLost, DeadlineExceeded):
+    """The back-end did not answer in time, and so it is of no use any more."""
 
 
 class RequestRefused(AirlockError):

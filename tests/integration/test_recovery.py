@@ -8,14 +8,23 @@ import mmap
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.support.airlock import Airlock
-from tests.support.backs import ScriptedBack, wait_until
-from tests.support.sessions import await_reaped, errors, serve, small_guest
-from vhost_airlock.errors import Disconnected
+from tests.support.backs import PATIENCE, ScriptedBack, wait_until
+from tests.support.sessions import (
+    LATE,
+    await_reaped,
+    errors,
+    hold,
+    serve,
+    small_guest,
+)
+from tests.support.talk import Talked, talking_back, talking_guest
+from vhost_airlock.errors import Disconnected, RequestRefused
 from vhost_airlock.peers import Chain
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -25,7 +34,13 @@ from vhost_airlock.proxy.state import State
 from vhost_airlock.vhost.backend import Result
 from vhost_airlock.vhost.fds import Fd
 from vhost_airlock.vhost.frontend import Frontend
-from vhost_airlock.vhost.wire import Config, Payload, ProtocolFeature, Request
+from vhost_airlock.vhost.wire import (
+    BackendRequest,
+    Config,
+    Payload,
+    ProtocolFeature,
+    Request,
+)
 
 R = Request
 P = ProtocolFeature
@@ -430,6 +445,124 @@ def test_another_device_does_not_take_its_place(
         assert errors(caplog)[-1] == (
             f"back-end: it is not the device that the VMM knows: {difference}"
         )
+
+
+def test_a_capacity_may_grow(caplog: pytest.LogCaptureFixture) -> None:
+    """The front is told when the requests go on, and reads the new one."""
+    back = talking_back()
+    back.config = (8).to_bytes(8, "little") + bytes(range(52))
+    grown = (1 << 40).to_bytes(8, "little") + bytes(range(52))
+    options = {"recover": True, "grows": True}
+    with Airlock(back, **options) as airlock, talking_guest() as guest:
+        with Talked(airlock, back, guest) as talk:
+            front = guest.front
+            assert front.get_config(0, 60) == back.config
+            (io,) = offer(guest, 1)
+            back.take()
+            back.config = grown
+            lose(airlock, back)
+            with talk.heard.recv(time.monotonic() + PATIENCE) as message:
+                assert message.request == BackendRequest.CONFIG_CHANGE_MSG
+            assert front.get_config(0, 60) == grown
+            back.complete(back.take(), b"c" * 512)
+            await_reaped(guest.queues[0])
+            assert io.status == BlkStatus.OK
+            assert errors(caplog)[-1].endswith(
+                "its capacity has grown; the VMM is told"
+            )
+            back.config = (8).to_bytes(8, "little") + bytes(range(52))
+            hang_up(back)
+            airlock.join()
+        assert "its configuration space has 0800000000000000" in errors(caplog)[-1]
+
+
+@pytest.mark.parametrize(
+    ("grows", "config"),
+    [
+        (False, (9).to_bytes(8, "little") + bytes(52)),
+        (True, (7).to_bytes(8, "little") + bytes(52)),
+        (True, (9).to_bytes(8, "little") + b"\1" + bytes(51)),
+    ],
+    ids=["another type", "shrunk", "more than that"],
+)
+def test_nothing_else_may_change(
+    grows: bool, config: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    back = ScriptedBack(config=(8).to_bytes(8, "little") + bytes(52))
+    options = {"recover": True, "grows": grows}
+    with Airlock(back, **options) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        guest.front.get_config(0, 60)
+        back.config = config
+        hang_up(back)
+        airlock.join()
+        assert "it is not the device that the VMM knows" in errors(caplog)[-1]
+
+
+def test_a_back_that_hangs_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """The VMM gets no answer that only this back can give, in no more time than ever.
+    The next one gets the requests.
+    """
+    back = ScriptedBack()
+
+    def hang(payload: Payload, fds: list[Fd]) -> Result:
+        del back.instead[R.GET_CONFIG]
+        hold(back)
+
+    with connected(back, timeout=0.4) as (airlock, guest):
+        (io,) = offer(guest, 1)
+        back.take()
+        back.instead[R.GET_CONFIG] = hang
+        with pytest.raises(RequestRefused, match="GET_CONFIG"):
+            guest.front.get_config(20, 8)
+        airlock.assert_no_message_took_longer(LATE)
+        assert any("did not answer in time (GET_CONFIG)" in e for e in errors(caplog))
+        wait_until(lambda: back.connections == 2, "it is connected again")
+        wait_until(lambda: all_run(airlock), "all rings run again")
+        back.complete(back.take(), b"c" * 512)
+        await_reaped(guest.queues[0])
+        assert io.status == BlkStatus.OK
+        assert guest.front.get_config(20, 8) == bytes(8)
+        assert airlock.session.device.counters()["backend"]["losses"] == 1
+
+
+def test_a_ring_stops_though_the_back_hangs() -> None:
+    """The front has its base in time, and the requests that are not done with it."""
+    back = ScriptedBack()
+
+    def hang(payload: Payload, fds: list[Fd]) -> Result:
+        del back.instead[R.GET_VRING_BASE]
+        hold(back)
+
+    with connected(back, timeout=0.4, drain_timeout=0.1) as (airlock, guest):
+        (io,) = offer(guest, 1)
+        back.take()
+        back.instead[R.GET_VRING_BASE] = hang
+        assert guest.front.get_vring_base(0) == 1
+        airlock.assert_no_message_took_longer(LATE)
+        guest.front.set_vring_base(0, 1)
+        guest.front.set_vring_kick(0, guest.queues[0].kick_fd)
+        wait_until(lambda: back.connections == 2, "it is connected again")
+        wait_until(lambda: all_run(airlock), "all rings run again")
+        back.complete(back.take(), b"c" * 512)
+        await_reaped(guest.queues[0])
+        assert io.status == BlkStatus.OK
+
+
+def test_a_back_that_breaks_the_protocol_is_not_replaced(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    back = ScriptedBack()
+    with Airlock(back, recover=True) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        serve(back, guest)
+        assert back.channel is not None
+        back.channel.send(R.GET_FEATURES, bytes(8))
+        airlock.join()
+        assert errors(caplog)[-1] == "back-end: sent bytes to no request"
+        assert back.connections == 1
 
 
 def test_a_back_that_is_lost_again_and_again_is_given_up(

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
-from vhost_airlock.errors import BackLost, Disconnected, FrontLost
+from vhost_airlock.errors import BackLate, BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.recovery import ConfigChanged
@@ -129,7 +129,11 @@ class Airlock:
         ours, theirs = socket.socketpair()
         self.back.start(theirs)
         channel = Channel(
-            ours, peer="back-end", timeout=self.config.timeout, lost=BackLost
+            ours,
+            peer="back-end",
+            timeout=self.config.timeout,
+            lost=BackLost,
+            late=BackLate,
         )
         try:
             return Back(channel, self.config, config_changed)

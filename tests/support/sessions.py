@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -91,7 +91,7 @@ def lose(back: ScriptedBack) -> None:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def hold(back: ScriptedBack) -> None:
+def hold(back: ScriptedBack) -> NoReturn:
     """Keep the connection open, and say nothing more, until it is closed."""
     assert back.channel is not None
     readable(back.channel)

@@ -113,10 +113,10 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--device-type=net"], {"copy": "used", **RECOVERS}),
     (["--device-type=1"], {"copy": "used", **RECOVERS}),
     (["--device-type=net", "--copy=full"], {"copy": "full", **RECOVERS}),
-    (["--device-type=block"], {"whole_batches": 0, **RECOVERS}),
+    (["--device-type=block"], {"whole_batches": 0, "grows": True, **RECOVERS}),
     (
         ["--device-type=block", "--on-backend-loss=close"],
-        {"whole_batches": 0, "has_error": True},
+        {"whole_batches": 0, "grows": True, "has_error": True},
     ),
     (["--device-type=fs"], {"whole_batches": 0}),
 ]
@@ -347,7 +347,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for field in (*dataclasses.fields(Config), *dataclasses.fields(ProcessConfig)):
         # Of the device, what follows from its type, and from the service manager.
         if field.name not in (
-            *("command", "device", "whole_batches", "has_error"),
+            *("command", "device", "whole_batches", "has_error", "grows"),
             *("recover", "recover_time", "exit_with_backend"),
             *("backend_fd", "stats_fd", "notify_socket"),
         ):

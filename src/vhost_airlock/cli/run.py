@@ -307,6 +307,7 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
     options.has_error = kind is not None and kind.has_error
+    options.grows = kind is not None and kind.grows
     if options.wait_for is not None and options.backend is None:
         raise UsageError("--wait-for goes with --backend")
     loss = options.on_backend_loss

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 
 from ..errors import (
     AirlockError,
+    BackLate,
     BackLost,
     DeadlineExceeded,
     SessionError,
@@ -87,7 +88,11 @@ class Connector(ABC):
         self._users = frozenset({peer_of(sock).uid})
         self.log.info("back-end %s", came)
         return Channel(
-            sock, peer="back-end", timeout=self.config.device.timeout, lost=BackLost
+            sock,
+            peer="back-end",
+            timeout=self.config.device.timeout,
+            lost=BackLost,
+            late=BackLate,
         )
 
     def _wait(self, seconds: float | None, waited: HasFileno | None = None) -> bool:

@@ -99,7 +99,7 @@ class Back:
         try:
             self.offered = self.peer.get_features()
         except DeadlineExceeded as error:
-            raise DeadlineExceeded(
+            raise type(error)(
                 f"{error}: is it a vhost-user back-end, and free to serve?"
             ) from None
         self.offered_protocol = ProtocolFeature(0)

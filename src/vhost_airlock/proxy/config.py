@@ -31,6 +31,9 @@ class Config:
     """Features that the front is not offered."""
     has_error: bool = False
     """A request of the device can end with an error: a one in its last byte."""
+    grows: bool = False
+    """Its configuration space begins with a capacity of eight bytes, which may be
+    larger when another back takes the place of one that is gone."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
     request_limit: int = 1024 * MIB

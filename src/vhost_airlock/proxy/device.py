@@ -223,7 +223,7 @@ class Device:
         try:
             if self._settled:
                 back.settle(self.protocol_features)
-            self.known.require(back)
+            grown = self.known.require(back)
             if self._settled:
                 self.known.tell(self.informed.peer)
                 back.show_memory()
@@ -235,6 +235,9 @@ class Device:
             self._lose_back(another)
         else:
             self.log.warning("back-end: it is back, after %.1f s", seconds)
+            if grown:
+                self.log.warning("back-end: its capacity has grown; the VMM is told")
+                self.front_requests.config_changed(self.protocol_features)
         finally:
             self._set_until(outer)
 

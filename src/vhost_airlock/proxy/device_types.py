@@ -27,6 +27,8 @@ class DeviceType:
     has_error: bool = False
     """A request can end with an error: a one in its last byte, if it has any to write.
     Otherwise its end says nothing of success."""
+    grows: bool = False
+    """Its configuration space begins with a capacity of eight bytes, which may grow."""
     refused: str = ""
     """Why it can't be isolated; empty: it can."""
     recovers: bool = False
@@ -55,7 +57,7 @@ TYPES = (
         recovers=True,
     ),
     # A request that is not done may be done twice, and blocks come out the same.
-    DeviceType(2, "block", has_error=True, recovers=True),
+    DeviceType(2, "block", has_error=True, grows=True, recovers=True),
     DeviceType(3, "console"),
     DeviceType(4, "rng", recovers=True),
     DeviceType(5, "balloon", refused="its requests are lists of guest pages"),

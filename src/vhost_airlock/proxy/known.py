@@ -15,6 +15,8 @@ from ..vhost.frontend import Frontend
 from .back import Back
 from .features import front_offer, front_protocol_offer
 
+CAPACITY = 8
+"""Bytes of a capacity (virtio 1.3, 5.2.4)."""
 DRIVER_OK = 4
 """Of the device's status (virtio 1.3, 2.1): the driver is ready."""
 
@@ -24,6 +26,7 @@ class Known:
 
     def __init__(self, back: Back) -> None:
         self._withheld = back.config.withhold_features
+        self._grows = back.config.grows
         self.offer = front_offer(back.offered, self._withheld)
         """The features that the front was offered."""
         self.protocol_offer = front_protocol_offer(
@@ -70,10 +73,11 @@ class Known:
 
     # For another back.
 
-    def require(self, back: Back) -> None:
+    def require(self, back: Back) -> bool:
         """Raise SessionError if this back is not the device that the front knows.
 
-        If it is not settled, the front knows its offers only.
+        If it is not settled, the front knows its offers only. Returns whether its
+        capacity has grown, of which the front has to be told.
         """
         fewer = self.offer & ~front_offer(back.offered)
         if fewer:
@@ -81,8 +85,9 @@ class Known:
         lacking = self.protocol_offer & ~front_protocol_offer(back.offered_protocol)
         if lacking:
             raise _changed(f"it has no protocol features {lacking:#x} any more")
+        grown = False
         if not back.settled:
-            return
+            return grown
         if self.queue_num is not None:
             queues = back.peer.get_queue_num()
             if queues < self.queue_num:
@@ -92,11 +97,15 @@ class Known:
                 found = back.peer.get_config(start, len(known))
             except RequestRefused as refused:
                 raise _changed(str(refused)) from None
-            if found != known:
+            if found == known:
+                continue
+            if not (self._grows and start == 0 and _has_grown(found, known)):
                 raise _changed(
                     f"its configuration space has {found.hex()} at {start},"
                     f" and had {known.hex()}"
                 )
+            grown = True
+        return grown
 
     def tell(self, peer: Frontend) -> None:
         """Tell a back the values that the front has set, before any ring starts."""
@@ -119,6 +128,16 @@ def _runs(items: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
     for _, run in groupby(in_order, key=lambda item: item[1][0] - item[0]):
         found = [byte for _, byte in run]
         yield found[0][0], bytes(value for _, value in found)
+
+
+def _has_grown(found: bytes, known: bytes) -> bool:
+    """Is the capacity at the beginning larger than it was, and all else the same?"""
+    return (
+        len(known) >= CAPACITY
+        and found[CAPACITY:] == known[CAPACITY:]
+        and int.from_bytes(found[:CAPACITY], "little")
+        > int.from_bytes(known[:CAPACITY], "little")
+    )
 
 
 def _changed(difference: str) -> SessionError:

@@ -47,10 +47,11 @@ _CONTROL_SIZE = socket.CMSG_SPACE(MAX_FDS * array("i").itemsize)
 class Channel:
     """One end of a connected vhost-user socket, which it owns.
 
-    `peer` is the name of the other end in error messages, and `lost` the exception that
-    is raised when it is gone. `timeout` is for a message that has begun to come, or
-    that is sent. `stop`, an eventfd, ends waits that have no deadline, with `Stopped`,
-    once it is signalled; set it to None to go on after that.
+    `peer` is the name of the other end in error messages, `lost` the exception that is
+    raised when it is gone, and `late` when it does not answer in time. `timeout` is for
+    a message that has begun to come, or that is sent. `stop`, an eventfd, ends waits
+    that have no deadline, with `Stopped`, once it is signalled; set it to None to go on
+    after that.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Channel:
         peer: str = "back",
         timeout: float = TIMEOUT,
         lost: type[Disconnected] = Disconnected,
+        late: type[DeadlineExceeded] = DeadlineExceeded,
     ) -> None:
         sock.settimeout(None)
         self._sock = sock
@@ -71,6 +73,7 @@ class Channel:
         self.peer = peer
         self.timeout = timeout
         self.lost = lost
+        self.late = late
 
     @classmethod
     def connect(
@@ -118,7 +121,7 @@ class Channel:
     def wait(self, events: int, deadline: float | None = None) -> None:
         """Wait until the socket is ready: every wait for a peer ends up here.
 
-        `deadline` is a time of time.monotonic(), at which DeadlineExceeded is raised.
+        `deadline` is a time of time.monotonic(), at which `late` is raised.
         Without a deadline the peer owes no message, and `stop` ends the wait: with
         `Stopped` even when the socket is ready too, or a peer that sends without pause
         could keep the caller from stopping.
@@ -129,7 +132,7 @@ class Channel:
             left = max(0.0, deadline - time.monotonic())
             if not poll.poll(left * 1000):
                 does = "read" if events & select.POLLOUT else "answer"
-                raise DeadlineExceeded(f"{self.peer}: did not {does} in time")
+                raise self.late(f"{self.peer}: did not {does} in time")
             return
         stop = -1 if self.stop is None else self.stop.fileno()
         if stop >= 0:

@@ -138,7 +138,7 @@ class Requester:
         permit(request, self.rules[request], self.protocol_features)
         deadline = self._deadline(timeout)
         if self.until is not None and self.until <= time.monotonic():
-            raise DeadlineExceeded(
+            raise self.channel.late(
                 f"{self.channel.peer}: has left no time for {request.name}"
             )
         self._settle(deadline)
@@ -199,7 +199,7 @@ class Requester:
         if message is not None:
             self._finish(owed, message)
         elif owed.until <= time.monotonic():
-            raise DeadlineExceeded(
+            raise self.channel.late(
                 f"{self.channel.peer}: did not answer in time ({owed.request.name})"
             )
 
@@ -242,7 +242,7 @@ class Requester:
                 request, payload.pack(), fds, flags=flags, deadline=deadline
             )
         except DeadlineExceeded as error:
-            raise DeadlineExceeded(f"{error} ({request.name})") from None
+            raise type(error)(f"{error} ({request.name})") from None
         if waits:
             self._owed = Owed(request, rule, until)
         return self._owed
@@ -262,7 +262,7 @@ class Requester:
         try:
             return self.channel.recv(deadline, owed.limit)
         except DeadlineExceeded as error:
-            raise DeadlineExceeded(f"{error} ({owed.request.name})") from None
+            raise type(error)(f"{error} ({owed.request.name})") from None
 
     def _finish(self, owed: Owed, message: Message) -> None:
         """Call `done` of a posted request with its reply."""

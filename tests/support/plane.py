@@ -19,6 +19,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from tests.support.dirty import LogFile
 from vhost_airlock.dataplane.mapping import Mapping
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import FAULTS, Pump, shadow_bytes, slot_bytes
@@ -189,11 +190,12 @@ class World:
         largest: int | None = None,
         lone_limit: int = 0,
         regions: Iterable[tuple[int, int]] = REGIONS,
+        rings_at: int = RINGS_AT,
         shared: bool = False,
     ) -> None:
         """`pool`: the sizes of its regions, in bytes; `limit`: its own, if another;
-        `lone_limit`: the size of the largest chain, if that is larger; `shared`: by
-        several workers.
+        `lone_limit`: the size of the largest chain, if that is larger; `rings_at`: the
+        guest-physical address of the first lane's ring; `shared`: by several workers.
         """
         sizes = [pool] if isinstance(pool, int) else list(pool)
         self.ram = AddressSpace()
@@ -203,7 +205,7 @@ class World:
         self.memory = GuestMemory()
         self.lanes: list[Lane] = []
         self._back = count(BACK_BASE, 1 << 32)
-        self._rings = count(RINGS_AT, 1 << 32)
+        self._rings = count(rings_at, 1 << 32)
         total = sum(sizes) if limit is None else limit
         if largest is None:
             largest = 1 << (total.bit_length() - 1)
@@ -265,6 +267,14 @@ class World:
                 if address not in gone
             ]
         )
+
+    def log_into(
+        self, log: LogFile, *, words: bool = True, buffers: bool = True
+    ) -> None:
+        """Log stores there from now on: those of all lanes."""
+        self.memory.set_log(*log.place)
+        for lane in self.lanes:
+            lane.pump.set_logging(words=words, buffers=buffers)
 
     def check(self) -> None:
         """No byte before or after any piece of memory was changed."""

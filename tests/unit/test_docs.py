@@ -178,7 +178,7 @@ def test_examples_of_both_roles_talk_through_an_airlock(folder):
         back.wait_until(lambda: listening(folder / "hello.sock"))
         with python(folder, "airlock.log", *command) as airlock:
             airlock.wait_until(lambda: listening(front / "hello.sock"))
-            assert said(front, at(front, FRONT_END)) == "features 0x160000000: hello\n"
+            assert said(front, at(front, FRONT_END)) == "features 0x164000000: hello\n"
             assert back.wait(PATIENCE) == 0, back.describe()
             assert airlock.stop() == 0, airlock.describe()
 

@@ -29,6 +29,7 @@ DEVICE_BITS = [*range(24), *range(50, 64)]
 FEATURES = {
     **dict.fromkeys(range(64), ("mask", "mask")),
     **dict.fromkeys(DEVICE_BITS, ("back", "front")),
+    26: ("own", "mask"),  # LOG_ALL
     27: ("back", "front"),  # ANY_LAYOUT
     28: ("back", "ours"),  # INDIRECT_DESC
     29: ("own", "ours"),  # EVENT_IDX
@@ -39,6 +40,7 @@ FEATURES = {
 PROTOCOL_FEATURES = {
     **dict.fromkeys(range(64), ("mask", "mask")),
     0: ("back", "ours"),  # MQ
+    1: ("own", "mask"),  # LOG_SHMFD
     2: ("back", "front"),  # RARP
     3: ("own", "ours"),  # REPLY_ACK
     4: ("back", "front"),  # NET_MTU

@@ -54,7 +54,7 @@ LAYERS = """
     proxy.pool_policy  proxy.trial
     proxy.ring
     proxy.drain       proxy.known  proxy.recovery
-    proxy.back  proxy.inflight
+    proxy.back  proxy.inflight  proxy.dirty_log
     proxy.isolated
     proxy.front_memory  proxy.state  proxy.workers  proxy.transfer
     proxy.front_requests  proxy.ration  proxy.device_types
@@ -70,6 +70,7 @@ LAYERS = """
                                         dataplane.bounce
                                         dataplane.guest  dataplane.shadow
                                         dataplane.pool  dataplane.regions
+                                        dataplane.dirty_log
                                         dataplane.mapping  dataplane.guard
                                         dataplane.copying  dataplane.polling
                                         dataplane.inflight  dataplane.faults

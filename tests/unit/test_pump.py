@@ -220,6 +220,8 @@ class TestStep:
             "used": 0,
             # In each, 1000 bytes at a page's start and 700 at another's.
             "high_water": 3 * 2 * PAGE,
+            "logged": 0,
+            "unlogged": 0,
         }
 
     def test_counters_say_what_is_held(self, world):

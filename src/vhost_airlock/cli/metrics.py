@@ -70,6 +70,14 @@ OF_COUNTERS = {
     ),
     ("ring", "used"): ("used_bytes", "Of the pool, by the ring now."),
     ("ring", "high_water"): ("high_water_bytes", "The most that the ring ever used."),
+    ("ring", "logged"): (
+        "logged_pages_total",
+        "Times that a page was marked in the VMM's dirty log.",
+    ),
+    ("ring", "unlogged"): (
+        "unlogged_pages_total",
+        "Times that a page was written for which the VMM's dirty log had no bit.",
+    ),
     ("worker", "rounds"): ("rounds_total", "Rounds over all rings of the worker."),
     ("worker", "sleeps"): ("sleeps_total", "Times that the worker slept."),
     ("worker", "vain"): (

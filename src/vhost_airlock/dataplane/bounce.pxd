@@ -3,6 +3,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhost_airlock.dataplane.dirty_log cimport Marker
 from vhost_airlock.dataplane.guest cimport Chain
 from vhost_airlock.dataplane.layout cimport Desc, MAX_SEGMENTS
 from vhost_airlock.dataplane.pool cimport Block, PoolState, Share
@@ -70,7 +71,7 @@ cdef int copy_to_back(
 ) noexcept nogil
 cdef uint64_t copy_to_guest(
     Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
-    RegionTable *memory, int *hint,
+    RegionTable *memory, int *hint, Marker *marker,
 ) noexcept nogil
 cdef bint is_same(
     const Slot *slot, const Chain *chain, RegionTable *memory, int *hint

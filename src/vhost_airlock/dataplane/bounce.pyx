@@ -16,6 +16,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from vhost_airlock.dataplane.dirty_log cimport Marker
 from vhost_airlock.dataplane.guest cimport Chain
 from vhost_airlock.dataplane.layout cimport (
     DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, NEVER_FITS, PAGE, store_int,
@@ -294,7 +295,7 @@ cdef int copy_to_back(
 
 cdef uint64_t copy_to_guest(
     Slot *slot, uint32_t length, CopyPolicy policy, const Share *share,
-    RegionTable *memory, int *hint,
+    RegionTable *memory, int *hint, Marker *marker,
 ) noexcept nogil:
     """Copy the bytes that the device wrote to the guest, by the policy; returns their
     number.
@@ -318,7 +319,9 @@ cdef uint64_t copy_to_guest(
         left -= size
         if policy == COPY_USED_TAIL and i + 1 == slot.count and buffer.len <= TAIL:
             size = buffer.len
-        if size and copy_out(memory, hint, buffer.guest, buffer.host, size, past):
+        if size and copy_out(
+            memory, hint, buffer.guest, buffer.host, size, past, marker
+        ):
             copied += size
     return copied
 

@@ -10,6 +10,7 @@ which parts a ring has, is the format's own business.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from vhost_airlock.dataplane.dirty_log cimport Marker
 from vhost_airlock.dataplane.layout cimport (
     Avail, BAD_ADDRESS, BAD_ORDER, Blamed, CHAIN_TOO_LONG, DESC_WRITE, Desc, LOOP,
     MAX_SEGMENTS, Used, blame,
@@ -50,6 +51,8 @@ cdef struct GuestOps:
     void (*begin)(GuestRing *) noexcept nogil
     # The same ring is at other addresses now, where it has yet to be armed.
     void (*move)(GuestRing *, const Part *parts) noexcept nogil
+    # Write the word again that the guest follows. The ring has yet to be armed.
+    void (*show_again)(GuestRing *) noexcept nogil
     # The base that lies this many chains behind the one where the ring began.
     uint64_t (*base_after)(const GuestRing *, int64_t chains) noexcept nogil
     # Where the ring stands when chains are taken from this base on. A ring that is
@@ -101,6 +104,8 @@ cdef struct GuestRing:
     const GuestOps *ops
     RegionTable *memory
     int hint
+    # For stores to the ring's own words.
+    Marker marker
     uint16_t size
     bint event_idx
     bint indirect

@@ -85,6 +85,11 @@ cdef void move(GuestRing *ring, const Part *parts) noexcept nogil:
     ring.armed = False
 
 
+cdef void show_again(GuestRing *ring) noexcept nogil:
+    write_used(ring, USED_IDX, &ring.split.used_idx, 2)
+    ring.armed = False
+
+
 cdef uint16_t used_at(const GuestRing *ring) noexcept nogil:
     return ring.split.used_idx
 
@@ -225,7 +230,7 @@ cdef inline void write_used(
     Two bytes are a word of the ring, seen after everything that was written before it.
     """
     write_guest(
-        ring.memory, ring.split.used_guest + offset,
+        &ring.marker, ring.split.used_guest + offset,
         <const uint8_t *> ring.split.used + offset, source, size,
         AS_WORD if size == 2 else THROUGH_CACHES,
     )
@@ -285,6 +290,7 @@ cdef void disarm(GuestRing *ring) noexcept nogil:
 OPS.start = start
 OPS.begin = begin
 OPS.move = move
+OPS.show_again = show_again
 OPS.base_after = base_after
 OPS.standing = standing
 OPS.take = take

@@ -34,6 +34,8 @@ cdef extern from * nogil:
     #define airlock_load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define airlock_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
     #define airlock_store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define airlock_or_release(p, v) \
+        ((void)__atomic_fetch_or((p), (v), __ATOMIC_RELEASE))
     #define airlock_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
     #define airlock_forget() __asm__ volatile("" ::: "memory")
     """
@@ -68,6 +70,8 @@ cdef extern from * nogil:
     void store64 "airlock_store"(uint64_t *, uint64_t)
     void store_int "airlock_store"(int *, int)
     void store16_release "airlock_store_release"(uint16_t *, uint16_t)
+    void or8_release "airlock_or_release"(uint8_t *, uint8_t)
+    void or64_release "airlock_or_release"(uint64_t *, uint64_t)
     void fence "airlock_fence"()
     # The compiler must not read bytes again that were copied before this point.
     void forget "airlock_forget"()

@@ -14,6 +14,7 @@ cdef class Pump:
     cdef int call_out
     cdef int err_out
     cdef int kick_out
+    cdef int log_out
     cdef bint parked
     """A stop has left chains behind, which the guest may still wait for."""
     cdef uint64_t standing
@@ -29,6 +30,7 @@ cdef class Pump:
     cdef readonly str news
     """For the log, of the last start: about the record of the chains in flight."""
     cdef _grow(self, uint16_t size)
+    cdef _show_again(self)
     cdef list _open_record(self, record, base)
     cdef _keep_accused(self, list heads)
     cdef bint _goes_on(self)

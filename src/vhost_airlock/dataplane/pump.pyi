@@ -30,6 +30,7 @@ class Pump:
     quarantined: int
     recorded: bool
     suspected: int
+    unlogged: int
     news: str | None
     def __new__(
         cls, index: int, memory: GuestMemory, pool: Pool, policy: str = "full"
@@ -70,8 +71,14 @@ class Pump:
     def set_draining(self, draining: bool) -> None: ...
     def set_fault(self, fault: int) -> None: ...
     def set_guaranteed(self, size: int) -> None: ...
+    def set_logging(self, *, words: bool, buffers: bool) -> None: ...
     def set_fds(
-        self, *, call_out: int = -1, err_out: int = -1, kick_out: int = -1
+        self,
+        *,
+        call_out: int = -1,
+        err_out: int = -1,
+        kick_out: int = -1,
+        log_out: int = -1,
     ) -> None: ...
     def owes(self, base: int) -> int: ...
     def counters(self) -> dict[str, int]: ...

@@ -43,7 +43,7 @@ from vhost_airlock.dataplane.shadow cimport (
 from vhost_airlock.dataplane.shadow_split cimport split_shadow
 from vhost_airlock.dataplane.step cimport (
     Counters, PumpState, disown, end_chain, fail, go_on_with, is_drained, let_go,
-    look_unfetched, owed, pending, recall, rest, run, step, tell,
+    logged, look_unfetched, owed, pending, recall, rest, run, step, tell,
 )
 from vhost_airlock.dataplane.suspects cimport accuse, acquit
 
@@ -94,7 +94,7 @@ cdef class Pump:
         if self.state.guest.table == NULL:
             raise MemoryError  # not reached: no memory
         self.state.shadow.ops = split_shadow()
-        self.call_out = self.err_out = self.kick_out = -1
+        self.call_out = self.err_out = self.kick_out = self.log_out = -1
 
     def __dealloc__(self):
         cdef int i
@@ -209,9 +209,22 @@ cdef class Pump:
         pump.silent = False
         pump.attached = True
         run(pump, begin, 0)
+        self._show_again()
         heads = self._open_record(record, base)
         self._keep_accused(heads)
         self._resume(heads)
+
+    cdef _show_again(self):
+        """Let the log have the words of the ring that were written before it was there.
+
+        Another airlock may have been killed between such a store and its bit, and a
+        VMM that starts a ring while it migrates gives the log last.
+        """
+        if (
+            self.state.guest.marker.log != NULL and self.state.attached
+            and back_usable(self.state.fault)
+        ):
+            run(&self.state, show_again, 0)
 
     cdef list _open_record(self, record, base):
         """Return the heads of the chains that are in flight by the record."""
@@ -517,13 +530,26 @@ cdef class Pump:
         self.state.pool.common_used += over(used, size // 4096)
         self.state.pool.common_used -= before
 
-    def set_fds(self, *, int call_out=-1, int err_out=-1, int kick_out=-1):
+    def set_logging(self, *, bint words, bint buffers):
+        """Log stores into the guest's memory, or not, in the log that it has: those to
+        the words of the ring, and those to buffers of its chains.
+
+        Call it again when the memory has another log.
+        """
+        self.state.guest.marker.log = &self.memory.log if words else NULL
+        self.state.marker.log = &self.memory.log if buffers else NULL
+        self._show_again()
+
+    def set_fds(
+        self, *, int call_out=-1, int err_out=-1, int kick_out=-1, int log_out=-1
+    ):
         """The eventfds by which the worker calls the guest, tells the front of a fault,
-        and kicks the back; -1: none.
+        kicks the back, and tells the front that a page was logged; -1: none.
         """
         self.call_out = call_out
         self.err_out = err_out
         self.kick_out = kick_out
+        self.log_out = log_out
 
     @property
     def attached(self):
@@ -624,6 +650,14 @@ cdef class Pump:
                 count += is_with_back(self.state.shadow.state[i])
         return count
 
+    @property
+    def unlogged(self):
+        """How often a page was written for which the dirty log has no bit."""
+        return (
+            load64(&self.state.marker.unlogged)
+            + load64(&self.state.guest.marker.unlogged)
+        )
+
     def counters(self):
         """The numbers of the session so far, and of the present, by name.
 
@@ -643,6 +677,8 @@ cdef class Pump:
         counters["quarantined"] = self.quarantined
         counters["used"] = load64(&self.state.share.used) * PAGE
         counters["high_water"] = load64(&self.state.share.high_water) * PAGE
+        counters["logged"] = logged(&self.state)
+        counters["unlogged"] = self.unlogged
         return counters
 
     cdef _grow(self, uint16_t size):
@@ -687,6 +723,13 @@ cdef int begin(void *what, int _) noexcept nogil:
     cdef PumpState *pump = <PumpState *> what
 
     pump.guest.ops.begin(&pump.guest)
+    return 0
+
+
+cdef int show_again(void *what, int _) noexcept nogil:
+    cdef PumpState *pump = <PumpState *> what
+
+    pump.guest.ops.show_again(&pump.guest)
     return 0
 
 

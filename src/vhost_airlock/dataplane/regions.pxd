@@ -4,6 +4,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
 from vhost_airlock.dataplane.copying cimport copy
+from vhost_airlock.dataplane.dirty_log cimport DirtyLog, Marker, mark
 from vhost_airlock.dataplane.layout cimport store16_release
 
 cdef enum:
@@ -30,10 +31,11 @@ cdef enum Way:
 
 
 cdef inline void write_guest(
-    RegionTable *table, uint64_t guest, const void *host, const void *source,
-    uint64_t size, Way way
+    Marker *marker, uint64_t guest, const void *host, const void *source, uint64_t size,
+    Way way
 ) noexcept nogil:
-    """Write `size` bytes to the guest-physical address `guest`, which we see at `host`.
+    """Write `size` bytes, not 0, to the guest-physical address `guest`, which we see at
+    `host`, and log that.
 
     Every store into guest memory goes through here. All other pointers there are const,
     and the compiler refuses to drop that, so it is the compiler that proves it.
@@ -42,6 +44,8 @@ cdef inline void write_guest(
         store16_release(<uint16_t *> host, (<const uint16_t *> source)[0])
     else:
         copy(<uint8_t *> host, <const uint8_t *> source, size, way == PAST_CACHES)
+    if marker.log != NULL:
+        mark(marker, guest, size)
 
 
 cdef inline Region *find(RegionTable *table, int *hint, uint64_t guest) noexcept nogil:
@@ -97,7 +101,7 @@ cdef bint copy_in(
 ) noexcept nogil
 cdef bint copy_out(
     RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size,
-    bint past_caches,
+    bint past_caches, Marker *marker,
 ) noexcept nogil
 cdef bint same_bytes(
     RegionTable *table, int *hint, uint64_t guest, const uint8_t *other, uint64_t size
@@ -106,3 +110,4 @@ cdef bint same_bytes(
 
 cdef class GuestMemory:
     cdef RegionTable table
+    cdef DirtyLog log

@@ -9,6 +9,7 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcmp
 
 from vhost_airlock.dataplane.copying cimport copy
+from vhost_airlock.dataplane.dirty_log cimport DirtyLog, Marker
 
 
 cdef bint copy_in(
@@ -33,7 +34,7 @@ cdef bint copy_in(
 
 cdef bint copy_out(
     RegionTable *table, int *hint, uint64_t guest, const uint8_t *source, uint64_t size,
-    bint past_caches,
+    bint past_caches, Marker *marker,
 ) noexcept nogil:
     """Copy our memory into the guest's. False: not all is there."""
     cdef Region *region
@@ -45,7 +46,7 @@ cdef bint copy_out(
             return False
         run = min(size, region.size - (guest - region.guest))
         write_guest(
-            table, guest, region.host + (guest - region.guest), source, run,
+            marker, guest, region.host + (guest - region.guest), source, run,
             PAST_CACHES if past_caches else THROUGH_CACHES,
         )
         source += run
@@ -75,7 +76,9 @@ cdef bint same_bytes(
 
 
 cdef class GuestMemory:
-    """The table itself. Pumps hold it; the control plane replaces its content."""
+    """The table itself, and the log of stores into the memory. Pumps hold it; the
+    control plane replaces its content.
+    """
 
     def set_regions(self, regions):
         """Regions as (guest-physical address, size, our address), in bytes.
@@ -93,3 +96,11 @@ cdef class GuestMemory:
             host = address
             self.table.region[i] = Region(guest, size, <const uint8_t *> host)
         self.table.count = len(regions)
+
+    def set_log(self, uintptr_t address, uint64_t size):
+        """The dirty log: `size` bytes at our address; 0: there is none.
+
+        It is only used by pumps that were told to log, see Pump.set_logging(). Call it
+        only while the workers of all pumps with this memory are paused.
+        """
+        self.log = DirtyLog(size, <const uint8_t *> address, address % 8)

@@ -2,10 +2,11 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from vhost_airlock.dataplane.bounce cimport CopyPolicy, Slot
+from vhost_airlock.dataplane.dirty_log cimport Marker
 from vhost_airlock.dataplane.guard cimport Job
 from vhost_airlock.dataplane.guest cimport Chain, GuestRing
 from vhost_airlock.dataplane.inflight cimport Record
-from vhost_airlock.dataplane.layout cimport Desc
+from vhost_airlock.dataplane.layout cimport Desc, load64
 from vhost_airlock.dataplane.pool cimport PoolState, Share
 from vhost_airlock.dataplane.regions cimport RegionTable
 from vhost_airlock.dataplane.shadow cimport ShadowRing
@@ -37,6 +38,8 @@ cdef struct Counters:
 cdef struct PumpState:
     RegionTable *memory
     int hint
+    # For stores to buffers of the guest.
+    Marker marker
     PoolState *pool
     Share share
     CopyPolicy policy
@@ -113,3 +116,8 @@ cdef int64_t owed(const PumpState *pump, int64_t unfetched) noexcept nogil
 cdef void go_on_with(PumpState *pump, uint16_t number) noexcept nogil
 cdef void tell(PumpState *pump) noexcept nogil
 cdef int look_unfetched(void *what, int _) noexcept nogil
+
+
+cdef inline uint64_t logged(const PumpState *pump) noexcept nogil:
+    """How often a page was marked in the dirty log. Any thread may ask."""
+    return load64(&pump.marker.logged) + load64(&pump.guest.marker.logged)

@@ -203,7 +203,7 @@ cdef uint64_t finish(PumpState *pump, uint16_t number, uint32_t length) noexcept
 
     pump.at_hand = slot
     copied = copy_to_guest(
-        slot, length, pump.policy, &pump.share, pump.memory, &pump.hint
+        slot, length, pump.policy, &pump.share, pump.memory, &pump.hint, &pump.marker
     )
     if length > slot.writable:
         pump.counters.clamped += 1
@@ -373,7 +373,9 @@ cdef int end_condemned(
     if not pump.has_error:
         return blame(&pump.guest.blamed, POISON, head, CONDEMNED)
     if writable:
-        copy_out(pump.memory, &pump.hint, last, &error, 1, False)
+        copy_out(
+            pump.memory, &pump.hint, last, &error, 1, False, &pump.marker
+        )
     # A length promises that so many bytes were written from the first one on.
     complete(pump, head, 1 if writable == 1 else 0)
     pump.counters.poisoned += 1

@@ -41,7 +41,9 @@ from vhost_airlock.dataplane.layout cimport fence, load64, load_int, store_int
 from vhost_airlock.dataplane.polling cimport Polling
 from vhost_airlock.dataplane.pool cimport CHECKS, add_int, tell_room
 from vhost_airlock.dataplane.pump cimport Pump
-from vhost_airlock.dataplane.step cimport PumpState, is_drained, pending, rest, step
+from vhost_airlock.dataplane.step cimport (
+    PumpState, is_drained, logged, pending, rest, step,
+)
 from vhost_airlock.dataplane.sys cimport (
     CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLLET, EPOLLIN, POLLIN, SIGURG, close, epoll_create1, epoll_ctl,
@@ -78,10 +80,13 @@ cdef struct Route:
     int kick_out
     int call_out
     int err_out
+    int log_out
     # The fault that front and control plane have been told of.
     int fault
     # The control plane has been told.
     bint drained
+    # How often a page was logged when the front was last told.
+    uint64_t logged
 
 
 cdef class Worker:
@@ -213,7 +218,8 @@ cdef class Worker:
         if route.err_out == pump.err_out and pump.state.fault:
             fault = route.fault     # else it is signalled at the new descriptor
         route[0] = Route(
-            &pump.state, pump.kick_out, pump.call_out, pump.err_out, fault, False
+            &pump.state, pump.kick_out, pump.call_out, pump.err_out, pump.log_out,
+            fault, False, 0,
         )
         if pump.state.pool.shared:
             self.watch(pump.state.pool.room)
@@ -318,7 +324,12 @@ cdef int go_round(Worker worker) noexcept nogil:
 
 
 cdef void notify(Route *route) noexcept nogil:
-    """Send the call and the kick that are due. A call may be due after a ring's end."""
+    """Send the call and the kick that are due, and the news that a page was logged. A
+    call may be due after a ring's end.
+    """
+    if route.log_out >= 0 and route.logged != logged(route.pump):
+        route.logged = logged(route.pump)
+        signal_fd(route.log_out)
     if route.pump.call_due:
         route.pump.call_due = False
         if route.call_out >= 0:
@@ -351,6 +362,7 @@ cdef void idle(Worker worker) noexcept nogil:
 
     for i in range(worker.routes):
         rest(worker.route[i].pump)
+        notify(&worker.route[i])
     # The worker arms and then looks for chains; the other sides publish their index and
     # then look if the worker is armed. Without a full fence each could miss the other.
     fence()

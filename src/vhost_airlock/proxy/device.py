@@ -28,6 +28,7 @@ from ..vhost.wire import (
     DeviceState,
     Feature,
     Inflight,
+    Log,
     MemoryRegion,
     ProtocolFeature,
     Request,
@@ -35,6 +36,7 @@ from ..vhost.wire import (
 )
 from .back import Back
 from .config import Config
+from .dirty_log import DirtyLog, map_log
 from .features import (
     front_accepts,
     front_accepts_protocol,
@@ -64,6 +66,7 @@ class Device:
         self.log = config.log
         self.memory = FrontMemory()
         self.record = InflightRecord()
+        self.dirty_log = DirtyLog(self.memory.guest, self.log)
         self.features: int | None = None
         self._features_told = Ration(LINES)
         self.protocol_features = ProtocolFeature(0)
@@ -251,9 +254,11 @@ class Device:
         accepted = front_accepts(self.offer(), features)
         if accepted == self.features:
             return
-        for ring in self.rings.values():
-            ring.retell(f"SET_FEATURES: {features:#x}")
-        self.features = accepted
+        if self.features is None or (accepted ^ self.features) & ~Feature.LOG_ALL:
+            for ring in self.rings.values():
+                ring.retell(f"SET_FEATURES: {features:#x}")
+        with self.logging():
+            self.features = accepted
         self._features_told.log(
             self.log,
             "features agreed with the VMM: %s; protocol features: %s",
@@ -358,6 +363,33 @@ class Device:
         with self.changing_memory() as memory:
             memory.remove(region)
 
+    # The dirty log.
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Change what is logged, or where, while no worker runs. When this ends, no
+        store is under way that is logged otherwise.
+        """
+        with self.workers.pause():
+            yield
+            for ring in self.rings.values():
+                ring.set_logging()
+
+    def use_log(self, told: Log, fd: Fd) -> None:
+        new = map_log(told, fd)
+        with self.logging():
+            old = self.dirty_log.swap(new)
+        if old is not None:
+            old.close()
+
+    def use_log_fd(self, fd: Fd) -> None:
+        with self.workers.pause():
+            old = self.dirty_log.swap_fd(fd)
+            for ring in self.rings.values():
+                ring.connect_fds()
+        if old is not None:
+            old.close()
+
     # Rings.
 
     def ring(self, index: int) -> Ring:
@@ -439,6 +471,7 @@ class Device:
         for ring in self.rings.values():
             ring.check()
             ring.tell_waiting()
+        self.dirty_log.look(ring.pump for ring in self.rings.values() if ring.pump)
         self._trial.look()
         if self._back is not None and self._back.settled:
             self._pool.look(self._back)
@@ -515,6 +548,7 @@ class Device:
         # for the garbage collector.
         self.rings.clear()
         self.record.close()
+        self.dirty_log.close()
         self.memory.close()
         self._events.close()
         if back is None:

@@ -18,7 +18,7 @@ DEVICE = ((1 << 24) - 1) | (((1 << 14) - 1) << 50)
 """The feature bits of the device type: 0 to 23 and 50 to 63 (virtio 1.3, section 6)."""
 PASSED = DEVICE | Feature.VERSION_1 | Feature.ANY_LAYOUT
 """Features that the front gets if the back has them, and the other way round."""
-OWN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES
+OWN = Feature.EVENT_IDX | Feature.PROTOCOL_FEATURES | Feature.LOG_ALL
 """Features that the front gets, also if the back lacks them."""
 IF_BACK = Feature.INDIRECT_DESC
 """Ours, but offered only with the back's: a chain in an indirect table may be longer
@@ -38,7 +38,7 @@ PASSED_PROTOCOL = (
     | _P.DEVICE_STATE
 )
 """Protocol features that the front gets if the back has them."""
-OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS | _P.INFLIGHT_SHMFD
+OWN_PROTOCOL = _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS | _P.INFLIGHT_SHMFD | _P.LOG_SHMFD
 """Protocol features that the front gets, also if the back lacks them."""
 DRIVEN_PROTOCOL = _P.MQ | _P.REPLY_ACK | _P.CONFIGURE_MEM_SLOTS
 """Protocol features that we accept from the back, also without the front."""

@@ -22,6 +22,7 @@ from ..vhost.wire import (
     DeviceState,
     Empty,
     Inflight,
+    Log,
     MemoryRegion,
     MemoryTable,
     Request,
@@ -77,6 +78,14 @@ def rem_mem_reg(device: Device, region: MemoryRegion, fds: Fds) -> None:
 
 def get_max_mem_slots(device: Device, _: Empty, fds: Fds) -> Result:
     return U64(MAX_REGIONS)
+
+
+def set_log_base(device: Device, told: Log, fds: Fds) -> None:
+    device.use_log(told, fds[0])
+
+
+def set_log_fd(device: Device, _: Empty, fds: Fds) -> None:
+    device.use_log_fd(fds.pop())
 
 
 def set_vring_num(device: Device, state: VringState, fds: Fds) -> None:
@@ -182,6 +191,8 @@ HANDLED: dict[Request, DeviceHandler] = {
     Request.SET_OWNER: set_owner,
     Request.RESET_OWNER: reset_owner,
     Request.SET_MEM_TABLE: set_mem_table,
+    Request.SET_LOG_BASE: set_log_base,
+    Request.SET_LOG_FD: set_log_fd,
     Request.SET_VRING_NUM: set_vring_num,
     Request.SET_VRING_ADDR: set_vring_addr,
     Request.SET_VRING_BASE: set_vring_base,
@@ -217,8 +228,6 @@ PASSED: dict[Request, DeviceHandler] = {
 
 REFUSED: dict[Request, str] = {
     Request.NONE: "it is no request, and some back-ends exit when they get it",
-    Request.SET_LOG_BASE: "dirty logging is not offered",
-    Request.SET_LOG_FD: "dirty logging is not offered",
     Request.IOTLB_MSG: "an IOMMU is not offered",
     Request.SET_VRING_ENDIAN: "legacy byte orders are not offered",
     Request.POSTCOPY_ADVISE: "post-copy migration is not offered",

@@ -22,6 +22,7 @@ from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature, VringAddr
 from .back import Back, ShadowRing
 from .config import Config
+from .dirty_log import DirtyLog
 from .drain import await_done, await_fetched, collect
 from .features import require_modern
 from .front_memory import FrontMemory
@@ -50,6 +51,7 @@ class Owner(Protocol):
     config: Config
     memory: FrontMemory
     record: InflightRecord
+    dirty_log: DirtyLog
     events: HasFileno
     """Signalled by the workers."""
     features: int | None
@@ -194,6 +196,7 @@ class Ring:
             raise
         with self.worker.pause():
             self.pump.move(parts)
+            self.set_logging()
 
     def set_kick(self, fd: Fd) -> None:
         """Start the ring: the guest kicks it here from now on.
@@ -218,14 +221,14 @@ class Ring:
         missed, so the guest is called once at the new one.
         """
         old, self.front.call = self.front.call, fd
-        self._connect_fds(call=fd is not None)
+        self.connect_fds(call=fd is not None)
         if old is not None:
             old.close()
 
     def set_err(self, fd: Fd | None) -> None:
         """The front is told here when the ring breaks; None: it is not."""
         old, self.front.err = self.front.err, fd
-        self._connect_fds()
+        self.connect_fds()
         if old is not None:
             old.close()
 
@@ -354,6 +357,12 @@ class Ring:
                 parts = None
             self.pump.move(parts)
 
+    def set_logging(self) -> None:
+        """Log stores, or not, by the front's word as it is now; no worker runs."""
+        if self.pump is not None:
+            log, features = self.owner.dirty_log, self.owner.features
+            self.pump.set_logging(**log.of_ring(features, self.vring.addr))
+
     def set_guaranteed(self, size: int) -> None:
         """Set how many bytes of the pool this ring can always have; no worker runs."""
         if self.pump is not None:
@@ -451,6 +460,7 @@ class Ring:
         back.start_ring(shadow, kick=self.kick, call=self.call, err=self.err)
         self._guesses_base = vring.base is None
         with self.worker.pause():
+            self.set_logging()
             pump.attach(
                 size=vring.num,
                 base=vring.base,
@@ -465,7 +475,7 @@ class Ring:
                 record=owner.record.of_ring(self.index),
             )
             # If an airlock was killed, its last call may be lost.
-            self._connect_fds(call=pump.recorded)
+            self.connect_fds(call=pump.recorded)
             # The specification wants a kick with the start, and rust-vmm needs it. It
             # can wait, if the back has seen to that; let it be the worker that does.
             pump.kick()
@@ -553,7 +563,7 @@ class Ring:
         """Say in the log that it has started or stopped."""
         self._course.log(self.log, text, *arguments, level=logging.INFO)
 
-    def _connect_fds(self, *, call: bool = False) -> None:
+    def connect_fds(self, *, call: bool = False) -> None:
         """Let the worker use the descriptors as they are now, and call the guest once
         if `call`.
 
@@ -566,6 +576,7 @@ class Ring:
                 call_out=_number(self.front.call),
                 err_out=_number(self.front.err),
                 kick_out=self.kick.fileno(),
+                log_out=self.owner.dirty_log.fileno,
             )
             if call and self.pump.attached:
                 self.pump.call()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The VMM's part in dirty logging: a log in a file, out of which bits are taken."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from vhost_airlock.dataplane.mapping import Mapping
+from vhost_airlock.vhost.wire import Log
+
+SOURCE = Path(__file__).with_name("dirty.c")
+PAGE = 4096
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled dirty.c."""
+    # The library that tools/test-asan preloads is for Python.
+    clean = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "dirty.so")
+        command = ["cc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([*command, SOURCE, "-o", made], check=True, env=clean)
+        return ctypes.CDLL(str(made))
+
+
+def pages_of(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """The numbers of all pages that these (address, bytes) touch."""
+    return {
+        page
+        for address, size in ranges
+        if size
+        for page in range(address // PAGE, (address + size - 1) // PAGE + 1)
+    }
+
+
+class LogFile:
+    """A log of `size` bytes, `offset` bytes from the beginning of its file, between
+    bytes that nobody may touch."""
+
+    CANARY = b"\x5a"
+
+    def __init__(self, size: int, offset: int = 0) -> None:
+        self.told = Log(size, offset)
+        self.fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        self._end = offset + size
+        whole = -(-self._end // PAGE) * PAGE + PAGE
+        os.ftruncate(self.fd, whole)
+        self._view = mmap.mmap(self.fd, whole)
+        self._view[:offset] = self.CANARY * offset
+        self._view[self._end :] = self.CANARY * (whole - self._end)
+        self._found = bytearray(size + 8)  # dirty.c's words begin 8 bytes apart
+        self._mapping: Mapping | None = None
+
+    @classmethod
+    def up_to(cls, address: int, offset: int = 0) -> LogFile:
+        """One for the memory below this guest-physical address."""
+        return cls((address - 1) // PAGE // 8 + 1, offset)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the data plane sees it, and its size."""
+        if self._mapping is None:
+            self._mapping = Mapping(self.fd, self.told.size, self.told.offset)
+        return self._mapping.address, self.told.size
+
+    @property
+    def bits(self) -> memoryview:
+        """The log itself."""
+        return memoryview(self._view)[self.told.offset : self._end]
+
+    def take(self) -> set[int]:
+        """Take all bits out; the numbers of their pages. Others may set some."""
+        size = self.told.size
+        log = (ctypes.c_char * size).from_buffer(self._view, self.told.offset)
+        found = (ctypes.c_char * size).from_buffer(self._found)
+        library().take(log, found, ctypes.c_size_t(size))
+        del log, found
+        taken = int.from_bytes(self._found[:size], "little")
+        self._found[:] = bytes(len(self._found))
+        pages = set()
+        while taken:
+            lowest = taken & -taken
+            pages.add(lowest.bit_length() - 1)
+            taken ^= lowest
+        return pages
+
+    def intact(self) -> bool:
+        """Were the bytes around it left alone?"""
+        around = self._view[: self.told.offset] + self._view[self._end :]
+        return around == self.CANARY * len(around)
+
+    def cut(self) -> None:
+        """The file is empty: to touch the log is a SIGBUS."""
+        os.ftruncate(self.fd, 0)
+
+    def close(self) -> None:
+        if self._mapping is not None:
+            self._mapping.close()
+        self._view.close()
+        os.close(self.fd)

@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.airlock import Airlock
 from tests.support.backs import PATIENCE, ScriptedBack, wait_until
+from tests.support.leftovers import held
+from tests.support.profiles import STRESS
 from tests.support.sessions import (
     LATE,
     await_reaped,
@@ -45,6 +47,7 @@ from vhost_airlock.vhost.wire import (
 R = Request
 P = ProtocolFeature
 TIMEOUT = 1.0
+LOSSES = 1000 if STRESS else 50
 PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.STATUS | P.CONFIGURE_MEM_SLOTS
 
 
@@ -613,8 +616,8 @@ def test_many_losses_leave_nothing_behind(
     monkeypatch.setattr(recovery, "PERIOD", 0.0)
     back = ScriptedBack()
     with connected(back, recorded=recorded) as (airlock, guest):
-        fds = None
-        for _ in range(50):
+        before = None
+        for _ in range(LOSSES):
             (io,) = offer(guest, 1)
             back.take()
             lose(airlock, back)
@@ -622,6 +625,5 @@ def test_many_losses_leave_nothing_behind(
             await_reaped(guest.queues[0])
             assert io.status == BlkStatus.OK
             back.forget_seen()
-            count = len(os.listdir("/proc/self/fd"))
-            fds = fds or count
-            assert count == fds
+            before = before or held()
+            assert held() == before

@@ -27,16 +27,23 @@ def vhost(path: Path, queues: int = 1) -> str:
 
 
 class PacketFiles:
-    """A device on files: receives these packets, a list for each queue, and no more.
+    """A device on files: receives these packets, a list for each queue, and no more, or
+    the same ones again and again if `endless`.
 
     Packets that are sent to it are kept in files, complete when testpmd has ended.
     """
 
-    def __init__(self, folder: Path, queues: Sequence[Sequence[bytes]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        queues: Sequence[Sequence[bytes]],
+        *,
+        endless: bool = False,
+    ) -> None:
         folder.mkdir()
         self.packets = queues
         self._kept = [folder / f"sent-{i}.pcap" for i in range(len(queues))]
-        words = ["net_pcap0"]
+        words = ["net_pcap0", f"infinite_rx={int(endless)}"]
         for number, packets in enumerate(queues):
             source = folder / f"received-{number}.pcap"
             source.write_bytes(_in_pcap(packets))

@@ -42,7 +42,7 @@ LAYERS = """
     process.connector  process.fronts  process.stats_server
     process.broker
     process.program
-    process.config  process.manager
+    process.config  process.manager  process.command
     process.sockets  process.signals  process.log  process.users  process.__init__
 
     sandbox.enter

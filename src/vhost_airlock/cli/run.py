@@ -13,10 +13,10 @@ from typing import Any
 from ..dataplane.pump import POLICIES
 from ..errors import AirlockError, UsageError
 from ..process import manager
+from ..process.command import CONNECTED_FD, LISTENING_FD
 from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
-from ..process.program import CONNECTED_FD, LISTENING_FD
 from ..process.sockets import address_of
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
@@ -32,7 +32,6 @@ from .arguments import (
     size,
     switch,
 )
-from .capabilities import capabilities
 
 FRONT = ("socket_path", "fd", "front_connect")
 BACK = ("backend", "backend_listen", "command")
@@ -260,6 +259,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes; returns the exit status."""
     if options.print_capabilities:
+        from .capabilities import capabilities  # it needs modules that serving does not
+
         found = capabilities(options.device_type, options.command)
         print(json.dumps(dataclasses.asdict(found)))
         return 0

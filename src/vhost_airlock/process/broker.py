@@ -33,11 +33,11 @@ import signal
 import socket
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import AirlockError, StartError, Stopped
 from ..vhost.fds import Fd, HasFileno
-from .program import GRACE, PATIENCE, Program
+from .command import GRACE, PATIENCE
 from .signals import ENDING
 from .sockets import (
     Listener,
@@ -48,6 +48,9 @@ from .sockets import (
     peer_of,
     reason_of,
 )
+
+if TYPE_CHECKING:
+    from .program import Program
 
 ANSWER = 10.0
 """Seconds that the broker has to answer, beside those that a program has to end."""
@@ -310,6 +313,8 @@ class _Server:
             self._note_peer(sock)
             return _CONNECTED, sock
         if asked == _BACK and self.plan.command:
+            from .program import Program  # see `command`
+
             self._end(GRACE, None)
             self.program = Program(self.plan.command)
             return str(self.program.pid), self.program.socket

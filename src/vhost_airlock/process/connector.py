@@ -29,8 +29,8 @@ from ..errors import (
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
 from .broker import Broker
+from .command import CONNECTED_FD, LISTENING_FD
 from .config import ProcessConfig
-from .program import CONNECTED_FD, LISTENING_FD, unusable
 from .sockets import Peer, peer_of, require_socket
 
 PAUSE = 0.05
@@ -182,6 +182,8 @@ class Starter(Connector):
     """
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
+        from .program import unusable  # see `command`
+
         super().__init__(config, stop, broker)
         command = config.command
         whole = " ".join(command)

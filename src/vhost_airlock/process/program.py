@@ -22,17 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..vhost.fds import Fd
+from .command import CONNECTED_FD, LISTENING_FD, PATIENCE
 from .sockets import reason_of
 
-CONNECTED_FD = "{fd}"
-"""In a command: the number of a connected socket (as passt wants it)."""
-LISTENING_FD = "{listen-fd}"
-"""In a command: the number of a listening socket (as virtiofsd wants it)."""
-
-GRACE = 0.5
-"""Seconds that a program has to end with its connection."""
-PATIENCE = 3.0
-"""Seconds that it has after SIGTERM."""
 TICK = 0.02
 """Seconds between looks at a process group, whose end is no event."""
 _LONGEST_LINE = 256

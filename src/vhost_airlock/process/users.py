@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
-from pathlib import Path
 
 from ..errors import SessionError
 
@@ -72,6 +71,7 @@ class Users:
 def _maps_every_user() -> bool:
     """Does each user of the system have a number in our user namespace?"""
     try:
-        return Path("/proc/self/uid_map").read_text().split() == EVERY_USER
+        with open("/proc/self/uid_map") as file:
+            return file.read().split() == EVERY_USER
     except OSError:
         return False

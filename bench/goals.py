@@ -10,7 +10,6 @@ import ctypes
 import itertools
 import json
 import mmap
-import re
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import Watched, take_sample, wait_for_quiet
+from bench.machine import Watched, memory_of, take_sample, wait_for_quiet
 from bench.runs import KIB, MIB, BenchError
+from bench.start import starts
 from tests.real.airlock import airlock
 from tests.real.processes import Process
 from tests.real.programs import Programs
@@ -34,6 +34,9 @@ from vhost_airlock.peers.blk_load import LoadPlan, LoadResult, measure
 from vhost_airlock.peers.guest import BlkGuest
 
 DEMO_SECONDS = 20
+STARTS = 10
+READY_MS = 80
+OWN_LIMIT = 9 * MIB
 IDLE = 10.0
 """Seconds in which an idle device must do nothing at all."""
 RSS_LIMIT = 40 * MIB
@@ -72,6 +75,7 @@ def measure_goals(programs: Programs, folder: Path) -> Iterator[Goal]:
     yield demo()
     disk = Disk(size=1 << 30, queues=max(RINGS))
     with storage_daemon(programs, disk, folder / "goals.sock") as (_, back):
+        yield from start(back, folder)
         yield from idle(back, folder)
         yield from rings(back, folder)
         yield from guest_memory(back, folder)
@@ -91,6 +95,26 @@ def demo() -> Goal:
         f"{seconds:.1f} s",
         f"under {DEMO_SECONDS} s",
         seconds < DEMO_SECONDS,
+    )
+
+
+def start(back: Path, folder: Path) -> Iterator[Goal]:
+    """The start of an airlock, and its memory then."""
+    found = starts(back, folder, STARTS)
+    ready = statistics.median(each.seconds for each in found) * 1000
+    cpu = statistics.median(each.cpu_seconds for each in found) * 1000
+    own = statistics.median(each.own for each in found)
+    yield Goal(
+        "the start, until ready",
+        f"{ready:.0f} ms, {cpu:.0f} ms of CPU time",
+        f"at most {READY_MS} ms",
+        ready <= READY_MS,
+    )
+    yield Goal(
+        "memory of its own when ready",
+        f"{own / MIB:.1f} MiB",
+        f"at most {OWN_LIMIT // MIB} MiB",
+        own <= OWN_LIMIT,
     )
 
 
@@ -136,13 +160,6 @@ def resident(name: str, proxy: Process) -> Goal:
         f"under {RSS_LIMIT // MIB} MiB",
         rss < RSS_LIMIT,
     )
-
-
-def memory_of(pid: int) -> tuple[int, int]:
-    """Return a process's (resident memory, resident memory that is in no file)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = dict(re.findall(r"^(\w+):\s*(\d+) kB$", status, re.M))
-    return int(found["VmRSS"]) * KIB, int(found["RssAnon"]) * KIB
 
 
 def rings(back: Path, folder: Path) -> Iterator[Goal]:

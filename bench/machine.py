@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench.runs import BenchError, Sample
+from bench.runs import KIB, BenchError, Sample
 from tests.real.programs import PROJECT, Programs
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -54,6 +54,13 @@ class Watched:
                 self._seen[task.name] = context_switches(status)
         voluntary, forced = zip(*self._seen.values(), strict=True)
         return sum(voluntary), sum(forced)
+
+
+def memory_of(pid: int) -> tuple[int, int]:
+    """Return a process's (resident memory, resident memory that is in no file)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = dict(re.findall(r"^(\w+):\s*(\d+) kB$", status, re.M))
+    return int(found["VmRSS"]) * KIB, int(found["RssAnon"]) * KIB
 
 
 def context_switches(status: str) -> tuple[int, int]:

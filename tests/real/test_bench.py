@@ -14,6 +14,7 @@ from bench.against import BEFORE, NOW, SOURCE, measure_both
 from bench.fronts import Fronts
 from bench.measure import what_it_said
 from bench.runs import KIB, MIB, BenchError, Case
+from bench.start import start, starts
 from bench.targets import Counters, nbd_export, through_airlock
 from tests.real.airlock import airlock
 from tests.real.programs import PROJECT
@@ -129,3 +130,19 @@ def test_another_build_than_was_asked_for_is_noticed(programs, folder, disk):
         through_airlock(NOW, daemon, back, folder, source=elsewhere),
     ):
         pass
+
+
+def test_starts_are_measured_until_ready(programs, folder, disk):
+    with storage_daemon(programs, disk, folder / "back.sock") as (_, back):
+        found = starts(back, folder, rounds=2)
+    assert len(found) == 2
+    for each in found:
+        assert 0 < each.cpu_seconds <= each.seconds * 1.5
+        # Python alone has some MiB.
+        assert 2 * MIB < each.own < 20 * MIB
+
+
+def test_a_start_that_fails_is_told(folder):
+    (folder / "start.sock").touch()  # another file is where it is to listen
+    with pytest.raises(BenchError, match=r"does not start:\n(.|\n)*start\.sock"):
+        start(folder / "back.sock", folder)

@@ -16,13 +16,14 @@ from tests.support.backs import ScriptedBack
 from tests.support.sessions import LATE, TIMEOUT, errors, serve, small_guest
 from vhost_airlock.errors import AirlockError, PeerRefused, RequestRefused
 from vhost_airlock.peers.guest import BlkGuest
-from vhost_airlock.peers.server import PROTOCOL_FEATURES
+from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
 from vhost_airlock.vhost.fds import Fd, close_all
 from vhost_airlock.vhost.message import Answer
 from vhost_airlock.vhost.wire import (
     U64,
     DeviceState,
     Empty,
+    Feature,
     ProtocolFeature,
     Request,
     StateDirection,
@@ -30,6 +31,7 @@ from vhost_airlock.vhost.wire import (
 )
 
 STATE = os.urandom(300_000)
+OFFERED = RING_FEATURES | Feature.LOG_ALL
 Ends = tuple[Fd, Fd]
 """Where to read, and where to write."""
 
@@ -37,9 +39,10 @@ Ends = tuple[Fd, Fd]
 class StatefulBack(ScriptedBack):
     """Its state goes through the pipe that it gets, or through one of its own."""
 
-    def __init__(self, *, own: bool = False) -> None:
+    def __init__(self, *, own: bool = False, features: int = OFFERED) -> None:
         super().__init__(
-            protocol_features=PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE
+            features=features,
+            protocol_features=PROTOCOL_FEATURES | ProtocolFeature.DEVICE_STATE,
         )
         self.own = own
         self.loaded = b""
@@ -273,6 +276,83 @@ def test_session_may_end_in_the_middle_of_it(guest: BlkGuest) -> None:
             assert os.read(out.fileno(), 10) == STATE[:10]
             guest.disconnect()
             airlock.join()
+
+
+def told(back: ScriptedBack) -> list[int]:
+    """The features that the back was told, in order."""
+    return [seen.payload.value for seen in back.got(Request.SET_FEATURES)]
+
+
+def log(guest: BlkGuest, on: bool) -> None:
+    """What a VMM says when a migration begins, or has ended."""
+    guest.front.set_features(guest.features | Feature.LOG_ALL * on)
+
+
+def test_back_prepares_its_state_while_the_guest_is_logged(guest: BlkGuest) -> None:
+    """It hears of it at once, while rings run, and of nothing else. It gets no log."""
+    back = StatefulBack()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        guest.start()
+        (features,) = told(back)
+        assert not features & Feature.LOG_ALL
+        for _ in range(2):
+            for on in (True, False):
+                log(guest, on)
+                assert told(back)[-1] == features | Feature.LOG_ALL * on
+                log(guest, on)
+                serve(back, guest)
+        assert len(told(back)) == 5, "each change once"
+        log(guest, True)
+        guest.stop()
+        assert save(guest) == STATE
+        log(guest, False)
+        guest.start()
+        serve(back, guest)
+        assert told(back)[-1] == features
+        assert Request.SET_LOG_BASE not in back.requests()
+        guest.disconnect()
+
+
+OTHERS = {
+    "no state": lambda: ScriptedBack(features=OFFERED),
+    "no bit": lambda: StatefulBack(features=RING_FEATURES),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_backs_hear_nothing_of_the_log(guest: BlkGuest, kind: str) -> None:
+    back = OTHERS[kind]()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        guest.start()
+        log(guest, True)
+        serve(back, guest)
+        log(guest, False)
+        assert len(told(back)) == 1
+        guest.disconnect()
+
+
+def test_back_hears_nothing_if_the_front_does_not_transfer_its_state() -> None:
+    back = StatefulBack()
+    with small_guest() as guest, Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        guest.start()
+        log(guest, True)
+        serve(back, guest)
+        assert len(told(back)) == 1
+        guest.disconnect()
+
+
+def test_log_is_on_before_the_rings_start(guest: BlkGuest) -> None:
+    """A VMM that migrates before the guest has a driver."""
+    back = StatefulBack()
+    with Airlock(back) as airlock:
+        guest.connect(airlock.channel())
+        log(guest, True)
+        assert save(guest) == STATE
+        assert told(back)[-1] & Feature.LOG_ALL
+        guest.disconnect()
 
 
 @pytest.mark.parametrize("make", [pipe, socketpair])

@@ -279,6 +279,8 @@ def fate_of_feature(bit: int) -> list[str]:
         used = "always"
     elif back_features(mask, YES) & mask:
         used = "if the front does"
+    elif back_features(mask, YES, ProtocolFeature.DEVICE_STATE) & mask:
+        used = "if the front does, and DEVICE_STATE"
     else:
         used = "no"
     return [offered, used]

@@ -83,6 +83,22 @@ def test_feature_is_offered_by_its_rule() -> None:
     assert found == FEATURES
 
 
+def test_only_a_back_whose_state_is_transferred_hears_of_the_log() -> None:
+    log, state = Feature.LOG_ALL, ProtocolFeature.DEVICE_STATE
+    others = ProtocolFeature(EVERYTHING) & ~state
+    assert back_features(log, EVERYTHING, state) & log
+    assert not back_features(log, EVERYTHING, others) & log
+    assert not back_features(0, EVERYTHING, state) & log
+    assert not back_features(log, EVERYTHING & ~log, state) & log
+
+
+@given(MASKS, MASKS, MASKS)
+def test_log_all_changes_no_other_feature(front: int, back: int, bits: int) -> None:
+    protocol, log = ProtocolFeature(bits), Feature.LOG_ALL
+    without = back_features(front & ~log, back, protocol)
+    assert back_features(front | log, back, protocol) & ~log == without
+
+
 @given(MASKS, MASKS)
 def test_the_back_never_gets_a_bit_that_it_did_not_offer(front: int, back: int) -> None:
     assert back_features(front, back) & ~back == 0

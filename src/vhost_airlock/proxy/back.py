@@ -161,7 +161,8 @@ class Back:
 
     def set_features(self, front: int) -> None:
         """Accept features, by those that the front has accepted."""
-        features = back_features(front, self.offered)
+        protocol = self.peer.protocol_features
+        features = back_features(front, self.offered, protocol)
         if features != self.has.features:
             self.peer.set_features(features)
             self.has.features = features

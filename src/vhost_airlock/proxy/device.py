@@ -254,11 +254,14 @@ class Device:
         accepted = front_accepts(self.offer(), features)
         if accepted == self.features:
             return
-        if self.features is None or (accepted ^ self.features) & ~Feature.LOG_ALL:
+        changed = accepted ^ (self.features or 0)
+        if changed & ~Feature.LOG_ALL:
             for ring in self.rings.values():
                 ring.retell(f"SET_FEATURES: {features:#x}")
         with self.logging():
             self.features = accepted
+        if changed == Feature.LOG_ALL:
+            self._mirror_logging()
         self._features_told.log(
             self.log,
             "features agreed with the VMM: %s; protocol features: %s",
@@ -266,6 +269,13 @@ class Device:
             names(self.protocol_features, ProtocolFeature),
             level=logging.INFO,
         )
+
+    def _mirror_logging(self) -> None:
+        """Tell the back at once, if it is one that has to know: a migration begins, or
+        has ended, and its state is prepared meanwhile.
+        """
+        if self._back is not None and self._back.has.features:
+            self._back.set_features(self.features or 0)
 
     def offer_protocol(self) -> ProtocolFeature:
         return self.known.protocol_offer

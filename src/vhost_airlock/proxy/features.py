@@ -85,6 +85,7 @@ def _mask(word: str) -> int:
     return value
 
 
+NONE = ProtocolFeature(0)
 NOTHING = Withheld()
 
 
@@ -117,9 +118,17 @@ def require_modern(accepted: int) -> None:
         )
 
 
-def back_features(front: int, back: int) -> int:
-    """Return the back's features to accept, when the front has accepted these."""
-    return back & (front & PASSED | DRIVEN)
+def back_features(front: int, back: int, protocol: ProtocolFeature = NONE) -> int:
+    """Return the back's features to accept, when the front has accepted these.
+
+    `protocol` are those in use with the back. A back whose state is going to be
+    transferred (DEVICE_STATE) prepares it while LOG_ALL is set; it gets no log, for it
+    can't write to the guest's memory. Others have no use for that bit.
+    """
+    passed = PASSED
+    if protocol & _P.DEVICE_STATE:
+        passed |= Feature.LOG_ALL
+    return back & (front & passed | DRIVEN)
 
 
 def front_protocol_offer(back: int, withheld: Withheld = NOTHING) -> ProtocolFeature:

@@ -7,7 +7,7 @@ IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 CHECKED = $(wildcard $(shell git ls-files --cached --others --exclude-standard \
     src tests bench fuzz pyproject.toml tools/stubtest.allow))
 
-.PHONY: help develop built lint types test test-asan coverage stress fuzz package demo
+.PHONY: help develop built lint types test test-direct test-asan coverage stress fuzz package demo
 .PHONY: dist deb install uninstall bench clean
 
 help:                                   ## this list
@@ -57,6 +57,9 @@ test:                                   ## everything, with real programs where 
 	    tools/release-roots --or-say-why
 	@echo "$$(date +%T) tests: 25 min; those that measure time come last, alone"
 	@pytest $(IN_PARALLEL)
+
+test-direct: develop                    ## guests without an airlock: what is theirs?
+	pytest --direct -k direct tests/real
 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan $(IN_PARALLEL)

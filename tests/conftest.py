@@ -15,6 +15,14 @@ from tests.real.programs import find
 from tests.support.schedule import Scheduler, has_guests
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--direct",
+        action="store_true",
+        help="run the tests with guests on direct connections too",
+    )
+
+
 def pytest_report_header():
     found = find()
     if isinstance(found, str):

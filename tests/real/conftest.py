@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests with real programs: each runs direct and through the airlock."""
+"""Tests with real programs: each runs through the airlock, and many run direct too.
+
+A direct test shows that programs do without the airlock all that is asked of them with
+it. Those with guests take minutes: they run with --direct.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,12 +19,25 @@ from tests.real.programs import Programs, need, new_folder
 from tests.real.serving import serving
 from tests.real.storage import Disk, StorageDaemon, storage_daemon
 from tests.support.backs import RecordedBack
+from tests.support.schedule import has_guests
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.real)
+    if not config.getoption("--direct"):
+        left_out = [item for item in items if is_direct_guest(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_direct_guest(item)]
+
+
+def is_direct_guest(item: pytest.Item) -> bool:
+    """Does a test boot a guest that is connected directly to a back-end?"""
+    case = getattr(item, "callspec", None)
+    return (
+        case is not None and "direct" in case.params.values() and has_guests(item.path)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,14 @@ from tests.guest.devices import Device
 from tests.guest.initramfs import kernel
 from tests.guest.inside import files
 from tests.guest.lines import Lines
-from tests.guest.machine import PATIENCE, Call, Machine, initramfs_for
+from tests.guest.machine import (
+    BOOT_WORDS,
+    PATIENCE,
+    SLOW,
+    Call,
+    Machine,
+    initramfs_for,
+)
 from tests.real.processes import Process, listening, run
 from tests.real.programs import PROJECT, Programs
 from tests.real.storage import Disk, storage_daemon
@@ -72,6 +79,14 @@ A /dev/kvm that root may use and libvirt-qemu not would make libvirt look at QEM
 and again. Without /etc/hosts, libvirt waits 40 s for a server that knows the host's
 name.
 """
+
+CPU_MODEL = "".join(
+    [
+        "<cpu mode='maximum'>",
+        *(f"<feature policy='disable' name='{name}'/>" for name in SLOW),
+        "</cpu>",
+    ]
+)
 
 START_GUEST = "virsh define guest.xml; virsh start guest"
 
@@ -209,10 +224,10 @@ class Domain(Machine):
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{kernel(host.programs)}</kernel>
     <initrd>/run/vm/initramfs</initrd>
-    <cmdline>console=ttyS0 quiet panic=0 tsc=unstable {words}</cmdline>
+    <cmdline>{BOOT_WORDS} {words}</cmdline>
   </os>
   <features><acpi/></features>
-  <cpu mode='maximum'/>
+  {CPU_MODEL}
   {example("libvirt")}
   <devices>
     {devices}

@@ -7,7 +7,8 @@ specification and in the plainest way, and foretells all of the guest's memory, 
 chains that the back gets, and whether the ring is broken. Only the number of chains
 that find room is not foretold.
 
-This tests I1, I3, I4, I5 to I8 for any content of these memories.
+This tests I1, I3, I4, I5 to I8 for any content of these memories. With a dirty log, the
+pages that are marked are exactly those that the model has written.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
+from tests.support.dirty import LogFile, pages_of
 from tests.support.model import SMALL, TAIL, Request
-from tests.support.plane import PAGE, AddressSpace, Lane, World
+from tests.support.plane import MIB, PAGE, AddressSpace, Lane, World
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.peers import Buffer
 from vhost_airlock.peers.ring import DESC, DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 
 REGIONS = ((0, 2 * PAGE), (2 * PAGE, 2 * PAGE), (1 << 32, 2 * PAGE))
 """Two adjacent regions, and one behind a hole."""
+RING_AT = (1 << 32) + MIB
+LOGGED = RING_AT + 8 * MIB
+"""Where the memory of the largest ring has ended for sure."""
 POOL = 48 * PAGE
 LARGEST = 32 * PAGE
 MOST_SEGMENTS = 1024
@@ -43,8 +48,11 @@ class Malformed(Exception):
 class GuestImage:
     """A copy of the guest's memory, in which the model does what the pump shall do."""
 
-    def __init__(self, ram: AddressSpace) -> None:
+    def __init__(self, ram: AddressSpace, log: LogFile | None) -> None:
         self.ram = ram
+        self.log = log
+        self.written: set[int] = set()
+        """Pages that were written since the last look at the log."""
         self.load()
 
     def load(self) -> None:
@@ -53,9 +61,12 @@ class GuestImage:
         self.pieces = [(at, bytearray(memory.view)) for at, memory in pieces]
 
     def check(self) -> None:
-        """Check that the real memory is as foretold."""
+        """Check that the real memory is as foretold, and the dirty log."""
         for at, data in self.pieces:
             assert bytes(self.ram.pieces[at].view) == data, f"guest memory at {at:#x}"
+        if self.log is not None:
+            assert self.log.take() == self.written
+        self.written.clear()
 
     def read(self, address: int, size: int) -> bytes:
         data = b""
@@ -68,6 +79,7 @@ class GuestImage:
         return data
 
     def write(self, address: int, data: bytes) -> None:
+        self.written |= pages_of([(address, len(data))])
         for start, piece in self.pieces:
             at = address - start
             if 0 <= at < len(piece):
@@ -88,12 +100,19 @@ class Options:
     back_indirect: bool = True
     policy: str = "full"
     whole_batches: bool = False
+    logs: bool = False
+
+
+@cache
+def kept_log() -> LogFile:
+    """A dirty log, shared from run to run too."""
+    return LogFile.up_to(LOGGED, offset=3)
 
 
 @cache
 def kept_lane(size: int) -> Lane:
     """Memory for rings of one size, shared from run to run, for it is expensive."""
-    world = World(pool=POOL, largest=LARGEST, regions=REGIONS)
+    world = World(pool=POOL, largest=LARGEST, regions=REGIONS, rings_at=RING_AT)
     return Lane(world, size=size, entries=-(-TABLE_ENTRIES // size), start=False)
 
 
@@ -117,7 +136,12 @@ class RingModel:
         lane.back_indirect = options.back_indirect
         lane.whole_batches = options.whole_batches
         lane.renew()
-        self.image = GuestImage(self.world.ram)
+        log = kept_log() if options.logs else None
+        if log is not None:
+            log.take()
+            self.world.memory.set_log(*log.place)
+            lane.pump.set_logging(words=True, buffers=True)
+        self.image = GuestImage(self.world.ram, log)
         # Chains by slot: in flight, parked by a stop, in quarantine.
         self.flight: dict[int, Request] = {}
         self.parked: dict[int, Request] = {}
@@ -147,6 +171,8 @@ class RingModel:
         self.image.load()
         done = False
         self.used_idx = self._guest_word(self.lane.layout.used + 2)
+        if self.image.log is not None:
+            self._show_used()
         # No ring has completed more chains than it has taken.
         possible = (told - self.used_idx) & 0xFFFF <= self.lane.size
         base = told if possible else self.used_idx
@@ -173,6 +199,9 @@ class RingModel:
         if self.stopped_at is None:
             self.image.load()
             self.used_idx = self._guest_word(self.lane.layout.used + 2)
+            if self.image.log is not None:
+                self._show_used()
+            self.image.check()
         self.base = self.seen = self.limit = base
         self.began = self.first = self.next
         self.held: list[Buffer] | None = None

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from fuzz.ringmodel import Options, RingModel
+from fuzz.ringmodel import RING_AT, Options, RingModel
 from fuzz.source import Source
-from tests.support.plane import PAGE, RINGS_AT
+from tests.support.plane import PAGE
 
 SIZES = (4, 1, 2, 16, 64, 2048)
 BASES = (0, 1, 0x7FFE, 0xFFF0, 0xFFFF)
-ADDRESSES = (0, PAGE, 2 * PAGE, 4 * PAGE, 1 << 32, RINGS_AT, (1 << 64) - PAGE)
+ADDRESSES = (0, PAGE, 2 * PAGE, 4 * PAGE, 1 << 32, RING_AT, (1 << 64) - PAGE)
 LENGTHS = (16, 0, 1, 63, 64, 511, 512, 513, PAGE, PAGE + 1, 3 * PAGE, 0xFFFFFFFF)
 FLAGS = (0, 1, 2, 3, 4, 5, 6, 0xFFFF)
 
@@ -25,6 +25,7 @@ def options(source: Source) -> Options:
         back_indirect=not bits & 8,
         policy=("full", "used", "used+tail", "full")[bits >> 4 & 3],
         whole_batches=bool(bits & 64),
+        logs=bool(bits & 128),
     )
 
 

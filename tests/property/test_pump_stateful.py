@@ -11,6 +11,8 @@ tests/support/model.py. Of the invariants it shows, with every step that is made
 - I4: bytes arrive, and chains keep their order.
 - I5, I8: in guest memory changes only what a completed chain let the back write, and
   the used ring; after a stop, nothing.
+- Each page that changed is marked at the VMM's next look at its dirty log, and no page
+  is that the pump had no cause to write.
 - I7: what a request leaves in isolated memory is never seen by another one.
 """
 
@@ -23,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tests.support.model import ENTRIES, Model, Plane
-from tests.support.plane import Lane
+from tests.support.dirty import LogFile
+from tests.support.model import ENTRIES, RINGS_AT, Model, Plane
+from tests.support.plane import MIB, Lane
 from tests.support.profiles import PROFILE
 
 REGIONS = (37, 91, 128)
@@ -36,6 +39,9 @@ SIZES = (1, 2, 4, 16, 1024)
 BASES = (0, 1, 0x7FFE, 0xFFF0, 0xFFFE, 0xFFFF)
 POLICIES = ("full", "used", "used+tail")
 POOLS = ((4,), (7,), (8,), (16, 16), (64,))
+
+LOGGED = RINGS_AT + (1 << 32) + MIB
+"""Where the memory of the second ring, which is the last, has ended for sure."""
 
 ring = st.integers(0, 1)
 buffers = st.lists(
@@ -193,6 +199,19 @@ class PumpMachine(RuleBasedStateMachine):
         if model.pending:
             model.rewrite(model.pending[which % len(model.pending)])
 
+    @rule(
+        way=st.sampled_from(["looks", "looks", "looks", "has another", "has none"]),
+        offset=st.sampled_from([0, 0, 8, 3]),
+    )
+    def vmm(self, way, offset) -> None:
+        """The VMM looks at its dirty log, has another one, or wants none any more."""
+        if way == "looks":
+            self.plane.look_at_log()
+        elif way == "has none":
+            self.plane.log_into(None)
+        else:
+            self.plane.log_into(LogFile.up_to(LOGGED, offset))
+
     @rule()
     def settle(self) -> None:
         """If everybody does their part, all that was offered comes out."""
@@ -200,6 +219,10 @@ class PumpMachine(RuleBasedStateMachine):
             if not model.running:
                 model.start()
         self.plane.settle()
+
+    def teardown(self) -> None:
+        if hasattr(self, "plane"):
+            self.plane.log_into(None)
 
 
 def stroll(seed: int, steps: int) -> None:
@@ -217,7 +240,7 @@ def stroll(seed: int, steps: int) -> None:
     )
     for _ in range(steps):
         i = chance.randrange(2)
-        match some("oooppppbbbbggwlsS"):
+        match some("oooppppbbbbggwlsvS"):
             case "o":
                 count = chance.randint(1, ENTRIES)
                 lengths = [(some(LENGTHS), some(OFFSETS)) for _ in range(count)]
@@ -249,10 +272,14 @@ def stroll(seed: int, steps: int) -> None:
             case "r":
                 if chance.random() < 0.2:
                     machine.guest_rewrites(i, chance.randrange(1000))
+            case "v":
+                way = some(["looks", "looks", "has another", "has none"])
+                machine.vmm(way, some([0, 8, 3]))
             case "S":
                 if chance.random() < 0.2:
                     machine.settle()
     machine.settle()
+    machine.teardown()
 
 
 @pytest.mark.timeout(0)

@@ -5,25 +5,36 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Takes all bits of `size` bytes out of the log, and sets them in `found`. Whole words
- * are exchanged with 0; bytes that are no whole, aligned word of it are exchanged alone.
- */
-void take(uint8_t *log, uint8_t *found, size_t size)
+static size_t note(uint64_t bits, size_t page, uint64_t *pages, size_t room, size_t n)
 {
-    size_t i = 0;
+    for (; bits; bits &= bits - 1, n++)
+        if (n < room)
+            pages[n] = page + __builtin_ctzll(bits);
+    return n;
+}
+
+/* Takes all bits of `size` bytes out of the log; returns how many there were, and their
+ * pages, as far as there is room for these. Whole words are exchanged with 0; bytes that
+ * are no whole, aligned word of it are exchanged alone.
+ */
+size_t take(uint8_t *log, size_t size, uint64_t *pages, size_t room)
+{
+    size_t i = 0, n = 0;
 
     while (i < size) {
         if (((uintptr_t)(log + i) & 7) == 0 && size - i >= 8) {
             uint64_t *word = (uint64_t *)(log + i);
 
             if (__atomic_load_n(word, __ATOMIC_RELAXED))
-                *(uint64_t *)(found + i) |=
-                    __atomic_exchange_n(word, 0, __ATOMIC_SEQ_CST);
+                n = note(__atomic_exchange_n(word, 0, __ATOMIC_SEQ_CST), i * 8,
+                         pages, room, n);
             i += 8;
         } else {
             if (__atomic_load_n(log + i, __ATOMIC_RELAXED))
-                found[i] |= __atomic_exchange_n(log + i, 0, __ATOMIC_SEQ_CST);
+                n = note(__atomic_exchange_n(log + i, 0, __ATOMIC_SEQ_CST), i * 8,
+                         pages, room, n);
             i++;
         }
     }
+    return n;
 }

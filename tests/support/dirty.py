@@ -28,7 +28,9 @@ def library() -> ctypes.CDLL:
         made = Path(folder, "dirty.so")
         command = ["cc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
         subprocess.run([*command, SOURCE, "-o", made], check=True, env=clean)
-        return ctypes.CDLL(str(made))
+        loaded = ctypes.CDLL(str(made))
+    loaded.take.restype = ctypes.c_size_t
+    return loaded
 
 
 def pages_of(ranges: Iterable[tuple[int, int]]) -> set[int]:
@@ -56,7 +58,7 @@ class LogFile:
         self._view = mmap.mmap(self.fd, whole)
         self._view[:offset] = self.CANARY * offset
         self._view[self._end :] = self.CANARY * (whole - self._end)
-        self._found = bytearray(size + 8)  # dirty.c's words begin 8 bytes apart
+        self._pages = (ctypes.c_uint64 * min(8 * size, 1 << 16))()
         self._mapping: Mapping | None = None
 
     @classmethod
@@ -78,19 +80,14 @@ class LogFile:
 
     def take(self) -> set[int]:
         """Take all bits out; the numbers of their pages. Others may set some."""
-        size = self.told.size
+        size, room = self.told.size, len(self._pages)
         log = (ctypes.c_char * size).from_buffer(self._view, self.told.offset)
-        found = (ctypes.c_char * size).from_buffer(self._found)
-        library().take(log, found, ctypes.c_size_t(size))
-        del log, found
-        taken = int.from_bytes(self._found[:size], "little")
-        self._found[:] = bytes(len(self._found))
-        pages = set()
-        while taken:
-            lowest = taken & -taken
-            pages.add(lowest.bit_length() - 1)
-            taken ^= lowest
-        return pages
+        found = library().take(
+            log, ctypes.c_size_t(size), self._pages, ctypes.c_size_t(room)
+        )
+        del log  # or the file can't be unmapped
+        assert found <= room, f"{found} bits, more than are expected"
+        return set(self._pages[:found])
 
     def intact(self) -> bool:
         """Were the bytes around it left alone?"""

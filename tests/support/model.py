@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from tests.support.dirty import LogFile, pages_of
 from tests.support.plane import MIB, PAGE, AddressSpace, Lane, World
 from vhost_airlock.dataplane.pump import shadow_bytes
 from vhost_airlock.peers import Buffer, Chain, DeviceRing
@@ -26,6 +27,8 @@ TAIL = 64
 """The largest last buffer that the policy used+tail copies always."""
 DESCS_A_STEP = 2048
 """A step takes no more chains when it has taken so many descriptors."""
+RINGS_AT = 16 * MIB
+"""Guest-physical address of the first ring: low, so that a dirty log is small."""
 ENTRIES = 8
 """The most buffers of a chain."""
 
@@ -112,11 +115,12 @@ class Request:
 
 
 class Snapshot:
-    """Memory at one moment, to say later where it changed."""
+    """Memory at one moment, to say later where it changed: all of it, or a piece."""
 
-    def __init__(self, space: AddressSpace) -> None:
+    def __init__(self, space: AddressSpace, only: int | None = None) -> None:
         self.space = space
-        self.pieces = {at: bytes(piece.view) for at, piece in space.pieces.items()}
+        pieces = space.pieces if only is None else {only: space.pieces[only]}
+        self.pieces = {at: bytes(piece.view) for at, piece in pieces.items()}
 
     def read(self, space: AddressSpace, buffer: Buffer) -> bytes:
         """The bytes of a buffer at that moment."""
@@ -148,6 +152,16 @@ class Snapshot:
                 blank[low:high] = old[low:high]
         if blank != old:
             yield next(i for i in range(len(old)) if blank[i] != old[i])
+
+    def changed_pages(self) -> set[int]:
+        """The numbers of the pages in which a byte has changed."""
+        return {
+            (start + at) // PAGE
+            for start, old in self.pieces.items()
+            if (new := bytes(self.space.pieces[start].view)) != old
+            for at in range(0, len(old), PAGE)
+            if new[at : at + PAGE] != old[at : at + PAGE]
+        }
 
 
 class GuestPages:
@@ -195,11 +209,52 @@ class Plane:
                 (start * PAGE, pages * PAGE)
                 for start, pages in zip(starts, regions, strict=True)
             ],
+            rings_at=RINGS_AT,
         )
         self.pages = GuestPages(self.world, sum(regions), chance)
         self.chain_pages = pool[0]
         """The pages that the largest chain may take, so that it fits an empty pool."""
         self.models: list[Model] = []
+        self.log: LogFile | None = None
+        self._changed: set[int] = set()
+        self._may_be_marked: set[int] = set()
+
+    # The dirty log.
+
+    def log_into(self, log: LogFile | None) -> None:
+        """The VMM has a new log; None: it wants none."""
+        self.look_at_log()
+        old, self.log = self.log, log
+        before = Snapshot(self.world.ram)
+        if log is None:
+            for model in self.models:
+                model.lane.pump.set_logging(words=False, buffers=False)
+        else:
+            self.world.log_into(log)
+        allowed = [model.used_ring() for model in self.models if model.running]
+        assert before.changed_pages() == set(), "a log changes the guest's memory"
+        self.wrote(before, allowed)
+        if old is not None:
+            assert old.take() == set(), "a page is marked in the log of before"
+            assert old.intact()
+            old.close()
+
+    def wrote(self, before: Snapshot, allowed: list[Span]) -> None:
+        """A pump may have written there since this snapshot, and nobody else has."""
+        if self.log is not None:
+            self._changed |= before.changed_pages()
+            self._may_be_marked |= pages_of(allowed)
+
+    def look_at_log(self) -> None:
+        """All pages are marked that pumps have changed since the last look, and none
+        that they have not written.
+        """
+        if self.log is not None:
+            marked = self.log.take()
+            assert self._changed <= marked, "a change is not marked"
+            assert marked <= self._may_be_marked, "a page is marked that nobody wrote"
+            self._changed.clear()
+            self._may_be_marked.clear()
 
     def check_pool(self) -> None:
         assert self.world.pool.used == PAGE * sum(m.pool_pages for m in self.models)
@@ -240,6 +295,7 @@ class Plane:
             assert not model.held()
             assert model.lane.pump.quarantined == 0
         assert self.world.pool.used == 0
+        self.look_at_log()
         self.world.check()
 
 
@@ -597,8 +653,7 @@ class Model:
             request.table = desc.addr, desc.length
 
     def _check_guest_memory(self, before: Snapshot, done: list[Request]) -> None:
-        layout = self.lane.layout
-        allowed = [(self.lane.ring_at + layout.used, layout.used_size)]
+        allowed = [self.used_ring()]
         for request in done:
             buffers = [buffer for buffer in request.buffers if buffer.writable]
             old = b"".join(before.read(self.world.ram, buffer) for buffer in buffers)
@@ -606,12 +661,17 @@ class Model:
             assert new == request.expected(self.policy, old)
             allowed += [(buffer.addr, buffer.length) for buffer in buffers]
         assert before.changed_outside(allowed) == []
+        self.plane.wrote(before, allowed)
 
     def _check_isolated_memory(self, before: Snapshot, fresh: list[Request]) -> None:
         allowed = [self.shadow_span()]
         for request in fresh:
             allowed += request.doubles()
         assert before.changed_outside(allowed) == []
+
+    def used_ring(self) -> Span:
+        layout = self.lane.layout
+        return self.lane.ring_at + layout.used, layout.used_size
 
     def shadow_span(self) -> Span:
         """The shadow ring that is in use."""
@@ -665,9 +725,12 @@ class Model:
         """The pump asks for notifications, or finds that there is something."""
         waits = self.running and bool(self.pending) and not self.stalled
         more = self.running and bool(self.finished)
+        before = Snapshot(self.world.ram, only=self.lane.ring_at)
         assert self.lane.pump.rest() == (waits or more)
         if not self.running:
             return
+        assert before.changed_outside([self.used_ring()]) == []
+        self.plane.wrote(before, [self.used_ring()])
         self.asleep = not (waits or more)
         self.back_armed = True
         if not self.stalled:
@@ -749,6 +812,7 @@ class Model:
         used = self.lane.ring_at + layout.used
         flags, event = (used, 2), (used + 4 + 8 * self.lane.size, 2)
         assert ram.changed_outside([flags, event]) == []
+        self.plane.wrote(ram, [flags, event])
         assert isolated.changed_outside([]) == []
 
         self.stopped_at = base, self.lane.ring.used_idx, self.lane.size

@@ -238,13 +238,14 @@ class TestWordsOfBefore:
         assert log.take() == {used_page(lane)}
         assert lane.ring.used_idx == 7
 
-    def test_kicks_are_asked_for_once_more(self, world, log):
+    def test_a_new_log_gets_the_event_index(self, world, log):
         lane = Lane(world, size=1024)
+        lane.offer((0, 10))
+        lane.step()
         lane.pump.rest()
         world.log_into(log)
-        log.take()
-        lane.pump.rest()
-        assert log.take() == {used_page(lane, 4 + 8 * 1024)}
+        assert log.take() == {used_page(lane), used_page(lane, 4 + 8 * 1024)}
+        assert lane.ring.avail_event == 1
 
     def test_a_ring_that_is_gone_is_not_written(self, world, log):
         lane = Lane(world)

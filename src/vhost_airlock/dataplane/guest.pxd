@@ -51,7 +51,7 @@ cdef struct GuestOps:
     void (*begin)(GuestRing *) noexcept nogil
     # The same ring is at other addresses now, where it has yet to be armed.
     void (*move)(GuestRing *, const Part *parts) noexcept nogil
-    # Write the word again that the guest follows. The ring has yet to be armed.
+    # Write the words again that the guest follows, as they are.
     void (*show_again)(GuestRing *) noexcept nogil
     # The base that lies this many chains behind the one where the ring began.
     uint64_t (*base_after)(const GuestRing *, int64_t chains) noexcept nogil

@@ -85,11 +85,6 @@ cdef void move(GuestRing *ring, const Part *parts) noexcept nogil:
     ring.armed = False
 
 
-cdef void show_again(GuestRing *ring) noexcept nogil:
-    write_used(ring, USED_IDX, &ring.split.used_idx, 2)
-    ring.armed = False
-
-
 cdef uint16_t used_at(const GuestRing *ring) noexcept nogil:
     return ring.split.used_idx
 
@@ -276,6 +271,12 @@ cdef void arm(GuestRing *ring) noexcept nogil:
     else:
         write_used(ring, USED_FLAGS, &notify, 2)
     ring.armed = True
+
+
+cdef void show_again(GuestRing *ring) noexcept nogil:
+    write_used(ring, USED_IDX, &ring.split.used_idx, 2)
+    if ring.armed:
+        arm(ring)
 
 
 cdef void disarm(GuestRing *ring) noexcept nogil:

@@ -69,6 +69,7 @@ stress: develop                         ## property tests, races and endurance, 
 	    tests/proof/test_notifying.py tests/unit/test_peers_ring.py \
 	    tests/unit/test_races.py tests/unit/test_mutators.py \
 	    tests/integration/test_endurance.py tests/integration/test_kills.py \
+	    tests/integration/test_deaths.py \
 	    tests/integration/test_recovery.py tests/real/test_recovery.py \
 	    tests/proof/test_kills.py \
 	    tests/real/test_lifecycle.py::test_airlock_is_replaced_under_load

@@ -6,10 +6,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import mmap
 import os
 import random
+import socket
+import time
 from collections.abc import Callable
 
+from ..errors import Disconnected
 from ..peers.device import DeviceRing
 from ..peers.disk import SECTOR
 from ..peers.ring import INDEX_MASK, Chain
@@ -21,6 +25,10 @@ BACK_RINGS = Catalogue[BackScene](Verdict.RING_STOPPED)
 """Attacks that leave requests unfinished may cost the connection: if later requests
 did end, no base at which the ring stops can tell that."""
 FULL = (1 << 64) - 2
+LAST_WORDS = 0.3
+"""Seconds for which a back-end goes on when it has hung up."""
+NOISE = 1 << 20
+"""Bytes at the beginning of each piece of memory, where most of it is in use."""
 _PUNCH_HOLE = 0x02 | 0x01
 
 Deed = Callable[[BackScene, DeviceRing, Chain], None]
@@ -252,6 +260,31 @@ def punches_holes(fd: Fd) -> None:
     ctypes.CDLL(None).fallocate(
         fd.fileno(), _PUNCH_HOLE, ctypes.c_long(0), ctypes.c_long(size)
     )
+
+
+@with_chain(Verdict.CONNECTION_LOST, again=True)
+def goes_on_after_it_hung_up(scene: BackScene, ring: DeviceRing, chain: Chain) -> None:
+    """It hangs up, and goes on to write to all memory and eventfds"""
+    with contextlib.ExitStack() as stack:
+        maps = []
+        for fd in scene.fds:
+            maps.append(mmap.mmap(fd.fileno(), 0))
+            stack.callback(maps[-1].close)
+        with socket.socket(fileno=os.dup(scene.channel.fileno())) as sock:
+            sock.shutdown(socket.SHUT_RDWR)
+        end = time.monotonic() + LAST_WORDS
+        while time.monotonic() < end:
+            for memory in maps:
+                size = min(len(memory), NOISE)
+                memory[:size] = os.urandom(size)
+            scene.room(chain)[-1][-1] = 0
+            ring.complete(chain.head, SECTOR + 1)
+            ring.publish()
+            for vring in (scene.vring(0), scene.vring(1)):
+                for signal in (vring.call, vring.err, vring.kick):
+                    if signal is not None:
+                        notify(signal)
+    raise Disconnected("the hostile back-end has hung up")
 
 
 # Eventfds.

@@ -29,6 +29,7 @@ from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.process.daemon import FIRST_ANSWER
 from vhost_airlock.process.signals import ENDING
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd
@@ -424,6 +425,28 @@ def test_signal_ends_the_back_end_that_was_started(
         assert program.stop() == 0
         assert not Path(f"/proc/{child}").exists()
         assert_clean(program, front)
+
+
+def test_back_end_may_take_long_to_start_again(
+    front: Path, image: Path, tmp_path: Path
+) -> None:
+    """Longer than the first one of those that are started then has for its answer."""
+    once = tmp_path / "once"
+    script = f'test -e {once} && sleep {1.5 * FIRST_ANSWER}; >{once}; exec "$@"'
+    command = ["sh", "-c", script, "sh", *BLK, "--fd={fd}", f"--blk-file={image}"]
+    with (
+        Program(
+            f"--socket-path={front}", "--on-backend-loss=recover", "--", *command
+        ) as program,
+        BlkGuest() as guest,
+    ):
+        connect(guest, program, front)
+        work(guest)
+        (child,) = started(program)
+        os.kill(int(child), signal.SIGKILL)
+        work(guest)
+        assert program.stop() == 0
+        assert "it is back, after" in program.errors()
 
 
 def started(program: Program) -> list[str]:

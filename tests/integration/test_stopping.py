@@ -223,6 +223,22 @@ def test_i3_completion_while_the_ring_stops_is_called_for(
     assert io.status == BlkStatus.OK
 
 
+def test_the_remedy_is_told(
+    back: ScriptedBack, guest: BlkGuest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later request is done, so no base tells the VMM which ones are not."""
+    submit(guest, 3)
+    chains = take(back, 3)
+    back.complete(chains[1], b"d" * 512)
+    await_reaped(guest.queues[0])
+    guest.stop()
+    assert errors(caplog)[-1] == (
+        "ring 0: stopped with 2 requests unfinished, and later ones done: they end only"
+        " if this ring goes on; raise --drain-timeout, or let the VMM keep a record of"
+        " requests in flight"
+    )
+
+
 def test_i8_ring_whose_requests_never_end_stops_in_time(
     airlock: Airlock,
     back: ScriptedBack,

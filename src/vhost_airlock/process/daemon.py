@@ -19,7 +19,7 @@ import signal
 import time
 from types import FrameType
 
-from ..errors import AirlockError, BackLost, FrontLost, SessionError, Stopped
+from ..errors import AirlockError, BackLate, BackLost, FrontLost, SessionError, Stopped
 from ..proxy.back import Back
 from ..proxy.recovery import ConfigChanged
 from ..proxy.session import Session
@@ -49,7 +49,9 @@ SERVING = "STATUS=a VMM is connected"
 DRAINING = "STATUS=ending"
 """News for the service manager."""
 FIRST_ANSWER = 1.0
-"""Seconds that a back has for its first answer when it takes the place of another."""
+"""Seconds that a back has for its first answer when it takes the place of another. If
+it is late, the next one has twice as many, up to the time-out: the VMM waits meanwhile,
+but on a busy machine a program takes long to start."""
 
 WANT = (OSError, MemoryError)
 """Raised for want of descriptors or memory."""
@@ -72,6 +74,7 @@ class Daemon:
         """A back that a session has left to the next one."""
         self._awaited = not config.no_wait
         """Whether the first back is waited for, for as long as it takes."""
+        self._answer = FIRST_ANSWER
         self._wanting = False
         self._session: Session | None = None
         self._sessions = 0
@@ -258,7 +261,14 @@ class Daemon:
         self.connector.disconnected()
         if self.config.fence == "exit" and (reason := self.connector.lives()):
             raise BackLost(f"back-end: the last one may still be at work: {reason}")
-        return self._checked(self._back(None, config_changed, 0.0, FIRST_ANSWER))
+        timeout = self.config.device.timeout
+        try:
+            back = self._back(None, config_changed, 0.0, min(self._answer, timeout))
+        except BackLate:
+            self._answer = min(2 * self._answer, timeout)
+            raise
+        self._answer = FIRST_ANSWER
+        return self._checked(back)
 
     def pause(self, seconds: float) -> None:
         """Wait for a moment. Raises Stopped."""
@@ -309,7 +319,7 @@ class Daemon:
         except BaseException as error:
             if channel is not None:
                 channel.close()
-            if isinstance(error, SessionError):
+            if isinstance(error, SessionError) and not isinstance(error, BackLost):
                 raise BackLost(str(error)) from None
             raise
 

@@ -30,6 +30,10 @@ from .inflight import InflightRecord
 from .ration import LINES, Ration
 from .state import TABLE, Action, Change, Event, State, Vring
 
+REMEDY = (
+    "they end only if this ring goes on; raise --drain-timeout, or let the VMM keep a"
+    " record of requests in flight"
+)
 MEMORY_TIME = 1.0
 """Seconds for which a started ring may wait for memory before the log is told."""
 
@@ -526,7 +530,7 @@ class Ring:
             if pump.recorded:
                 more = ", which stay in the VMM's record"
             elif not again:
-                more = ", and later ones done: they end only if this ring goes on"
+                more = f", and later ones done: {REMEDY}"
             self.log.warning(
                 "ring %d: stopped with %d requests unfinished%s",
                 self.index,

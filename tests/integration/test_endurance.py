@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ring import SplitRing
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import (
     Feature,
@@ -236,7 +236,7 @@ def test_r1_messages_of_a_ring_that_never_starts(
     with BlkGuest(num_queues=2, queue_size=32, seg_max=6) as guest, eventfd() as event:
         setting.connect(guest)
         guest.start()
-        addr = replace(guest.queues[1].vring_addr(guest.ram), index=5)
+        addr = replaced(guest.queues[1].vring_addr(guest.ram), index=5)
         kinds = [
             (Request.SET_VRING_NUM, VringState(5, 32).pack(), []),
             (Request.SET_VRING_NUM, VringState(5, 32768).pack(), []),

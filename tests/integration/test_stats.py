@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from vhost_airlock.cli import stats_document
 from vhost_airlock.errors import StartError
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import Fd, notify
 from vhost_airlock.vhost.wire import Config, Request
 
@@ -223,7 +223,7 @@ def test_a_back_that_withholds_its_answer_does_not_withhold_this_one(
     def answer(question: Config, fds: list[Fd]) -> Config:
         asked.set()
         assert released.wait(PATIENCE)
-        return replace(question, data=b"at last!")
+        return replaced(question, data=b"at last!")
 
     with (
         running(front, where, path, "--timeout=3600") as program,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import pytest
@@ -18,6 +17,7 @@ from vhost_airlock.errors import Disconnected
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import GuestQueue, Io
+from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import drain
 
 TIMEOUT = 0.4
@@ -79,7 +79,7 @@ def assert_serves_the_next(airlock: Airlock, back: ScriptedBack) -> None:
     airlock.join()
     back.join()
     back.instead.clear()
-    airlock.config = replace(airlock.config, timeout=PATIENCE, drain_timeout=PATIENCE)
+    airlock.config = replaced(airlock.config, timeout=PATIENCE, drain_timeout=PATIENCE)
     with small_guest() as guest:
         live(airlock, back, guest)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from vhost_airlock.process.sockets import Group, Rights
 from vhost_airlock.proxy.config import MIB, Config
 from vhost_airlock.proxy.device_types import TYPES, DeviceType
 from vhost_airlock.proxy.features import Withheld
+from vhost_airlock.record import fields, replaced
 from vhost_airlock.vhost.wire import Feature
 
 WAYS = ["--socket-path=/front", "--backend=/back"]
@@ -127,10 +127,10 @@ def test_option(
     configs: list[ProcessConfig], arguments: list[str], changes: dict[str, Any]
 ) -> None:
     plain = ProcessConfig(socket_path="/front", backend="/back")
-    of_device = {field.name for field in dataclasses.fields(Config)} & {*changes}
+    of_device = {*fields(Config)} & {*changes}
     chosen = {name: changes.pop(name) for name in of_device}
     device = Config(**{"name": "front", **chosen})
-    expected = dataclasses.replace(plain, device=device, **changes)
+    expected = replaced(plain, device=device, **changes)
     assert config_of(configs, *WAYS, *arguments) == expected
 
 
@@ -159,7 +159,7 @@ def test_ways_to_the_front_and_the_back(
     configs: list[ProcessConfig], arguments: list[str], expected: ProcessConfig
 ) -> None:
     config = config_of(configs, *arguments)
-    assert dataclasses.replace(config, device=Config()) == expected
+    assert replaced(config, device=Config()) == expected
 
 
 @pytest.mark.parametrize(
@@ -344,11 +344,11 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     text = capsys.readouterr().out
-    for field in (*dataclasses.fields(Config), *dataclasses.fields(ProcessConfig)):
+    for name in (*fields(Config), *fields(ProcessConfig)):
         # Of the device, what follows from its type, and from the service manager.
-        if field.name not in (
+        if name not in (
             *("command", "device", "whole_batches", "has_error", "grows"),
             *("recover", "recover_time", "exit_with_backend"),
             *("backend_fd", "stats_fd", "notify_socket"),
         ):
-            assert "--" + field.name.replace("_", "-") in text
+            assert "--" + name.replace("_", "-") in text

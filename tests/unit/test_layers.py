@@ -76,11 +76,11 @@ LAYERS = """
                                         dataplane.inflight  dataplane.faults
                                         dataplane.suspects
                                         dataplane.layout  dataplane.sys
-    errors  __init__  dataplane.__init__
+    errors  record  __init__  dataplane.__init__
 """
 """A module may import what stands on a line below its own."""
 
-TRUSTED = {"process", "sandbox", "proxy", "vhost", "dataplane", "errors"}
+TRUSTED = {"process", "sandbox", "proxy", "vhost", "dataplane", "errors", "record"}
 """Packages of the processes that run with a guest's memory, or beside it."""
 
 MAY_IMPORT = {
@@ -89,9 +89,9 @@ MAY_IMPORT = {
     "attack": {"attack", "peers", "process", "vhost", "errors"},
     "peers": {"peers", "process", "vhost", "errors"},
     "process": TRUSTED,
-    "sandbox": {"sandbox", "vhost", "errors"},
-    "proxy": {"proxy", "vhost", "dataplane", "errors"},
-    "vhost": {"vhost", "errors"},
+    "sandbox": {"sandbox", "vhost", "errors", "record"},
+    "proxy": {"proxy", "vhost", "dataplane", "errors", "record"},
+    "vhost": {"vhost", "errors", "record"},
     "dataplane": {"dataplane", "errors"},
 }
 """Each package, and the packages that its modules may import."""

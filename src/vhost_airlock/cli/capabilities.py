@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from ..errors import StartError, UsageError
@@ -29,6 +29,9 @@ class Capabilities:
 
     type: str
     features: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
 
     @classmethod
     def parse(cls, text: bytes) -> Self:

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 from collections.abc import MutableMapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from ..process.log import log_to_stderr
 from ..process.sockets import address_of
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
+from ..record import fields
 from .arguments import (
     LONGEST_NAME,
     cpus,
@@ -261,8 +260,7 @@ def run(options: argparse.Namespace) -> int:
     if options.print_capabilities:
         from .capabilities import capabilities  # it needs modules that serving does not
 
-        found = capabilities(options.device_type, options.command)
-        print(json.dumps(dataclasses.asdict(found)))
+        print(capabilities(options.device_type, options.command).as_json())
         return 0
     take_from_manager(options, os.environ)
     config = config_of(options)
@@ -346,7 +344,7 @@ def _default_name(options: argparse.Namespace) -> str:
 
 def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     """Return the options that are fields of this class, by name."""
-    names = {field.name for field in dataclasses.fields(kind)}
+    names = fields(kind)
     return {name: value for name, value in vars(options).items() if name in names}
 
 

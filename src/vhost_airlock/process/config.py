@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from ..proxy.config import Config
+from ..record import record
 from .sockets import Group, Rights
 
 FENCES = ("reply", "exit")
 """The first answer of the next back, or that and the end of the old one's process."""
 
 
-@dataclass(frozen=True)
+@record
 class ProcessConfig:
     """The ways to front and back, and the options of the process beside its device.
 
@@ -67,7 +66,7 @@ class ProcessConfig:
     log_level: str = "warning"
     sandbox: bool = True
     """Give up the rights that the running process does not need; False to debug it."""
-    device: Config = field(default_factory=Config)
+    device: Config = Config()
     """How the device is treated."""
 
     @property

@@ -13,10 +13,10 @@ import os
 import socket
 import stat
 import struct
-from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from ..errors import StartError
+from ..record import record
 from ..vhost.fds import Fd
 
 
@@ -52,7 +52,7 @@ class Group(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
+@record
 class Rights:
     """The users that may connect to a socket."""
 
@@ -73,7 +73,7 @@ KINDS: dict[int, str] = {
 """Kinds of sockets that listen, with their names."""
 
 
-@dataclass(frozen=True)
+@record
 class SocketFile:
     """A socket at a path, with the numbers that tell it from a later one there."""
 

@@ -12,11 +12,11 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from ..errors import DeadlineExceeded, Disconnected, ProtocolError, SessionError
+from ..record import changeable
 from ..vhost.backend import Responder
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
@@ -59,7 +59,7 @@ class ShadowRing(NamedTuple):
     used: int
 
 
-@dataclass(slots=True)
+@changeable
 class Has:
     """Values that the back was told and has not forgotten since."""
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
+from ..record import record
 from .features import NOTHING, Withheld
 
 MIB = 1 << 20
@@ -16,7 +16,7 @@ MRG_RXBUF = 1 << 15
 Another device's feature of this number costs speed at most."""
 
 
-@dataclass(frozen=True)
+@record
 class Config:
     """How the airlock treats a device: its memory, its threads, and its time-outs."""
 

@@ -8,13 +8,12 @@ carry guest addresses in their payload, which mean nothing in isolated memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..errors import StartError, UsageError
+from ..record import record
 from .config import MRG_RXBUF
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DeviceType:
     """A type of device. `name` is the one in QEMU's vhost-user.json."""
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from ..dataplane.mapping import Mapping
 from ..dataplane.regions import GuestMemory
 from ..errors import RequestRefused
+from ..record import record
 from ..vhost.fds import Fd
 from ..vhost.wire import MemoryRegion
 
@@ -24,7 +24,7 @@ MAX_REGIONS = 509
 _END = 1 << 64
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mapped:
     """A region and where we see it; `file` identifies the file that it is in."""
 

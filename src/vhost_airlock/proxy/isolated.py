@@ -16,11 +16,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
 
 from ..dataplane.mapping import Mapping
 from ..dataplane.pool import Pool
 from ..errors import RequestRefused
+from ..record import changeable, record
 from ..vhost.fds import Fd
 from ..vhost.wire import MemoryRegion
 
@@ -42,7 +42,7 @@ MFD_NOEXEC_SEAL = 0x0008
 """Of memfd_create; Python has no name for it yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Region:
     """One memfd, where we see it and where the back does."""
 
@@ -92,7 +92,7 @@ def _memfd(name: str, flags: int) -> int:
     return os.memfd_create(name, flags)
 
 
-@dataclass(slots=True)
+@changeable
 class RingMemory:
     """Two rooms of the same size for one ring's shadow, used in turns."""
 

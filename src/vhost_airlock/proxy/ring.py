@@ -11,13 +11,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
 from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
 from ..dataplane.worker import Worker
 from ..errors import RequestRefused
+from ..record import changeable
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature, VringAddr
 from .back import Back, ShadowRing
@@ -75,7 +75,7 @@ class Owner(Protocol):
         """Set the shares of all rings that have a pump."""
 
 
-@dataclass(slots=True)
+@changeable
 class FrontFds:
     """The eventfds that the front sent for a ring."""
 

@@ -23,12 +23,12 @@ Rules that the table rests on:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
 from ..dataplane.pump import check_base, layout
 from ..errors import ProtocolError, RequestRefused
+from ..record import changeable
 from ..vhost.wire import VringAddr
 
 
@@ -131,7 +131,7 @@ TABLE: dict[tuple[State, Event], Change] = {
 }
 
 
-@dataclass(slots=True)
+@changeable
 class Vring:
     """A ring as the front describes it."""
 

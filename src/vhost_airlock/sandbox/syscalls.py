@@ -17,7 +17,8 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from ..record import record
 
 LIBRARY = "libseccomp.so.2"
 
@@ -65,7 +66,7 @@ _BAD_ARCH, _ALL_THREADS, _RAW_ERRORS = 2, 4, 9
 _EQUAL, _MASKED_EQUAL = 4, 7
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Only:
     """A condition: an argument, masked, has this value."""
 
@@ -74,7 +75,7 @@ class Only:
     mask: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rule:
     """The action for a call, if all conditions hold."""
 

@@ -34,10 +34,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 from ..errors import DeadlineExceeded, PeerRefused, ProtocolError, RequestRefused
+from ..record import changeable
 from .channel import TIMEOUT, Channel
 from .fds import Fd, HasFileno
 from .message import Answer, Message
@@ -73,7 +73,7 @@ Done = Callable[[Answer], None]
 """Called with the reply or ack to a request that was posted."""
 
 
-@dataclass(slots=True)
+@changeable
 class Owed:
     """A reply or ack that the peer owes."""
 

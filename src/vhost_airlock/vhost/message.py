@@ -8,10 +8,10 @@ its own, so one set of checks serves those that wait for a message and those tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 from ..errors import ProtocolError
+from ..record import changeable
 from .fds import Fd, close_all
 from .wire import MAX_PAYLOAD, Header, HeaderFlag
 
@@ -45,7 +45,7 @@ class OwnsFds:
         self.close()
 
 
-@dataclass(slots=True)
+@changeable
 class Message(OwnsFds):
     """A message that was received."""
 
@@ -63,13 +63,15 @@ class Message(OwnsFds):
         return bool(self.flags & HeaderFlag.NEED_REPLY)
 
 
-@dataclass(slots=True)
 class Answer(OwnsFds):
-    """A reply that a handler returns, or that a request got, with its descriptors."""
+    """A reply that a handler returns, or that a request got, with its descriptors.
 
-    payload: Any
-    """The reply's payload, of the class in the request's rule."""
-    fds: list[Fd] = field(default_factory=list)
+    `payload` is the reply's payload, of the class in the request's rule.
+    """
+
+    def __init__(self, payload: Any, fds: list[Fd] | None = None) -> None:
+        self.payload = payload
+        self.fds = [] if fds is None else fds
 
 
 class Incoming(OwnsFds):

@@ -21,11 +21,11 @@ Two forms that the specification allows are not supported:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
 from ..errors import ProtocolError, RequestRefused
+from ..record import record
 from .wire import (
     MAX_PAYLOAD,
     MAX_VRING_SIZE,
@@ -87,7 +87,7 @@ def _any_value(payload: Any) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rule:
     """The parts of one request, and of its reply or ack."""
 

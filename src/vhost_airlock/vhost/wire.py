@@ -10,11 +10,11 @@ All numbers are in the byte order of the machine.
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass, field
 from enum import IntEnum, IntFlag
 from typing import ClassVar, Self
 
 from ..errors import ProtocolError
+from ..record import record, values
 
 MAX_PAYLOAD = 4096
 """No payload is longer; most programs have this limit or a smaller one."""
@@ -293,7 +293,7 @@ class Fixed(Payload):
         cls.MIN_SIZE = cls.MAX_SIZE = cls.LAYOUT.size
 
     def pack(self) -> bytes:
-        return self.LAYOUT.pack(*astuple(self))  # type: ignore[call-overload]
+        return self.LAYOUT.pack(*values(self))
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -301,7 +301,7 @@ class Fixed(Payload):
         return cls(*cls.LAYOUT.unpack(data))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Header(Fixed):
     """The beginning of each message."""
 
@@ -313,14 +313,14 @@ class Header(Fixed):
     """The payload's bytes."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Empty(Fixed):
     """No payload."""
 
     LAYOUT: ClassVar = struct.Struct("=")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class U64(Fixed):
     """A number: features, a count, a status; as an ack, 0 is success."""
 
@@ -329,7 +329,7 @@ class U64(Fixed):
     value: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VringFd(Payload):
     """A vring's index, and whether an fd comes with it: eventfd, or none to poll."""
 
@@ -350,7 +350,7 @@ class VringFd(Payload):
         return cls(value & 0xFF, bool(value & cls.NOFD))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VringState(Fixed):
     """A vring's index and one number about it."""
 
@@ -360,7 +360,7 @@ class VringState(Fixed):
     num: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VringAddr(Fixed):
     """Where the three parts of a vring lie, in the sender's user addresses."""
 
@@ -375,7 +375,7 @@ class VringAddr(Fixed):
     """The guest address under which writes to the used ring are logged."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MemoryRegion(Fixed):
     """A piece of guest memory, and where its mapping starts in the fd."""
 
@@ -387,7 +387,7 @@ class MemoryRegion(Fixed):
     mmap_offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MemoryTable(Payload):
     """All of guest memory; the fds are in the order of the regions."""
 
@@ -400,7 +400,7 @@ class MemoryTable(Payload):
 
     def pack(self) -> bytes:
         return self.COUNT.pack(len(self.regions)) + b"".join(
-            self.REGION.pack(*astuple(region)) for region in self.regions
+            self.REGION.pack(*values(region)) for region in self.regions
         )
 
     @classmethod
@@ -413,7 +413,7 @@ class MemoryTable(Payload):
         return cls(tuple(MemoryRegion(*v) for v in cls.REGION.iter_unpack(body)))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Log(Fixed):
     """Where the dirty bitmap lies in its fd."""
 
@@ -423,7 +423,7 @@ class Log(Fixed):
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Iotlb(Fixed):
     """An entry of the device IOTLB."""
 
@@ -437,7 +437,7 @@ class Iotlb(Fixed):
     type: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Config(Payload):
     """A piece of the configuration space.
 
@@ -454,7 +454,10 @@ class Config(Payload):
     size: int
     flags: int = 0
     """1 is live migration in the specification; rust-vmm means that by 2."""
-    data: bytes = field(default=b"", repr=False)
+    data: bytes = b""
+
+    def __repr__(self) -> str:
+        return f"Config(offset={self.offset}, size={self.size}, flags={self.flags})"
 
     def pack(self) -> bytes:
         return self.HEAD.pack(self.offset, self.size, self.flags) + self.data
@@ -466,7 +469,7 @@ class Config(Payload):
         return cls(offset, size, flags, data[cls.HEAD.size :])
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Inflight(Fixed):
     """The memory in which requests in flight are tracked."""
 
@@ -478,7 +481,7 @@ class Inflight(Fixed):
     queue_size: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DeviceState(Fixed):
     """How the device's internal state shall be transferred."""
 
@@ -489,7 +492,7 @@ class DeviceState(Fixed):
     """0: the vrings are stopped. There is no other phase."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CryptoSession(Payload):
     """A crypto session, with its keys. No address is in it, so it is not decoded.
 
@@ -499,7 +502,10 @@ class CryptoSession(Payload):
     MIN_SIZE: ClassVar = 8
     MAX_SIZE: ClassVar = MAX_PAYLOAD
 
-    data: bytes = field(repr=False)
+    data: bytes
+
+    def __repr__(self) -> str:
+        return "CryptoSession()"  # without its keys
 
     def pack(self) -> bytes:
         return self.data
@@ -510,7 +516,7 @@ class CryptoSession(Payload):
         return cls(data)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SharedObject(Payload):
     """The UUID of a dma-buf. QEMU 10.2 forgets to send it in GET_SHARED_OBJECT."""
 
@@ -529,7 +535,7 @@ class SharedObject(Payload):
         return cls(data)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class VringArea(Fixed):
     """Memory for notifications: the vring's index, and where it lies in its fd."""
 
@@ -541,7 +547,7 @@ class VringArea(Fixed):
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ShmemMap(Fixed):
     """A mapping in one of the device's shared memory regions."""
 
@@ -555,7 +561,7 @@ class ShmemMap(Fixed):
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ShmemConfig(Payload):
     """The size of each shared memory region; the index is its id, 0 means none."""
 

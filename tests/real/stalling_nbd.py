@@ -69,7 +69,7 @@ class StallingNbd:
         self.path = path
         self.content = content
         self.done = 0
-        """How many requests were done and answered."""
+        """How many requests were done and answered since the last stall began."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -91,6 +91,7 @@ class StallingNbd:
         """Keep all requests from now on."""
         with self._changed:
             self._stalled = True
+            self.done = 0
 
     def wait_for_kept(self, count: int) -> None:
         """Wait until at least this many requests are kept."""
@@ -99,7 +100,7 @@ class StallingNbd:
             assert there, f"{len(self._kept)} requests are kept, not {count}"
 
     def wait_for_done(self, count: int) -> None:
-        """Wait until at least this many requests are done, of all that ever came."""
+        """Wait until this many requests are done since the stall began."""
         with self._changed:
             there = self._changed.wait_for(lambda: self.done >= count, 30)
             assert there, f"{self.done} requests are done, not {count}"

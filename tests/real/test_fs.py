@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest's shared file system: virtiofsd, direct and through the airlock."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.guest.machine import Guest
 from tests.real.airlock import airlock, reach
 from tests.real.backends import virtiofsd, virtiofsd_command
 from tests.real.processes import listening
+from tests.real.programs import Programs, new_folder
 from tests.support.profiles import STRESS
 
 MIB = 1 << 20
@@ -46,32 +49,6 @@ def check_crowd(share: Path, threads: int) -> None:
         assert found == files.crowd_content(number)
 
 
-def test_guest_and_host_see_the_same(programs, folder, via, reference):
-    """A tree in both directions, a large file, and 200 threads at once."""
-    share = new_share(folder, "share")
-    with (
-        virtiofsd(programs, share, folder / "fs.sock", "--thread-pool-size=16"),
-        reach(via, folder / "fs.sock") as front,
-        Guest(programs, folder, devices.file_system(front, "share")) as guest,
-    ):
-        guest.sh("mount -t virtiofs share /mnt")
-        assert guest.call(files.survey, "/mnt/host") == reference
-        guest.call(files.build, "/mnt/guest")
-        assert guest.call(files.survey, "/mnt/guest") == reference
-        assert files.survey(str(share / "guest")) == reference
-
-        guest.call(files.crowd, "/mnt/crowd", 200, 2)
-        check_crowd(share, 200)
-        guest.sh("rm -r /mnt/host /mnt/guest /mnt/crowd")
-        assert list(share.iterdir()) == []
-
-        guest.call(files.write_big, "/mnt/big", 1, BIG)
-        files.check_big(str(share / "big"), 1, BIG)
-        guest.call(files.check_big, "/mnt/big", 1, BIG)
-        guest.sh("umount /mnt")
-        guest.power_off()
-
-
 MODES = {
     "auto": ("--writeback",),
     "always": (),
@@ -82,32 +59,69 @@ MODES_OF = {"airlock": list(MODES), "direct": ["auto", "never"]}
 """Direct, these two differ most."""
 
 
-def test_cache_modes(programs, folder, via, reference):
-    """One guest with a file system for each mode; one passes O_DIRECT on."""
-    with ExitStack() as stack:
+@dataclass
+class Scene:
+    """A guest with a file system named share, and one for each of `modes`."""
+
+    guest: Guest
+    folder: Path
+    modes: list[str]
+
+
+@pytest.fixture(scope="module", params=["direct", "airlock"])
+def scene(request: pytest.FixtureRequest, programs: Programs) -> Iterator[Scene]:
+    modes = MODES_OF[request.param]
+    options = {"share": ("--thread-pool-size=16",)}
+    options |= {mode: (f"--cache={mode}", *MODES[mode]) for mode in modes}
+    with new_folder() as folder, ExitStack() as stack:
         fronts = []
-        for mode in MODES_OF[via]:
-            share = new_share(folder, mode)
-            path = folder / f"{mode}.sock"
-            caching = (f"--cache={mode}", *MODES[mode])
-            stack.enter_context(virtiofsd(programs, share, path, *caching))
-            front = stack.enter_context(reach(via, path))
-            fronts.append(devices.file_system(front, mode))
+        for name, words in options.items():
+            path = folder / f"{name}.sock"
+            share = new_share(folder, name)
+            stack.enter_context(virtiofsd(programs, share, path, *words))
+            front = stack.enter_context(reach(request.param, path))
+            fronts.append(devices.file_system(front, name))
         guest = stack.enter_context(Guest(programs, folder, *fronts))
-        for mode in MODES_OF[via]:
-            guest.sh(f"mount -t virtiofs {mode} /mnt")
-            assert guest.call(files.survey, "/mnt/host") == reference
-            guest.call(files.build, "/mnt/guest")
-            guest.call(files.map_file, "/mnt/mapped", 1, 4 * MIB)
-            guest.call(files.direct, "/mnt/direct", 2, MIB)
-            guest.call(files.crowd, "/mnt/crowd", 50, 1)
-            guest.sh("umount /mnt")
-            share = folder / mode
-            assert files.survey(str(share / "guest")) == reference
-            assert share.joinpath("mapped").read_bytes() == files.mapped(1, 4 * MIB)
-            files.check_big(str(share / "direct"), 2, MIB)
-            check_crowd(share, 50)
+        yield Scene(guest, folder, modes)
         guest.power_off()
+
+
+def test_guest_and_host_see_the_same(scene, reference):
+    """A tree in both directions, a large file, and 200 threads at once."""
+    guest, share = scene.guest, scene.folder / "share"
+    guest.sh("mount -t virtiofs share /mnt")
+    assert guest.call(files.survey, "/mnt/host") == reference
+    guest.call(files.build, "/mnt/guest")
+    assert guest.call(files.survey, "/mnt/guest") == reference
+    assert files.survey(str(share / "guest")) == reference
+
+    guest.call(files.crowd, "/mnt/crowd", 200, 2)
+    check_crowd(share, 200)
+    guest.sh("rm -r /mnt/host /mnt/guest /mnt/crowd")
+    assert list(share.iterdir()) == []
+
+    guest.call(files.write_big, "/mnt/big", 1, BIG)
+    files.check_big(str(share / "big"), 1, BIG)
+    guest.call(files.check_big, "/mnt/big", 1, BIG)
+    guest.sh("umount /mnt")
+
+
+def test_cache_modes(scene, reference):
+    """A file system for each mode; one passes O_DIRECT on."""
+    guest = scene.guest
+    for mode in scene.modes:
+        guest.sh(f"mount -t virtiofs {mode} /mnt")
+        assert guest.call(files.survey, "/mnt/host") == reference
+        guest.call(files.build, "/mnt/guest")
+        guest.call(files.map_file, "/mnt/mapped", 1, 4 * MIB)
+        guest.call(files.direct, "/mnt/direct", 2, MIB)
+        guest.call(files.crowd, "/mnt/crowd", 50, 1)
+        guest.sh("umount /mnt")
+        share = scene.folder / mode
+        assert files.survey(str(share / "guest")) == reference
+        assert share.joinpath("mapped").read_bytes() == files.mapped(1, 4 * MIB)
+        files.check_big(str(share / "direct"), 2, MIB)
+        check_crowd(share, 50)
 
 
 def use(guest: Guest, share: Path, number: int) -> None:
@@ -121,18 +135,12 @@ def use(guest: Guest, share: Path, number: int) -> None:
     files.check_big(str(share / "big"), number, MIB)
 
 
-def test_guest_reboots(programs, folder, via):
+def test_guest_reboots(scene):
     """RESET_DEVICE, which comes with a reboot, makes virtiofsd forget its features."""
-    share = new_share(folder, "share")
-    with (
-        virtiofsd(programs, share, folder / "fs.sock"),
-        reach(via, folder / "fs.sock") as front,
-        Guest(programs, folder, devices.file_system(front, "share")) as guest,
-    ):
-        use(guest, share, 0)
-        guest.reboot()
-        use(guest, share, 1)
-        guest.power_off()
+    share = scene.folder / "share"
+    use(scene.guest, share, 0)
+    scene.guest.reboot()
+    use(scene.guest, share, 1)
 
 
 def test_kept_back_end_serves_the_next_vmm(programs, folder):

@@ -6,14 +6,15 @@ completes it in whatever ring it has then.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack
+
+import pytest
 
 from tests.guest import devices
 from tests.guest.inside import blocks
 from tests.guest.machine import Guest
 from tests.real.airlock import reach
-from tests.real.programs import Programs
+from tests.real.programs import Programs, new_folder
 from tests.real.stalling_nbd import NbdDisk, StallingNbd, stalling_nbd
 from tests.real.storage import storage_daemon
 
@@ -52,77 +53,79 @@ class Scene:
         blocks.check(self.nbd.content, COUNT, seed)
 
 
-@contextmanager
-def scene(programs: Programs, folder: Path, via: str) -> Iterator[Scene]:
-    path = folder / "nbd.sock"
-    with (
-        stalling_nbd(path, blocks.image(COUNT)) as nbd,
-        storage_daemon(
-            programs, NbdDisk(server=path, queues=CPUS), folder / "back.sock"
-        ) as (_, back),
-        reach(via, back, "--drain-timeout=0.3") as front,
-        Guest(programs, folder, devices.disk(front), cpus=CPUS) as guest,
-    ):
+@pytest.fixture(scope="module", params=["direct", "airlock"])
+def scene(request: pytest.FixtureRequest, programs: Programs) -> Iterator[Scene]:
+    """One guest for all tests, each with a seed of its own."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        folder = enter(new_folder())
+        path = folder / "nbd.sock"
+        nbd = enter(stalling_nbd(path, blocks.image(COUNT)))
+        disk = NbdDisk(server=path, queues=CPUS)
+        _, back = enter(storage_daemon(programs, disk, folder / "back.sock"))
+        front = enter(reach(request.param, back, "--drain-timeout=0.3"))
+        guest = enter(Guest(programs, folder, devices.disk(front), cpus=CPUS))
         yield Scene(nbd, guest)
         guest.power_off()
 
 
-def test_stop_and_cont_during_a_stall(programs, folder, via):
+through_the_airlock = pytest.mark.parametrize("scene", ["airlock"], indirect=True)
+
+
+def test_stop_and_cont_during_a_stall(scene):
     """Then all requests are done, the last one first."""
-    with scene(programs, folder, via) as it:
-        it.stall(COUNT, seed=1)
-        it.stop()
-        it.cont()
-        it.nbd.go_on()
-        it.finish(seed=1)
+    scene.stall(COUNT, seed=1)
+    scene.stop()
+    scene.cont()
+    scene.nbd.go_on()
+    scene.finish(seed=1)
 
 
-def test_stop_and_cont_with_later_requests_done(programs, folder, via):
+def test_stop_and_cont_with_later_requests_done(scene):
     """No base says which requests are not done."""
-    with scene(programs, folder, via) as it:
-        it.stall(COUNT, seed=1)
-        for turn in range(1, 4):
-            it.nbd.let_go(OUT_OF_ORDER)
-            it.guest.call(blocks.wait_for, COUNT - turn * len(OUT_OF_ORDER))
-            it.stop()
-            it.cont()
-        it.nbd.go_on()
-        it.finish(seed=1)
+    scene.stall(COUNT, seed=2)
+    for turn in range(1, 4):
+        scene.nbd.let_go(OUT_OF_ORDER)
+        scene.guest.call(blocks.wait_for, COUNT - turn * len(OUT_OF_ORDER))
+        scene.stop()
+        scene.cont()
+    scene.nbd.go_on()
+    scene.finish(seed=2)
 
 
-def test_disk_goes_on_while_its_guest_is_stopped(programs, folder):
+@through_the_airlock
+def test_disk_goes_on_while_its_guest_is_stopped(scene):
     """Some requests are done in the first stop, and the others in the second one.
 
     Through the airlock only: a direct qemu-storage-daemon ends the connection ("Error
     writing eventfd"), for it has no call descriptor then.
     """
-    with scene(programs, folder, "airlock") as it:
-        it.stall(COUNT, seed=1)
-        it.stop()
-        it.nbd.let_go(OUT_OF_ORDER)
-        it.nbd.wait_for_kept(AT_ONCE)
-        it.cont()
-        it.guest.call(blocks.wait_for, COUNT - len(OUT_OF_ORDER))
-        it.stop()
-        it.nbd.go_on()
-        it.nbd.wait_for_done(COUNT)
-        it.cont()
-        it.finish(seed=1)
+    scene.stall(COUNT, seed=3)
+    scene.stop()
+    scene.nbd.let_go(OUT_OF_ORDER)
+    scene.nbd.wait_for_kept(AT_ONCE)
+    scene.cont()
+    scene.guest.call(blocks.wait_for, COUNT - len(OUT_OF_ORDER))
+    scene.stop()
+    scene.nbd.go_on()
+    scene.nbd.wait_for_done(COUNT)
+    scene.cont()
+    scene.finish(seed=3)
 
 
-def test_reboot_during_a_stall(programs, folder):
+@through_the_airlock
+def test_reboot_during_a_stall(scene):
     """Requests of before the reboot are done after those of the system that boots.
 
     Through the airlock only: nothing keeps a direct back-end from writing them to the
     memory of that system.
     """
     few = AT_ONCE // 2
-    with scene(programs, folder, "airlock") as it:
-        it.stall(few, seed=1)
-        reboot = it.guest.begin_reboot()
-        it.nbd.wait_for_kept(few + 1)
-        it.nbd.go_on()
-        reboot.result()
-        it.stall(COUNT, seed=2)
-        it.nbd.go_on()
-        it.finish(seed=2)
+    scene.stall(few, seed=4)
+    reboot = scene.guest.begin_reboot()
+    scene.nbd.wait_for_kept(few + 1)
+    scene.nbd.go_on()
+    reboot.result()
+    scene.stall(COUNT, seed=5)
+    scene.nbd.go_on()
+    scene.finish(seed=5)

@@ -17,16 +17,15 @@ from tests.real.airlock import reach
 from tests.real.backends import passt
 from tests.real.network import Network
 from tests.real.programs import new_folder
+from tests.support.profiles import STRESS
 
 MIB = 1 << 20
 HERE = "127.0.0.1"
 SO_RCVBUFFORCE = 33
 TO_HOST, TO_GUEST = 5000, 5001
-WAYS = {
-    "direct": (),
-    "airlock": ("--device-type=net",),
-    "full": ("--copy=full",),
-}
+WAYS: dict[str, tuple[str, ...]] = {"direct": (), "airlock": ("--device-type=net",)}
+if STRESS:
+    WAYS["full"] = ("--copy=full",)
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Net:
 
 @pytest.fixture(scope="module", params=WAYS)
 def net(request, programs) -> Iterator[Net]:
-    """One guest for each way; there are two ways to copy through the airlock."""
+    """One guest for each way."""
     via = "direct" if request.param == "direct" else "airlock"
     with (
         new_folder() as folder,

@@ -71,7 +71,7 @@ class Scene:
 @pytest.fixture(scope="module", params=["direct", "airlock"])
 def scene(request: pytest.FixtureRequest, programs: Programs) -> Iterator[Scene]:
     modes = MODES_OF[request.param]
-    options = {"share": ("--thread-pool-size=16",)}
+    options: dict[str, tuple[str, ...]] = {"share": ("--thread-pool-size=16",)}
     options |= {mode: (f"--cache={mode}", *MODES[mode]) for mode in modes}
     with new_folder() as folder, ExitStack() as stack:
         fronts = []

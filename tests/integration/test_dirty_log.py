@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import replace
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -19,7 +18,10 @@ from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import HIGH, MIB
 from vhost_airlock.proxy import ration
+from vhost_airlock.proxy.ring import Ring
 from vhost_airlock.proxy.state import State
+from vhost_airlock.proxy.workers import Workers
+from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import Fd, drain, eventfd
 from vhost_airlock.vhost.wire import (
     Feature,
@@ -73,7 +75,7 @@ def log_all(guest: BlkGuest, on: bool = True) -> None:
     for queue in guest.queues:
         addr = queue.vring_addr(guest.ram)
         flags = VringFlag.LOG if on else 0
-        guest.front.set_vring_addr(replace(addr, flags=flags))
+        guest.front.set_vring_addr(replaced(addr, flags=flags))
 
 
 def begin_read(guest: BlkGuest, index: int = 0) -> int:
@@ -197,7 +199,7 @@ def test_the_flag_of_a_ring_is_for_its_words_alone(guest, back, log):
     guest.start()
     use(guest, log)
     addr = guest.queues[1].vring_addr(guest.ram)
-    guest.front.set_vring_addr(replace(addr, flags=VringFlag.LOG))
+    guest.front.set_vring_addr(replaced(addr, flags=VringFlag.LOG))
     log.take()
     read(guest, back, 0)
     read(guest, back, 1)
@@ -252,6 +254,42 @@ def test_the_log_is_another_one_in_each_round(guest, back):
     assert old is not None
     old.close()
     assert len(os.listdir("/proc/self/fd")) <= fds
+
+
+def test_each_change_is_made_while_the_workers_stand_still(
+    guest, back, log, airlock, monkeypatch
+):
+    """So no store is under way that is logged as before when the VMM is answered."""
+    guest.start()
+    pump = airlock.session.device.ring(0).pump
+    paused = []
+    changes = []
+    usual = Workers.pause
+
+    @contextmanager
+    def pause(self):
+        with usual(self):
+            paused.append(True)
+            yield
+            paused.pop()
+
+    def note(ring):
+        assert paused, f"the workers run, and ring {ring.index} changes"
+        changes.append(ring.pump is pump)
+        set_logging(ring)
+
+    set_logging = Ring.set_logging
+    monkeypatch.setattr(Workers, "pause", pause)
+    monkeypatch.setattr(Ring, "set_logging", note)
+    for act in (
+        lambda: use(guest, log),
+        lambda: guest.front.set_features(guest.features | Feature.LOG_ALL),
+        lambda: guest.front.set_features(guest.features),
+    ):
+        changes.clear()
+        act()
+        guest.front.barrier()
+        assert any(changes)
 
 
 def test_a_ring_that_starts_while_the_vm_migrates(guest, back, log):

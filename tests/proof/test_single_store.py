@@ -18,12 +18,14 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.proof.bench import BUFFERS, COPY, SIZE, Bench, once
+from tests.proof.bench import BUFFERS, COPY, SIZE, Bench, once, pieces_of
 from tests.proof.watching import CAN_WATCH, Access, Watcher
+from tests.support.dirty import LogFile
 from tests.support.plane import PAGE
 from tests.support.profiles import SANITIZED
 from vhost_airlock.dataplane.pump import POLICIES
@@ -236,6 +238,34 @@ def test_each_copy_policy_writes_what_it_says(
     last = 0 if policy == "used" and said <= COPY else 64
     expected = {*bench.buffer(0)[:first], *bench.buffer(1)[:last]}
     assert set(bench.copied(stores)) == expected
+
+
+@pytest.mark.skipif(not CAN_WATCH, reason="reads instructions of x86-64 only")
+@pytest.mark.skipif(SANITIZED, reason="the code that users run is what is looked at")
+def test_a_page_is_marked_after_the_last_store_to_it(watcher: Watcher) -> None:
+    """The VMM sends a page once it has its bit: no store may come later."""
+    bench = Bench(watcher)
+    lane = bench.lane
+    with closing(LogFile(PAGE)) as log:  # it has bits for the buffers, not for the ring
+        bench.world.log_into(log)
+        pieces = [*pieces_of(bench.world.ram), log.place]
+        bench.offer(WRITE, WRITE)
+        lane.step()
+        lane.complete(lane.take(), b"x" * 2 * COPY)
+        accesses = watcher.during(lane.step, pieces)
+        stores = [each for each in accesses if each.write]
+        bits = log.place[0] + BUFFERS // PAGE // 8
+        marks = [i for i, each in enumerate(stores) if each.address == bits]
+        assert len(marks) == 2
+        assert_before(stores, bench.buffer(0), marks[0])
+        assert_before(stores, bench.buffer(1), marks[1])
+        element = next(
+            i
+            for i, each in enumerate(stores)
+            if bench.names.get(each.address) == "guest used.ring[0].id"
+        )
+        assert marks[1] < element
+        assert log.take() == {BUFFERS // PAGE, BUFFERS // PAGE + 1}
 
 
 @pytest.mark.skipif(not CAN_WATCH, reason="reads instructions of x86-64 only")

@@ -38,3 +38,22 @@ size_t take(uint8_t *log, size_t size, uint64_t *pages, size_t room)
     }
     return n;
 }
+
+/* Toggles the bits of `mask` in the log until `*stop`, as another device may that shares
+ * it. Returns how often one was not as this had left it.
+ */
+uint64_t hammer(uint8_t *log, size_t size, const uint8_t *mask,
+                const volatile int *stop)
+{
+    uint8_t left[256] = {0};
+    uint64_t lost = 0;
+
+    while (!*stop)
+        for (size_t i = 0; i < size && i < sizeof(left); i++) {
+            uint8_t found = __atomic_fetch_xor(log + i, mask[i], __ATOMIC_SEQ_CST);
+
+            lost += (found & mask[i]) != left[i];
+            left[i] = ~found & mask[i];
+        }
+    return lost;
+}

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +32,7 @@ def library() -> ctypes.CDLL:
         subprocess.run([*command, SOURCE, "-o", made], check=True, env=clean)
         loaded = ctypes.CDLL(str(made))
     loaded.take.restype = ctypes.c_size_t
+    loaded.hammer.restype = ctypes.c_uint64
     return loaded
 
 
@@ -88,6 +91,30 @@ class LogFile:
         del log  # or the file can't be unmapped
         assert found <= room, f"{found} bits, more than are expected"
         return set(self._pages[:found])
+
+    @contextlib.contextmanager
+    def hammered(self, pages: Iterable[int]) -> Iterator[None]:
+        """In this context, another device toggles the bits of these pages, which lie in
+        the first 256 bytes, as fast as it can; in the end none may have been lost.
+        """
+        mask = bytearray(256)
+        for page in pages:
+            mask[page // 8] |= 1 << page % 8
+        stop, lost = ctypes.c_int(0), list[int]()
+
+        def run() -> None:
+            log = (ctypes.c_char * 256).from_buffer(self._view, self.told.offset)
+            size = ctypes.c_size_t(256)
+            lost.append(library().hammer(log, size, bytes(mask), ctypes.byref(stop)))
+
+        thread = threading.Thread(target=run, name="another device")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.value = 1
+            thread.join()
+        assert lost == [0], "bits of another device were lost"
 
     def intact(self) -> bool:
         """Were the bytes around it left alone?"""

@@ -247,7 +247,7 @@ static uint8_t *host_of(const struct back *back, uint64_t addr, uint64_t len)
     return NULL;
 }
 
-/* Write to each buffer of a chain. 0: there is something wrong with the chain. */
+/* Write to each buffer of a chain, another letter than the last time. 0: there is something wrong with the chain. */
 static int serve(struct back *back, const volatile struct desc *table, uint32_t size,
                  uint32_t at)
 {
@@ -265,7 +265,7 @@ static int serve(struct back *back, const volatile struct desc *table, uint32_t 
             return 0;
         writable = desc.flags & WRITE;
         if (writable)
-            memset(host, 'w', desc.len < 64 ? desc.len : 64);
+            memset(host, 'a' + back->taken % 26, desc.len < 64 ? desc.len : 64);
         if (!(desc.flags & NEXT))
             return 1;
         at = desc.next;

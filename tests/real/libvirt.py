@@ -241,17 +241,29 @@ class Domain(Machine):
 </domain>""")
 
     def __enter__(self) -> Self:
+        self.agent = self._run(self.script)
+        self.booted()
+        return self
+
+    def _run(self, script: str) -> Lines:
+        """Run a script that starts QEMU: the way to the agent."""
         path = self.host.vm / "agent.sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             path.chmod(0o666)
             listener.listen()
             listener.settimeout(PATIENCE)
-            self.host.run("sh", "-euc", f"cd /run/vm\n{self.script}")
-            self.agent = Lines(listener.accept()[0])
+            self.host.run("sh", "-euc", f"cd /run/vm\n{script}")
+            agent = Lines(listener.accept()[0])
         path.unlink()
-        self.booted()
-        return self
+        return agent
+
+    def goes_on_after(self, script: str) -> None:
+        """Run a script that ends QEMU and starts another one for the same machine."""
+        agent = self._run(script)
+        agent.take_over(self.agent)
+        self.agent.close()
+        self.agent = agent
 
     def __exit__(self, *error: object) -> None:
         self.agent.close()

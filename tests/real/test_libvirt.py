@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.inside import net
+from tests.guest.inside import files, net
 from tests.guest.inside.agent import sh
 from tests.real.airlock import airlock
 from tests.real.backends import passt, virtiofsd_command
@@ -131,11 +131,19 @@ def test_disk_comes_and_goes(scene):
     scene.guest.sh("while [ -e /dev/vdb ]; do sleep 0.1; done")
 
 
-def test_domain_is_not_saved_and_goes_on(scene):
-    message = example("What the domain can do", "text").strip()
-    for words in (["save", "guest", "/run/vm/saved"], ["managedsave", "guest"]):
-        assert message in scene.host.fails("virsh", *words)
-    check_disk(scene.guest, "vda", scene.image("disk"))
+def test_domain_is_saved_and_goes_on(scene):
+    """Once in a file of the user's and once in libvirt's own, while files are open."""
+    scene.guest.call(files.hold, "/mnt/share", False)
+    for script in (
+        "virsh save guest saved; virsh restore saved",
+        "virsh managedsave guest; virsh start guest",
+    ):
+        scene.guest.goes_on_after(script)
+        check_disk(scene.guest, "vda", scene.image("disk"))
+        scene.guest.call(files.check_held)
+        for each in scene.shares:
+            tag = each.folder.name
+            assert scene.guest.sh(f"cat '/mnt/{tag}/from host'") == tag
 
 
 def test_domain_reboots(scene):

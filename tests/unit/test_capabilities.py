@@ -46,7 +46,7 @@ TOLD = [
     ),
     (
         '{"type": "fs", "features": ["migrate-precopy", "separate-options"]}',
-        {"type": "fs", "features": ["separate-options"]},
+        {"type": "fs", "features": ["migrate-precopy", "separate-options"]},
     ),
 ]
 

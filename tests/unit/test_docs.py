@@ -23,6 +23,7 @@ from vhost_airlock.dataplane.regions import GuestMemory
 from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.proxy.device_types import TYPES
 from vhost_airlock.proxy.features import (
+    DEVICE,
     back_features,
     back_protocol,
     front_offer,
@@ -293,6 +294,22 @@ def test_every_protocol_feature_is_in_the_protocols_table():
     for bit, (*name, offered, used) in told.items():
         assert [offered, used] == fate_of_protocol_feature(bit), f"bit {bit}"
         assert name == [named[bit]] if bit in named else not name
+
+
+def test_features_that_the_airlock_adds_for_the_guest_are_told():
+    """A guest that has them can only move where they are offered."""
+    table = rows(section(doc("migration.md"), "Hosts that differ"))
+    told = {name: int(mask, 16) for (name, mask, *_) in table}
+    bits = [1 << bit for bit in range(64) if not DEVICE >> bit & 1]
+    passed = [Feature.VERSION_1, Feature.ANY_LAYOUT]
+    of_the_connection = [Feature.PROTOCOL_FEATURES, Feature.LOG_ALL]
+    found = [
+        Feature(bit)
+        for bit in bits
+        if front_offer(Feature.VERSION_1 | bit) & bit
+        and bit not in (*passed, *of_the_connection)
+    ]
+    assert told == {f"`{each.name}`": each.value for each in found}
 
 
 def test_every_feature_is_in_the_protocols_table():

@@ -112,7 +112,7 @@ def test_descriptor_names_the_program_by_its_path(monkeypatch, real, capfd):
         "description": "virtiofsd behind vhost-airlock",
         "type": "fs",
         "binary": "/usr/bin/vhost-airlock-virtiofsd",
-        "features": ["separate-options"],
+        "features": FEATURES,
     }
 
 

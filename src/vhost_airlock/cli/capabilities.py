@@ -2,7 +2,7 @@
 """`run --print-capabilities`: the device's type and features, for management layers.
 
 The form is that of QEMU's vhost-user.json. A back-end that the airlock starts tells its
-own; features that end at the airlock are taken out.
+own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from ..proxy.device_types import TYPES, DeviceType
 
 PATIENCE = 5.0
 """Seconds that the back-end's program has to tell its capabilities."""
-MIGRATION = "migrate-"
-"""How features begin that promise live migration, which the airlock does not have."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ def capabilities(kind: DeviceType | None, command: Sequence[str]) -> Capabilitie
     for each in TYPES:
         if each.name == found.type:
             each.require_isolation()
-    carried = [each for each in found.features if not each.startswith(MIGRATION)]
-    return Capabilities(found.type, tuple(carried))
+    return found
 
 
 def _ask(program: str, kind: DeviceType | None) -> Capabilities:

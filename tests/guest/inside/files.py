@@ -172,3 +172,33 @@ def in_threads(function: Callable[[int], None], count: int) -> None:
     with ThreadPoolExecutor(count) as pool:
         for _ in pool.map(function, range(count)):
             pass
+
+
+_held: list[int] = []
+"""Descriptors of files that stay open."""
+
+
+def hold(folder: str, unlinked: bool) -> None:
+    """Open files and leave them open: one with a name, one that was renamed since, a
+    folder, and one without any name any more.
+    """
+    root = Path(folder)
+    for number, name in enumerate(("named", "before", "unlinked")):
+        if name != "unlinked" or unlinked:
+            fd = os.open(root / name, os.O_RDWR | os.O_CREAT)
+            os.write(fd, data(number, PIECE))
+            _held.append(fd)
+    root.joinpath("before").rename(root / "renamed")
+    if unlinked:
+        root.joinpath("unlinked").unlink()
+
+
+def check_held() -> None:
+    """Are they as they were? Past the guest's cache. And they can still be written."""
+    for number, fd in enumerate(_held):
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        found = os.pread(fd, 2 * PIECE, 0)
+        if found[:PIECE] != data(number, PIECE):
+            raise ValueError(f"{number}: {difference(data(number, PIECE), found)}")
+        os.pwrite(fd, b"more", os.fstat(fd).st_size)

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench.fronts import Fronts
-from bench.machine import be_prompt, said
+from bench.machine import said
 from bench.measure import Bench
 from bench.runs import BenchError, Case, Run
 from bench.targets import back_end, through_airlock
@@ -78,7 +78,6 @@ def measure_both(
     """
     fronts = Fronts(programs, folder, ms, core=0)
     with back_end(programs, folder, core=1) as (daemon, back):
-        be_prompt()
         number = 0
         while number == 0 or time.monotonic() < until:
             with ExitStack() as stack:

@@ -125,6 +125,7 @@ def measure_builds(
     """Measure this build and another one in turns, and nothing else."""
     progress(f"building {options.against}")
     sources = against.build(options.against), PROJECT / against.SOURCE
+    be_prompt()
     if time.monotonic() > until:
         raise BenchError(
             f"to build {options.against} took all of the {options.seconds:.0f} s; the"

@@ -202,7 +202,7 @@ def test_it_is_told_all_that_the_last_one_knew() -> None:
 def test_vmm_is_answered_meanwhile() -> None:
     """From the record; a ring stops and starts; what nobody knows has to wait."""
     back = ScriptedBack(protocol_features=PROTOCOL, config=bytes(range(60)))
-    with connected(back, timeout=0.3) as (airlock, guest):
+    with connected(back, timeout=1.5) as (airlock, guest):
         front = guest.front
         offered = front.get_features()
         status = front.get_status()
@@ -226,6 +226,22 @@ def test_vmm_is_answered_meanwhile() -> None:
             back.complete(back.take(), b"c" * 512)
         await_reaped(guest.queues[0])
         serve(back, guest, 1)
+
+
+def test_a_back_that_comes_at_the_last_moment_is_not_asked() -> None:
+    """It could not answer in time, and would be lost again."""
+    back = ScriptedBack(protocol_features=PROTOCOL)
+    with connected(back, timeout=0.5) as (airlock, guest):
+        lose(airlock, back, away=True)
+        comes = threading.Timer(0.3, lambda: setattr(airlock, "away", False))
+        comes.start()
+        with pytest.raises(RequestRefused, match="GET_CONFIG"):
+            guest.front.get_config(20, 8)
+        comes.join()
+        wait_until(lambda: back.connections == 2, "it is connected again")
+        wait_until(lambda: all_run(airlock), "all rings run again")
+        assert airlock.session.device.counters()["backend"]["losses"] == 1
+        serve(back, guest)
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -320,8 +336,8 @@ def test_request_that_kills_back_ends_fails(
 ) -> None:
     """The third back-end is lost over it alone, and the fourth one never gets it."""
     back = Prey(DEADLY)
-    options = {"recorded": recorded, "has_error": True}
-    with connected(back, **options) as (airlock, guest):
+    options: dict[str, object] = {"has_error": True, "drain_timeout": PATIENCE}
+    with connected(back, recorded=recorded, **options) as (airlock, guest):
         ios = offer(guest, 3, index=1) + offer(guest, 8)
         prey_on(airlock, back, guest, ios, 0)
         failed = [io for io in ios if io.status != BlkStatus.OK]
@@ -349,7 +365,7 @@ def test_request_that_kills_back_ends_ends_its_ring(
 ) -> None:
     """The device has no error for it. The other ring goes on."""
     back = Prey(DEADLY)
-    with connected(back) as (airlock, guest):
+    with connected(back, drain_timeout=PATIENCE) as (airlock, guest):
         ios = offer(guest, 3, index=1) + offer(guest, 8)
         prey_on(airlock, back, guest, ios, 8 - DEADLY)
         ring = airlock.session.device.rings[0]

@@ -116,6 +116,9 @@ class Device:
                 raise RequestRefused("the back-end is away")
             self._backs.pause(min(left, self._recovery.wait()))
             self._look_for_back()
+            if self._back is not None and not self._has_time():
+                # A back that is asked now would be late, and lost again for no fault.
+                raise RequestRefused("the back-end has only just come back")
         return self._back
 
     @property
@@ -179,6 +182,10 @@ class Device:
             if self._until is not None:
                 self._set_until(self._until + self.config.drain_timeout)
         return self._drains_until
+
+    def _has_time(self) -> bool:
+        """Has a back as much time for the message at hand as it may need, about?"""
+        return (self._until or 0.0) - time.monotonic() > self.config.timeout / 2
 
     def _set_until(self, until: float | None) -> None:
         self._until = until

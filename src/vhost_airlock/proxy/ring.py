@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from enum import Enum, auto
 from typing import Protocol
 
 from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
@@ -28,7 +27,7 @@ from .features import require_modern
 from .front_memory import FrontMemory
 from .inflight import InflightRecord
 from .ration import LINES, Ration
-from .state import TABLE, Action, Change, Event, State, Vring
+from .state import TABLE, Action, Change, Event, State, Turn, Vring
 
 REMEDY = (
     "they end only if this ring goes on; raise --drain-timeout, or let the VMM keep a"
@@ -36,17 +35,6 @@ REMEDY = (
 )
 MEMORY_TIME = 1.0
 """Seconds for which a started ring may wait for memory before the log is told."""
-
-
-class Turn(Enum):
-    """The part of a ring in the search for a request over which backs are lost."""
-
-    FREE = auto()
-    """There is no search: it takes chains as it likes."""
-    ALONE = auto()
-    """Its back gets one of its chains at a time."""
-    WAITS = auto()
-    """It takes no chains."""
 
 
 class Owner(Protocol):

@@ -51,6 +51,17 @@ class State(Enum):
     """Nothing: the back broke the shadow ring, or memory of either ring is gone."""
 
 
+class Turn(Enum):
+    """The part of a ring in the search for a request over which backs are lost."""
+
+    FREE = auto()
+    """There is no search: it takes chains as it likes."""
+    ALONE = auto()
+    """Its back gets one of its chains at a time."""
+    WAITS = auto()
+    """It takes no chains."""
+
+
 class Event(Enum):
     """An event in the life of a ring."""
 

@@ -13,7 +13,8 @@ import math
 import time
 from collections.abc import Iterable
 
-from .ring import Ring, Turn
+from .ring import Ring
+from .state import Turn
 
 
 class Trial:
@@ -40,8 +41,8 @@ class Trial:
                     f"{each.suspected} of ring {each.index}" for each in self._next
                 ),
             )
-        for ring in self._rings:
-            ring.set_turn(Turn.WAITS if self._next else Turn.FREE)
+            for ring in self._rings:
+                ring.set_turn(Turn.WAITS)
         self._call()
 
     def look(self) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.install.releases import RELEASES
 from tests.real.programs import PROJECT, Programs, find, new_folder
 from vhost_airlock import __version__
 
 
-@pytest.fixture(params=["debian-12", "debian-13"])
+@pytest.fixture(params=RELEASES)
 def release(request: pytest.FixtureRequest) -> Programs:
     """A Debian whose changes end with each command."""
     found = find(request.param, keep=False)

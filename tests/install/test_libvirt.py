@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.guest.machine import Machine
+from tests.install.releases import long_on
 from tests.real.libvirt import Domain, Host, Share, check_disk, disk, example, share
 from tests.real.programs import PROJECT
 from vhost_airlock.peers.scan import search
@@ -44,6 +45,7 @@ def use(host: Host, guest: Machine, folder: Share, *back_ends: int) -> None:
         assert search(back, [MARKER.encode()]).found == ()
 
 
+@long_on("debian-13")
 def test_domain_is_isolated_by_ten_lines_and_by_one(package):
     """First its folder by the README's lines, then all its devices by an emulator."""
     words = f"marker={MARKER}"

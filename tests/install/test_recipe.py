@@ -14,6 +14,7 @@ import pytest
 
 from tests.guest.initramfs import kernel, plain_initramfs
 from tests.guest.machine import PATIENCE
+from tests.install.releases import long_on
 from tests.real.processes import Process
 from tests.real.programs import PROJECT
 
@@ -49,6 +50,7 @@ syslinux --install guest.img
 AFTER = "mcopy -n -i /var/lib/guest.img ::written written"
 
 
+@long_on("debian-12")
 def test_recipe_ends_in_an_isolated_guest(package):
     assert RECIPE
     lines = RECIPE[1].rstrip().splitlines()

@@ -199,8 +199,9 @@ def test_it_is_told_all_that_the_last_one_knew() -> None:
         serve(back, guest)
 
 
-def test_vmm_is_answered_meanwhile() -> None:
+def test_vmm_is_answered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the record; a ring stops and starts; what nobody knows has to wait."""
+    monkeypatch.setattr(recovery, "LONGEST_PAUSE", 0.05)
     back = ScriptedBack(protocol_features=PROTOCOL, config=bytes(range(60)))
     with connected(back, timeout=1.5) as (airlock, guest):
         front = guest.front

@@ -13,7 +13,8 @@
     │   └── DeadlineExceeded   ... a peer did not answer in time
     │       └── BackLate       ... the back-end; it is a BackLost too
     ├── RequestRefused         one message; the connection lives on
-    └── Stopped                nothing: we were told to stop while we waited idly
+    ├── Stopped                nothing: we were told to stop while we waited idly
+    └── Interrupted            nothing: an order came while we waited idly
 
 The text of each is one line that names the peer, the request, the field and the value,
 as far as they are known. The log shows that line.
@@ -79,3 +80,7 @@ class RequestRefused(AirlockError):
 
 class Stopped(AirlockError):
     """Our own stop event came while we waited for a peer that owed us nothing."""
+
+
+class Interrupted(AirlockError):
+    """An order of our owner came while we waited for a peer that owed us nothing."""

@@ -23,6 +23,7 @@ class Disk:
     direct: bool = False
     """The file is opened with O_DIRECT, so that alignment matters."""
     aio: str = "threads"
+    locking: str = "auto"
 
     def blockdev(self) -> str:
         if self.image is None:
@@ -30,7 +31,8 @@ class Disk:
         cache = "on" if self.direct else "off"
         return (
             f"driver=file,node-name=disk,filename={self.image},"
-            f"cache.direct={cache},discard=unmap,aio={self.aio}"
+            f"cache.direct={cache},discard=unmap,aio={self.aio},"
+            f"locking={self.locking}"
         )
 
 

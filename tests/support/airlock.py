@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack, ScriptedBack
-from vhost_airlock.errors import BackLate, BackLost, Disconnected, FrontLost
+from tests.support.swaps import Orders, Swap, connect_to
+from vhost_airlock.errors import BackLost, Disconnected, FrontLost
 from vhost_airlock.proxy.back import Back
 from vhost_airlock.proxy.config import Config
 from vhost_airlock.proxy.recovery import ConfigChanged
@@ -74,6 +75,10 @@ class Airlock:
         self.back = ScriptedBack() if back is None else back
         self.config = Config(**options)  # type: ignore[arg-type]
         self.stop = eventfd()
+        self.orders = Orders()
+        self._first = self.back
+        self._others: list[RecordedBack] = []
+        """Those that an order has named."""
         self.sessions: list[Session] = []
         self.fronts: list[TimedChannel] = []
         self.away = False
@@ -92,7 +97,7 @@ class Airlock:
             timeout=self.config.timeout,
             lost=FrontLost,
         )
-        session = Session(front, self.config, self, self.stop)
+        session = Session(front, self.config, self, self.stop, orders=self.orders)
         thread = threading.Thread(target=self._run, args=[session], name="session")
         self.sessions.append(session)
         self._threads.append(thread)
@@ -126,20 +131,23 @@ class Airlock:
         time.sleep(seconds)
 
     def connect(self, config_changed: ConfigChanged) -> Back:
-        ours, theirs = socket.socketpair()
-        self.back.start(theirs)
-        channel = Channel(
-            ours,
-            peer="back-end",
-            timeout=self.config.timeout,
-            lost=BackLost,
-            late=BackLate,
-        )
-        try:
-            return Back(channel, self.config, config_changed)
-        except BaseException:
-            channel.close()
-            raise
+        return connect_to(self.back, self.config, config_changed)
+
+    def swap(
+        self,
+        back: RecordedBack,
+        *,
+        beside: bool = True,
+        refused: str = "",
+        working: str = "",
+    ) -> Swap:
+        """Order the last session to take this back. Returns the order, which is under
+        way. `beside`: it is there already.
+        """
+        swap = Swap(self, back, beside=beside, refused=refused, working=working)
+        self._others.append(back)
+        self.orders.give(swap)
+        return swap
 
     @property
     def session(self) -> Session:
@@ -178,7 +186,9 @@ class Airlock:
             self.join()
         finally:
             self.stop.close()
-            self.back.close()
+            self.orders.close()
+            for back in {self._first, self.back, *self._others}:
+                back.close()
 
 
 class Direct:

@@ -118,7 +118,10 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
         ["--device-type=block", "--on-backend-loss=close"],
         {"whole_batches": 0, "grows": True, "has_error": True},
     ),
-    (["--device-type=fs"], {"whole_batches": 0}),
+    (
+        ["--device-type=fs"],
+        {"whole_batches": 0, "stateful": "open files and locks"},
+    ),
 ]
 
 
@@ -349,6 +352,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         if name not in (
             *("command", "device", "whole_batches", "has_error", "grows"),
             *("recover", "recover_time", "exit_with_backend"),
-            *("backend_fd", "stats_fd", "notify_socket"),
+            *("stateful", "backend_fd", "stats_fd", "control_fd", "notify_socket"),
         ):
             assert "--" + name.replace("_", "-") in text

@@ -40,7 +40,8 @@ from vhost_airlock.process.connector import (
     Waiter,
     make_connector,
 )
-from vhost_airlock.process.sockets import Listener, peer_of
+from vhost_airlock.process.control import KIND
+from vhost_airlock.process.sockets import OWNER, Listener, peer_of
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, drain, eventfd, notify
 from vhost_airlock.vhost.wire import Request
@@ -667,6 +668,9 @@ def test_broker_takes_no_arguments(stack: ExitStack, stop: Fd, tmp_path: Path) -
             b"back %s/other" % bytes(tmp_path),
             b"back\0%s/other" % bytes(tmp_path),
             b"front",
+            b"next back",
+            b"next end",
+            b"adopt",
             b"unlink %s/other" % bytes(tmp_path),
             b"x" * 4000,
         ):
@@ -677,6 +681,64 @@ def test_broker_takes_no_arguments(stack: ExitStack, stop: Fd, tmp_path: Path) -
             )
     assert not wanted.exists()
     assert (tmp_path / "other").is_socket()
+    with pytest.raises(BlockingIOError):
+        other.accept()
+
+
+def test_broker_takes_the_next_back_end_from_its_owner_alone(
+    stack: ExitStack, stop: Fd, path: str, tmp_path: Path
+) -> None:
+    """The airlock can only say whether it takes it."""
+    back, following, other = (
+        listening(str(tmp_path / name), stack)
+        for name in ("back.sock", "next.sock", "other.sock")
+    )
+    for sock in (back, following, other):
+        sock.setblocking(False)
+    helper = Broker(stop, back=path)
+    stack.callback(helper.close)
+    place = str(tmp_path / "control.sock")
+    orders, readers = helper.control(helper.listen(place, None, OWNER, KIND))
+    stack.callback(orders.close)
+    stack.callback(readers.close)
+    helper.start()
+    for adopts in (False, True):
+        with socket.socket(socket.AF_UNIX, KIND) as peer:
+            peer.settimeout(10)
+            peer.connect(place)
+            peer.send(b'{"do": "swap", "backend": "%s/next.sock"}' % bytes(tmp_path))
+            orders.settimeout(10)
+            assert orders.recv(1000)
+            for request in (
+                b"next back %s/other.sock" % bytes(tmp_path),
+                b"next",
+                b"next next back",
+                b"next front",
+                b"next adopt",
+                b"adopt %s/other.sock" % bytes(tmp_path),
+            ):
+                helper._ask(request)
+                assert helper._answer() == (
+                    None,
+                    "this is nothing that the broker does",
+                )
+            for chosen, accepts in ((False, back), (True, following)):
+                reached, _ = helper.connect_back(following=chosen)
+                assert reached is not None
+                reached.close()
+                accepts.accept()[0].close()
+            if adopts:
+                helper.adopt_back()
+            orders.send(b"+done")
+            assert peer.recv(100) == b'{"result": "done"}\n'
+        assert helper.connect_back(following=True) == (
+            None,
+            "this is nothing that the broker does",
+        )
+        reached, _ = helper.connect_back()
+        assert reached is not None
+        reached.close()
+        (following if adopts else back).accept()[0].close()
     with pytest.raises(BlockingIOError):
         other.accept()
 

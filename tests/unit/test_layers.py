@@ -17,6 +17,7 @@ LAYERS = """
     cli.main
     cli.qemu
     cli.run  cli.demo  cli.bench  cli.stats  cli.attack  cli.qemu_plan  cli.keeper
+    cli.swap
     cli.demo_report  cli.bench_report  cli.qemu_options  cli.stats_table  cli.metrics
     cli.stats_document  cli.capabilities
     cli.arguments  cli.__init__
@@ -39,8 +40,12 @@ LAYERS = """
     peers.ring
 
     process.daemon
+    process.orders
     process.connector  process.fronts  process.stats_server
     process.broker
+    process.control
+    process.reach
+    process.target
     process.program
     process.config  process.manager  process.command
     process.sockets  process.signals  process.log  process.users  process.__init__
@@ -49,7 +54,7 @@ LAYERS = """
     sandbox.syscalls  sandbox.files  sandbox.__init__
 
     proxy.session
-    proxy.handlers
+    proxy.handlers  proxy.swap
     proxy.device
     proxy.pool_policy  proxy.trial
     proxy.ring

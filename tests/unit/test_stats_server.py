@@ -93,6 +93,7 @@ def test_want_of_descriptors_is_waited_for(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = stats(path, dict).start()
+    assert told.listener is not None
     accept = told.listener.accept
     failures = iter([OSError(24, "Too many open files")] * 2)
 
@@ -103,4 +104,21 @@ def test_want_of_descriptors_is_waited_for(
 
     monkeypatch.setattr(told.listener, "accept", fail_at_first)
     assert json.loads(ask(str(path)))
+    told.close()
+
+
+def test_readers_may_be_handed_over(path: Path) -> None:
+    """By the broker, which has accepted them; also in place of a listener."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    told = Stats(None, dict, theirs).start()
+    for _ in range(3):
+        reader, handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handed.setblocking(False)
+        with reader:
+            with handed:
+                socket.send_fds(ours, [b"stats"], [handed.fileno()])
+            assert json.loads(reader.recv(1000))["version"] == __version__
+            assert reader.recv(1) == b""
+    ours.send(b"without one")
+    ours.close()
     told.close()

@@ -23,6 +23,7 @@ COMMANDS = {
     "qemu": "start QEMU with an airlock in front of each vhost-user back-end",
     "demo": "see it work, without any other program",
     "stats": "show the state of a running airlock",
+    "swap": "let a running airlock take another back-end",
     "bench": "measure a block device",
     "attack": "be a hostile guest, VMM or back-end, and see if a program holds",
 }

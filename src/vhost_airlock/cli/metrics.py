@@ -95,6 +95,14 @@ OF_COUNTERS = {
         "Times that the back-end was lost, and another one was looked for.",
     ),
     ("backend", "away"): ("away_seconds_total", "Time without a back-end."),
+    ("backend", "swaps"): (
+        "swaps_total",
+        "Times that another back-end took the place of one by `vhost-airlock swap`.",
+    ),
+    ("backend", "paused"): (
+        "paused_seconds_total",
+        "Time in which the guest's queues stood for that.",
+    ),
     ("pool", "used"): ("used_bytes", "Of the pool, by requests now."),
     ("pool", "high_water"): ("high_water_bytes", "The most that requests ever used."),
     ("pool", "resident"): (

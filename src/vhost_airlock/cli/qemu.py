@@ -39,7 +39,7 @@ STDERR = 2
 
 OWN = (
     *("socket_path", "front_connect", "backend"),
-    *("name", "stats_path", "exit_with_pipe", "print_capabilities"),
+    *("name", "stats_path", "control_path", "exit_with_pipe", "print_capabilities"),
 )
 """Options of an airlock that can't be the same for several."""
 

@@ -15,7 +15,7 @@ from ..process.command import CONNECTED_FD, LISTENING_FD
 from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
-from ..process.sockets import address_of
+from ..process.sockets import LONGEST_PATH, address_of
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
 from ..record import fields
@@ -35,11 +35,12 @@ from .arguments import (
 FRONT = ("socket_path", "fd", "front_connect")
 BACK = ("backend", "backend_listen", "command")
 """The options for one side, of which one is needed."""
-PATHS = ("socket_path", "front_connect", "backend", "backend_listen", "stats_path")
+PATHS = (
+    *("socket_path", "front_connect", "backend", "backend_listen"),
+    *("stats_path", "control_path"),
+)
 """The options that name a socket by its path."""
 FD = number(0, (1 << 31) - 1)
-LONGEST_PATH = 107
-"""Bytes that the path of a socket can have, see unix(7)."""
 LOSS = ("recover", "close", "exit")
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -208,6 +209,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats-path", metavar="PATH", help="listen here for `vhost-airlock stats`"
     )
     parser.add_argument(
+        "--control-path",
+        metavar="PATH",
+        help="listen here for `vhost-airlock swap` and `vhost-airlock stats`, for the"
+        " airlock's own user alone",
+    )
+    parser.add_argument(
         "--name",
         type=name,
         help="the device's name in the log and in stats"
@@ -287,6 +294,7 @@ def take_from_manager(
         (manager.FRONT, "fd", FRONT),
         (manager.BACK, "backend_fd", BACK),
         (manager.STATS, "stats_fd", ("stats_path",)),
+        (manager.CONTROL, "control_fd", ("control_path",)),
     ):
         if side in passed:
             for other in _given(options, others):
@@ -318,6 +326,7 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     if loss is None:
         loss = "recover" if kind is not None and kind.recovers else "close"
     options.recover = loss == "recover"
+    options.stateful = kind.stateful if kind is not None else ""
     options.exit_with_backend = loss == "exit"
     _exactly_one(options, FRONT)
     if vars(options).get("backend_fd") is None:

@@ -42,13 +42,16 @@ class Document:
     backend_connected: bool
     rings: dict[str, dict[str, str | None]]
     counters: dict[str, dict[str, int]]
+    pid: int = 0
+    """The airlock's process; 0: it is too old to tell it."""
 
     @classmethod
     def of(cls, data: Any) -> Self:
         """Take the known fields. ValueError, KeyError, TypeError: one is missing or of
         a wrong type.
         """
-        document = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        given = {"pid": 0} | data
+        document = cls(**{name: given[name] for name in cls.__dataclass_fields__})
         for group in (document.rings, document.counters):
             if not all(isinstance(each, dict) for each in group.values()):
                 raise ValueError("rings and counters are no objects")
@@ -96,9 +99,23 @@ def ask_all(paths: Sequence[str]) -> tuple[list[Answer], list[NoStats]]:
             named[path] = True
     with ThreadPoolExecutor(AT_ONCE) as pool:
         told = list(pool.map(_try, named))
-    answers = [each for each in told if isinstance(each, Answer)]
+    answers = _once([each for each in told if isinstance(each, Answer)], named)
     failures = [each for each in told if isinstance(each, NoStats)]
     return answers, [each for each in failures if named[each.path] or not each.foreign]
+
+
+def _once(answers: Sequence[Answer], named: dict[str, bool]) -> list[Answer]:
+    """Leave out the second socket of an airlock that was found in a folder: it answers
+    at its --control-path and at its --stats-path.
+    """
+    seen: set[tuple[int, str]] = set()
+    found = []
+    for each in answers:
+        airlock = (each.document.pid, each.document.name)
+        if named[each.path] or not each.document.pid or airlock not in seen:
+            found.append(each)
+        seen.add(airlock)
+    return found
 
 
 def _sockets_in(folder: str) -> list[str]:
@@ -130,7 +147,8 @@ def ask(path: str) -> str:
     with socket.socket(socket.AF_UNIX, KIND) as sock:
         sock.settimeout(PATIENCE)
         try:
-            _connect(sock, path, until)
+            connect(sock, path, until)
+            sock.shutdown(socket.SHUT_WR)  # at a --control-path this asks for stats
             while part := sock.recv(1 << 16):
                 data += part
                 sock.settimeout(max(0.001, until - time.monotonic()))
@@ -141,7 +159,7 @@ def ask(path: str) -> str:
     return data.decode(errors="replace")
 
 
-def _connect(sock: socket.socket, path: str, until: float) -> None:
+def connect(sock: socket.socket, path: str, until: float) -> None:
     """Connect; while the queue of the socket is full, try again until a time."""
     while True:
         try:

@@ -5,7 +5,9 @@ The airlock locks itself in, and from then on can connect to nothing, start noth
 remove nothing; and a program that it started would be locked in with it, though
 back-ends have sandboxes of their own. So this process is forked before. It still has
 the user's rights, but no sockets of the airlock, no memory of a guest, and no choice:
-the paths and the command are fixed when it starts, and no request has an argument.
+no request has an argument. The paths and the command are fixed when it starts; another
+one for the back-end comes from the airlock's owner alone, at the control socket, which
+this process serves (control.py).
 
 Airlock and broker talk over a pair of sockets, one packet a message, one request at a
 time. The requests, and the answers to them:
@@ -17,6 +19,11 @@ time. The requests, and the answers to them:
     lives    the reason why the back-end of the last connection to the path may still be
              at work, as text; "no" if its process has ended
     end      the program's status as text, as soon as it has ended
+    adopt    the back-end of the order under way is the back-end from now on; the
+             program of the last one is ended
+
+"next back", "next users", "next lives" and "next end" are about the back-end of the
+order under way, as long as there is one.
 
 An answer without a socket is the reason why there is none. When the airlock's socket
 is closed, which happens however the airlock ends, the broker removes the sockets
@@ -33,11 +40,13 @@ import signal
 import socket
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from ..errors import AirlockError, StartError, Stopped
 from ..vhost.fds import Fd, HasFileno
 from .command import GRACE, PATIENCE
+from .control import Control
+from .reach import CONNECTED, ENDED, Reach, dial
 from .signals import ENDING
 from .sockets import (
     Listener,
@@ -45,21 +54,17 @@ from .sockets import (
     Rights,
     SocketFile,
     inherited,
-    peer_of,
     reason_of,
 )
-
-if TYPE_CHECKING:
-    from .program import Program
+from .target import Target
 
 ANSWER = 10.0
 """Seconds that the broker has to answer, beside those that a program has to end."""
 
 _BACK, _FRONT, _USERS, _LIVES, _END = b"back", b"front", b"users", b"lives", b"end"
+_NEXT, _ADOPT = b"next ", b"adopt"
 _SIZE = 4096
 """More than any message has."""
-_CONNECTED = "connected"
-_ENDED = "no"
 _GONE = "the broker is gone"
 
 
@@ -81,13 +86,14 @@ class Broker:
         command: Sequence[str] = (),
     ) -> None:
         self.stop = stop
-        self.back = back
+        self.target = Target(back, tuple(command))
         self.front = front
-        self.command = command
         self.pid = 0
         """The broker's process number, while it runs."""
         self._listeners: list[Listener] = []
         self._sock: socket.socket | None = None
+        self._control: list[socket.socket] = []
+        """The sockets of the broker's process for Control."""
 
     def listen(
         self,
@@ -113,6 +119,17 @@ class Broker:
         """Let the broker remove this listener's path, once it runs."""
         self._listeners.append(listener)
 
+    def control(self, listener: ListeningSocket) -> tuple[socket.socket, socket.socket]:
+        """Let the broker serve this control socket, once it runs.
+
+        Returns the socket at which orders come, and the one at which readers of stats
+        are handed over.
+        """
+        orders, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        readers, handing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = [listener.socket, told, handing]
+        return orders, readers
+
     def start(self) -> None:
         """Fork the broker, while this process has one thread. StartError if that
         fails.
@@ -128,20 +145,24 @@ class Broker:
                 ) from None
             if self.pid == 0:
                 files = [listener.file for listener in self._listeners]
-                _run(_Server(self, files), theirs)
+                _run(self, files, theirs, self._control)
         self._sock = ours
+        self._close_control()
         for listener in self._listeners:
             listener.disown()
 
-    def connect_back(self) -> tuple[socket.socket | None, str]:
-        """Connect to the back-end, or start it.
+    def connect_back(
+        self, *, following: bool = False
+    ) -> tuple[socket.socket | None, str]:
+        """Connect to the back-end, or start it. `following`, here and below: the one of
+        the order under way.
 
         Returns (socket, text): the connected socket, and the process number of a
         program that was started; or None, and the reason. OSError: this process has no
         descriptor left for a socket.
         """
         with self._room():
-            self._ask(_BACK)
+            self._ask(_of(_BACK, following))
         return self._answer()
 
     def connect_front(self) -> tuple[socket.socket | None, str]:
@@ -154,33 +175,45 @@ class Broker:
             self._ask(_FRONT)
         return self._answer()
 
-    def users_of_back(self) -> frozenset[int]:
+    def users_of_back(self, *, following: bool = False) -> frozenset[int]:
         """Return the users that the program runs as; none if that is not known."""
-        self._ask(_USERS)
+        self._ask(_of(_USERS, following))
         _, text = self._answer()
         return frozenset(int(word) for word in text.split() if word.isdigit())
 
-    def back_lives(self) -> str:
+    def back_lives(self, *, following: bool = False) -> str:
         """Return the reason why the back-end of the last connection to its path may
         still be at work; "": its process has ended.
         """
-        self._ask(_LIVES)
+        self._ask(_of(_LIVES, following))
         _, text = self._answer()
-        return "" if text == _ENDED else text
+        return "" if text == ENDED else text
 
-    def end_back(self) -> int | None:
+    def end_back(self, *, following: bool = False) -> int | None:
         """End the program; returns its exit status, None if that is not known."""
-        self._ask(_END)
+        self._ask(_of(_END, following))
         _, text = self._answer()
         return int(text) if text.lstrip("-").isdigit() else None
 
+    def adopt_back(self) -> None:
+        """The back-end of the order under way is the back-end from now on."""
+        self._ask(_ADOPT)
+        self._answer()
+
     def close(self) -> None:
         """End the broker and the program; the entrusted paths are removed then."""
+        self._close_control()
         if self._sock is not None:
             self._sock.close()
             self._sock = None
             os.waitpid(self.pid, 0)
             self.pid = 0
+
+    def _close_control(self) -> None:
+        """Close our copies of the broker's sockets."""
+        for sock in self._control:
+            sock.close()
+        self._control.clear()
 
     @property
     def _connected(self) -> socket.socket:
@@ -237,10 +270,19 @@ class Broker:
         return None, data.decode()
 
 
+def _of(request: bytes, following: bool) -> bytes:
+    return _NEXT + request if following else request
+
+
 # The code from here on runs in the broker's process.
 
 
-def _run(server: _Server, sock: socket.socket) -> NoReturn:
+def _run(
+    plan: Broker,
+    made: Sequence[SocketFile],
+    sock: socket.socket,
+    control: Sequence[socket.socket],
+) -> NoReturn:
     """Be the broker. Nothing of the airlock's is closed, freed or flushed here."""
     status = 1
     try:
@@ -251,12 +293,21 @@ def _run(server: _Server, sock: socket.socket) -> NoReturn:
         for number in ENDING:
             signal.signal(number, _pass_over)
         # If the broker kept the airlock's sockets, they would not end with the airlock.
-        kept = os.dup2(sock.fileno(), 3, inheritable=False)
-        os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-        server.serve(socket.socket(fileno=kept))
+        _close_all_but([sock, *control])
+        served = Control(*control) if control else None
+        _Server(plan, made, served).serve(sock)
         status = 0
     finally:
         os._exit(status)
+
+
+def _close_all_but(kept: Sequence[socket.socket]) -> None:
+    """Close all descriptors but those of a terminal and these."""
+    first = 3
+    for fd in sorted(sock.fileno() for sock in kept):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
 def _pass_over(number: int, frame: FrameType | None) -> None:
@@ -266,91 +317,80 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 class _Server:
     """Serves the requests, and cleans up at the end."""
 
-    def __init__(self, plan: Broker, made: Sequence[SocketFile]) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Broker, made: Sequence[SocketFile], control: Control | None
+    ) -> None:
+        self.front = plan.front
         self.made = made
-        self.program: Program | None = None
-        self.peer: Fd | None = None
-        """Of the process that listens at the back-end's path, a pidfd."""
-        self.peer_pid = 0
+        self.back = Reach(plan.target)
+        self.control = control
 
     def serve(self, sock: socket.socket) -> None:
         """Serve the airlock's requests until it is gone, and clean up after it."""
         try:
             with contextlib.suppress(OSError):  # the airlock ended before the answer
-                while asked := sock.recv(_SIZE):
+                while self._wait(sock):
+                    asked = sock.recv(_SIZE)
+                    if not asked:
+                        break
                     self._answer(asked, sock)
         finally:
             for file in self.made:
                 file.remove()
-            self._end(0, None)
+            if self.control is not None:
+                self.control.close()
+            self.back.close()
+
+    def _wait(self, sock: socket.socket) -> bool:
+        """Wait for the airlock's next request, and serve the control socket meanwhile.
+        Returns True.
+        """
+        control = self.control
+        while control is not None:
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            control.register(poll)
+            wait = control.wait()
+            ready = {fd for fd, _ in poll.poll(None if wait is None else wait * 1000)}
+            if sock.fileno() in ready:
+                break
+            control.look(ready)
+        return True
 
     def _answer(self, asked: bytes, sock: socket.socket) -> None:
-        if asked == _END:
-            sock.send(str(self._end(GRACE, sock)).encode())
-            return
-        if asked == _USERS:
-            users = () if self.program is None else self.program.users()
-            sock.send(f"users: {' '.join(map(str, users))}".encode())
-            return
-        if asked == _LIVES:
-            sock.send(self._lives().encode())
-            return
         try:
-            text, connected = self._connect(asked)
+            text, connected = self._do(asked, sock)
         except OSError as error:
-            sock.send(reason_of(error).encode()[:_SIZE])
+            text, connected = reason_of(error)[:_SIZE], None
+        if connected is None:
+            sock.send(text.encode())
             return
         with connected:
             socket.send_fds(sock, [text.encode()], [connected.fileno()])
 
-    def _connect(self, asked: bytes) -> tuple[str, socket.socket]:
-        """Return (text, connected socket) for one of the fixed requests."""
-        if asked == _FRONT and self.plan.front is not None:
-            return _CONNECTED, _dial(self.plan.front)
-        if asked == _BACK and self.plan.back is not None:
-            sock = _dial(self.plan.back)
-            self._note_peer(sock)
-            return _CONNECTED, sock
-        if asked == _BACK and self.plan.command:
-            from .program import Program  # see `command`
-
-            self._end(GRACE, None)
-            self.program = Program(self.plan.command)
-            return str(self.program.pid), self.program.socket
+    def _do(
+        self, asked: bytes, sock: socket.socket
+    ) -> tuple[str, socket.socket | None]:
+        """Do one of the fixed things; returns (text, socket, if one is connected)."""
+        if asked == _FRONT and self.front is not None:
+            return CONNECTED, dial(self.front)
+        if asked == _ADOPT and self.control is not None:
+            adopted = self.control.adopt()
+            self.back.close()
+            self.back = adopted
+            return "adopted", None
+        back = self.back
+        if asked.startswith(_NEXT) and self.control is not None:
+            asked, back = (
+                asked.removeprefix(_NEXT),
+                self.control.next or Reach(Target()),
+            )
+        if asked == _BACK:
+            return back.connect()
+        if asked == _USERS:
+            return f"users: {' '.join(map(str, back.users()))}", None
+        if asked == _LIVES:
+            return back.lives(), None
+        if asked == _END:
+            return str(back.end(GRACE, sock)), None
         raise OSError("this is nothing that the broker does")
-
-    def _note_peer(self, sock: socket.socket) -> None:
-        if self.peer is not None:
-            self.peer.close()
-        self.peer, self.peer_pid = None, peer_of(sock).pid
-        with contextlib.suppress(OSError):  # 0: it is in another namespace
-            self.peer = Fd(os.pidfd_open(self.peer_pid))
-
-    def _lives(self) -> str:
-        """Return the reason why the last peer may be at work, or _ENDED."""
-        if self.peer is None:
-            return "its process is not known"
-        poll = select.poll()
-        poll.register(self.peer.fileno(), select.POLLIN)
-        return _ENDED if poll.poll(0) else f"process {self.peer_pid} has not ended"
-
-    def _end(self, grace: float, hurry: socket.socket | None) -> int | None:
-        """End the program, if there is one; returns its exit status, None if that is
-        not known.
-        """
-        program, self.program = self.program, None
-        return None if program is None else program.end(grace, hurry)
-
-
-def _dial(path: str) -> socket.socket:
-    """Return a socket that is connected to a path. OSError instead of a wait."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.connect(path)
-        sock.setblocking(True)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -54,6 +54,10 @@ class ProcessConfig:
     """Where to listen for readers of the counters."""
     stats_fd: int | None = None
     """The number of an inherited socket at which to listen for them."""
+    control_path: str | None = None
+    """Where to listen for commands of the process's owner."""
+    control_fd: int | None = None
+    """The number of an inherited socket at which to listen for them."""
     notify_socket: str | None = None
     """The address at which the service manager listens for news of us."""
     socket_mode: int | None = None

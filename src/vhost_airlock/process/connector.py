@@ -21,17 +21,19 @@ from ..errors import (
     BackLate,
     BackLost,
     DeadlineExceeded,
+    Interrupted,
     SessionError,
     StartError,
     Stopped,
-    UsageError,
 )
+from ..record import replaced
 from ..vhost.channel import Channel
 from ..vhost.fds import HasFileno
 from .broker import Broker
 from .command import CONNECTED_FD, LISTENING_FD
 from .config import ProcessConfig
 from .sockets import Peer, peer_of, require_socket
+from .target import Target, require_command, require_program
 
 PAUSE = 0.05
 """Seconds between attempts to connect to a back-end that is away."""
@@ -43,6 +45,11 @@ SHORT_LIFE = 10.0
 
 class Connector(ABC):
     """A way to the back-end. `stop` ends the wait for a back-end, with Stopped."""
+
+    following = False
+    """Is it the way to the back-end of the broker's order under way?"""
+    interrupt: HasFileno | None = None
+    """Ends a wait for the back-end too, with Interrupted."""
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         self.config = config
@@ -99,11 +106,14 @@ class Connector(ABC):
         """Wait until a descriptor is ready; returns whether it is."""
         poll = select.poll()
         poll.register(self.stop.fileno(), select.POLLIN)
-        if waited is not None:
-            poll.register(waited.fileno(), select.POLLIN)
-        ready = poll.poll(None if seconds is None else seconds * 1000)
-        if any(fd == self.stop.fileno() for fd, _ in ready):
+        for other in (waited, self.interrupt):
+            if other is not None:
+                poll.register(other.fileno(), select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
+        if self.stop.fileno() in ready:
             raise Stopped("stopped while waiting for the back-end")
+        if self.interrupt is not None and self.interrupt.fileno() in ready:
+            raise Interrupted("an order came while waiting for the back-end")
         return bool(ready)
 
 
@@ -113,13 +123,11 @@ class Dialler(Connector):
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         super().__init__(config, stop, broker)
         self.path = config.backend or ""
-        if absent := require_socket(self.path, may_come=not config.no_wait):
-            self.log.warning("%s; waiting for it", absent)
 
     def connect(self, deadline: float | None) -> Channel:
         told = False
         while True:
-            sock, reason = self.broker.connect_back()
+            sock, reason = self.broker.connect_back(following=self.following)
             if sock is not None:
                 return self._channel(sock, f"connected: {peer_of(sock)}")
             trouble = f"back-end: can't connect to {self.path}: {reason}"
@@ -143,7 +151,7 @@ class Dialler(Connector):
             self._wait(min(PAUSE, left))
 
     def lives(self) -> str:
-        return self.broker.back_lives()
+        return self.broker.back_lives(following=self.following)
 
 
 class Waiter(Connector):
@@ -182,18 +190,7 @@ class Starter(Connector):
     """
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
-        from .program import unusable  # see `command`
-
         super().__init__(config, stop, broker)
-        command = config.command
-        whole = " ".join(command)
-        if (CONNECTED_FD in whole) == (LISTENING_FD in whole):
-            raise UsageError(
-                f"the back-end's command must have either {CONNECTED_FD}"
-                f" or {LISTENING_FD} in it: {whole}"
-            )
-        if trouble := unusable(command[0]):
-            raise StartError(f"no back-end: {trouble}")
         self.pid: int | None = None
         """The program's process number, while there is one."""
         self.status: int | None = None
@@ -217,7 +214,7 @@ class Starter(Connector):
         if pause > 0:
             self._wait(pause)
         self._started = time.monotonic()
-        sock, text = self.broker.connect_back()
+        sock, text = self.broker.connect_back(following=self.following)
         if sock is None:
             self._lengthen_pause()
             raise SessionError(
@@ -234,7 +231,7 @@ class Starter(Connector):
         """Return the users of the program's own process as they are now: the socket's
         pair was made by the broker, and says nothing of the program.
         """
-        return self.broker.users_of_back()
+        return self.broker.users_of_back(following=self.following)
 
     def lives(self) -> str:
         """It has ended with its connection."""
@@ -246,7 +243,7 @@ class Starter(Connector):
             return
         pid, self.pid, self.status = self.pid, None, None
         with contextlib.suppress(AirlockError):
-            self.status = self.broker.end_back()
+            self.status = self.broker.end_back(following=self.following)
         lived = time.monotonic() - self._started
         silent = self._connection is not None and self._connection.silent
         if not silent and self.status in (None, 0, -signal.SIGTERM):
@@ -278,12 +275,37 @@ class Starter(Connector):
 
 
 def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Connector:
-    """Return the way to the back-end that the user chose. The broker need not run."""
+    """Return the way to the back-end that the user chose. The broker need not run.
+
+    UsageError or StartError if no back-end can come that way.
+    """
     if config.command:
+        require_command(config.command)
+        require_program(config.command[0])
         return Starter(config, stop, broker)
     if config.backend_listen is not None or config.backend_fd is not None:
         return Waiter(config, stop, broker)
+    path = config.backend or ""
+    if absent := require_socket(path, may_come=not config.no_wait):
+        config.device.log.warning("%s; waiting for it", absent)
     return Dialler(config, stop, broker)
+
+
+def next_connector(
+    target: Target, config: ProcessConfig, stop: HasFileno, broker: Broker
+) -> Connector:
+    """Return the way to the back-end of the broker's order under way."""
+    config = replaced(
+        config,
+        backend=target.path,
+        backend_listen=None,
+        backend_fd=None,
+        command=target.command,
+    )
+    kind = Starter if target.command else Dialler
+    made = kind(config, stop, broker)
+    made.following = True
+    return made
 
 
 def _end(status: int | None) -> str:

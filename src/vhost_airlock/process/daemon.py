@@ -19,7 +19,15 @@ import signal
 import time
 from types import FrameType
 
-from ..errors import AirlockError, BackLate, BackLost, FrontLost, SessionError, Stopped
+from ..errors import (
+    AirlockError,
+    BackLate,
+    BackLost,
+    FrontLost,
+    Interrupted,
+    SessionError,
+    Stopped,
+)
 from ..proxy.back import Back
 from ..proxy.recovery import ConfigChanged
 from ..proxy.session import Session
@@ -28,9 +36,10 @@ from ..vhost.channel import Channel
 from ..vhost.fds import eventfd, notify
 from .broker import Broker
 from .config import ProcessConfig
-from .connector import make_connector
+from .connector import Connector, make_connector
 from .fronts import make_fronts
 from .manager import Manager
+from .orders import Orders, listen_for_orders
 from .signals import ENDING
 from .sockets import inherited_pipe, peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
@@ -104,15 +113,21 @@ class Daemon:
             self._open.callback(broker.close)
             self._fronts = make_fronts(config, self.stop, broker)
             self._open.callback(self._fronts.close)
+            self.broker = broker
+            self._orders, handed = listen_for_orders(self)
+            if self._orders is not None:
+                self._open.callback(self._orders.close)
+            stats = None
             if config.stats_path is not None or config.stats_fd is not None:
-                listener = broker.listen(
+                stats = broker.listen(
                     config.stats_path, config.stats_fd, config.rights, STATS_KIND
                 )
-                self._stats = Stats(listener, self.describe)
+            if stats is not None or handed is not None:
+                self._stats = Stats(stats, self.describe, handed)
                 self._open.callback(self._stats.close)
             # The last one, since it may tell that there is no back-end yet.
             self.connector = make_connector(config, self.stop, broker)
-            self._open.callback(self.connector.close)
+            self._open.callback(lambda: self.connector.close())
             broker.start()
             undo.pop_all()
 
@@ -163,7 +178,22 @@ class Daemon:
     def _wait(self) -> bool:
         """Wait for the next front. False: there is none, or the process is to end."""
         self._manager.tell(WAITING)
-        return self._fronts.wait()
+        while came := self._fronts.wait(self._orders):
+            if self._orders is None or not self._orders.waiting():
+                break
+            self._obey(self._orders)
+        return came
+
+    def _obey(self, orders: Orders) -> None:
+        """Carry out an order while no front is served."""
+        way = orders.take()
+        if way is None:
+            self._orders = None
+            return
+        self._drop_back()
+        way.end_last()
+        way.adopt()
+        way.done("the next VMM gets the new back-end")
 
     def _serve_next(self) -> bool:
         """Serve the front that waits; returns True if the back was lost."""
@@ -204,6 +234,7 @@ class Daemon:
                 self.stop,
                 keep_backend=self.config.keep_backend,
                 others=self._fronts.others,
+                orders=self._orders,
             )
         except (AirlockError, RuntimeError, *WANT) as error:  # ... or of threads
             self.log.error(
@@ -234,23 +265,36 @@ class Daemon:
         if self._reached is not None and _hung_up(self._reached):
             self._drop_back()
         if self._kept is None and self._reached is None:
-            deadline = time.monotonic() + self.config.device.timeout
             self._manager.tell(REACHING)
             try:
-                self._reached = self.connector.connect(
-                    None if self._awaited else deadline
-                )
+                self._reached = self._connect_first()
             except SessionError as error:
                 self.log.error("%s; the VMM's connection is closed", error)
                 return False
         self._awaited = False
         return True
 
+    def _connect_first(self) -> Channel:
+        """Return a connection for the next session. An order that comes meanwhile is
+        carried out.
+        """
+        deadline = time.monotonic() + self.config.device.timeout
+        while True:
+            connector = self.connector
+            connector.interrupt = self._orders
+            try:
+                return connector.connect(None if self._awaited else deadline)
+            except Interrupted:
+                assert self._orders is not None, "it is what interrupts"
+                self._obey(self._orders)
+            finally:
+                connector.interrupt = None
+
     # The daemon is the source of a session's backs.
 
     def connect(self, config_changed: ConfigChanged) -> Back:
         """Return the back of the session, which needs it now."""
-        return self._checked(self._first_back(config_changed))
+        return self._checked(self._first_back(config_changed), self.connector)
 
     def reconnect(self, config_changed: ConfigChanged) -> Back:
         """Return another back for the session, if there is one at once.
@@ -262,13 +306,34 @@ class Daemon:
         if self.config.fence == "exit" and (reason := self.connector.lives()):
             raise BackLost(f"back-end: the last one may still be at work: {reason}")
         timeout = self.config.device.timeout
+        until, answer = time.monotonic(), min(self._answer, timeout)
         try:
-            back = self._back(None, config_changed, 0.0, min(self._answer, timeout))
+            back = self.back_by(self.connector, config_changed, until, answer)
         except BackLate:
             self._answer = min(2 * self._answer, timeout)
             raise
         self._answer = FIRST_ANSWER
-        return self._checked(back)
+        return back
+
+    def back_by(
+        self,
+        connector: Connector,
+        config_changed: ConfigChanged,
+        until: float,
+        answer: float,
+    ) -> Back:
+        """Return another back by this way, if it comes until a time of time.monotonic()
+        and has answered within `answer` seconds. BackLost, or SessionError if its user
+        won't do.
+        """
+        patience = until - time.monotonic()
+        back = self._back(connector, None, config_changed, patience, answer)
+        return self._checked(back, connector)
+
+    def take_connector(self, connector: Connector) -> None:
+        """All backs come by this way from now on."""
+        self.connector.close()
+        self.connector = connector
 
     def pause(self, seconds: float) -> None:
         """Wait for a moment. Raises Stopped."""
@@ -277,14 +342,14 @@ class Daemon:
         if poll.poll(seconds * 1000):
             raise Stopped("stopped while it waited")
 
-    def _checked(self, back: Back) -> Back:
-        """Return the back, if its user will do.
+    def _checked(self, back: Back, connector: Connector) -> Back:
+        """Return the back, which has come by this way, if its user will do.
 
         A program has made itself at home, and changed its user if it does that, when it
         has answered its first message.
         """
         try:
-            self._users.check(self.connector.users(), self._front_user)
+            self._users.check(connector.users(), self._front_user)
         except BaseException:
             back.close()
             raise
@@ -298,10 +363,11 @@ class Daemon:
             return kept
         channel, self._reached = self._reached, None
         timeout = self.config.device.timeout
-        return self._back(channel, config_changed, timeout, timeout)
+        return self._back(self.connector, channel, config_changed, timeout, timeout)
 
     def _back(
         self,
+        connector: Connector,
         channel: Channel | None,
         config_changed: ConfigChanged,
         patience: float,
@@ -313,7 +379,7 @@ class Daemon:
         now = time.monotonic()
         try:
             if channel is None:
-                channel = self.connector.connect(now + patience)
+                channel = connector.connect(now + patience)
             until = time.monotonic() + answer
             return Back(channel, self.config.device, config_changed, until)
         except BaseException as error:

@@ -32,8 +32,10 @@ class Fronts(ABC):
     """Tells of fronts that wait while another one is served, if they can."""
 
     @abstractmethod
-    def wait(self) -> bool:
-        """Wait for the next front. False: there is none, or `stop` was signalled."""
+    def wait(self, other: HasFileno | None = None) -> bool:
+        """Wait for the next front, or until another descriptor is readable. False:
+        there is no front, or `stop` was signalled.
+        """
 
     @abstractmethod
     def waiting(self) -> bool:
@@ -76,10 +78,12 @@ class Accepted(Fronts):
             self._served,
         )
 
-    def wait(self) -> bool:
+    def wait(self, other: HasFileno | None = None) -> bool:
         poll = select.poll()
         poll.register(self._listener.fileno(), select.POLLIN)
         poll.register(self._stop.fileno(), select.POLLIN)
+        if other is not None:
+            poll.register(other.fileno(), select.POLLIN)
         return all(fd != self._stop.fileno() for fd, _ in poll.poll())
 
     def waiting(self) -> bool:
@@ -104,7 +108,7 @@ class Given(Fronts):
     def __init__(self, sock: socket.socket | None) -> None:
         self._sock = sock
 
-    def wait(self) -> bool:
+    def wait(self, other: HasFileno | None = None) -> bool:
         return self._sock is not None
 
     def waiting(self) -> bool:
@@ -134,13 +138,15 @@ class Dialled(Given):
         self._broker = broker
         self._pause = 0.0
 
-    def wait(self) -> bool:
+    def wait(self, other: HasFileno | None = None) -> bool:
         poll = select.poll()
         poll.register(self._stop.fileno(), select.POLLIN)
+        if other is not None:
+            poll.register(other.fileno(), select.POLLIN)
         told = False
         while self._sock is None:
-            if poll.poll(self._pause * 1000):
-                return False
+            if ready := poll.poll(self._pause * 1000):
+                return all(fd != self._stop.fileno() for fd, _ in ready)
             self._pause = RETRY
             self._sock, reason = self._broker.connect_front()
             if self._sock is None and not told:

@@ -24,9 +24,11 @@ FIRST = 3
 """The number of the first socket; the others follow."""
 MOST = 64
 """More sockets than any service manager would pass by mistake."""
-FRONT, BACK, STATS = "front", "back", "stats"
-NAMES = (FRONT, BACK, STATS)
-"""FileDescriptorName= of the sockets for the VMM, the back-end and readers of stats."""
+FRONT, BACK, STATS, CONTROL = "front", "back", "stats", "control"
+NAMES = (FRONT, BACK, STATS, CONTROL)
+"""FileDescriptorName= of the sockets for the VMM, the back-end, readers of stats, and
+commands.
+"""
 
 
 def take_sockets(environ: MutableMapping[str, str]) -> dict[str, int]:

@@ -66,6 +66,9 @@ OWNER = Rights()
 """Only the airlock's own user may connect."""
 
 
+LONGEST_PATH = 107
+"""Bytes that the path of a socket can have, see unix(7)."""
+
 KINDS: dict[int, str] = {
     socket.SOCK_STREAM: "stream",
     socket.SOCK_SEQPACKET: "sequential-packet",

@@ -11,13 +11,15 @@ by mistake, is refused by the kernel: those are streams, and their servers notic
 nothing of it. A VMM that connects here is refused likewise.
 
 Readers are answered one at a time, and have READ_TIME to read: a slow reader can only
-make the next one wait for this time.
+make the next one wait for this time. Readers that the broker has accepted, at the
+control socket, are handed over at another socket.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import signal
 import socket
@@ -42,19 +44,25 @@ PAUSE = 0.1
 
 
 class Stats:
-    """Answers readers that connect to a listener, which it closes in close().
+    """Answers readers that connect to a listener, or that are handed over; both sockets
+    are closed in close().
 
     Readers are answered from start() on, by a thread that calls `describe` for each.
     It has the sandbox of the thread that starts it.
     """
 
     def __init__(
-        self, listener: ListeningSocket, describe: Callable[[], dict[str, object]]
+        self,
+        listener: ListeningSocket | None,
+        describe: Callable[[], dict[str, object]],
+        handed: socket.socket | None = None,
     ) -> None:
         self._describe = describe
         self._started = time.monotonic()
         self._version = __version__
+        self._pid = os.getpid()
         self.listener = listener
+        self.handed = handed
         self._stop = eventfd()
         self._thread = threading.Thread(
             target=self._serve, name="airlock-stats", daemon=True
@@ -67,6 +75,7 @@ class Stats:
     def document(self) -> dict[str, object]:
         return {
             "version": self._version,
+            "pid": self._pid,
             "uptime": round(time.monotonic() - self._started, 6),
             **self._describe(),
         }
@@ -77,23 +86,44 @@ class Stats:
             notify(self._stop)
             self._thread.join()
         self._stop.close()
-        self.listener.close()
+        for sock in (self.listener, self.handed):
+            if sock is not None:
+                sock.close()
 
     def _serve(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        poll = select.poll()
-        poll.register(self.listener.fileno(), select.POLLIN)
-        poll.register(self._stop.fileno(), select.POLLIN)
         stopped = select.poll()
         stopped.register(self._stop.fileno(), select.POLLIN)
-        while self._stop.fileno() not in {fd for fd, _ in poll.poll()}:
-            try:
-                reader = self.listener.accept()
-            except OSError:
-                stopped.poll(PAUSE * 1000)
-                continue
-            with reader:
-                self._answer(reader)
+        poll = select.poll()
+        poll.register(self._stop.fileno(), select.POLLIN)
+        ways = {}
+        if self.listener is not None:
+            ways[self.listener.fileno()] = self.listener.accept
+        if self.handed is not None:
+            ways[self.handed.fileno()] = self._take
+        for fd in ways:
+            poll.register(fd, select.POLLIN)
+        while self._stop.fileno() not in (ready := {fd for fd, _ in poll.poll()}):
+            for fd in ready:
+                try:
+                    with ways[fd]() as reader:
+                        self._answer(reader)
+                except BrokenPipeError:  # the broker is gone
+                    poll.unregister(fd)
+                except OSError:
+                    stopped.poll(PAUSE * 1000)
+
+    def _take(self) -> socket.socket:
+        """Return a reader that is handed over. OSError: there is none; BrokenPipeError:
+        there will be none any more.
+        """
+        assert self.handed is not None
+        data, fds, _, _ = socket.recv_fds(self.handed, 16, 1, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            raise BrokenPipeError
+        if not fds:
+            raise OSError("there is no descriptor left for a reader")
+        return socket.socket(fileno=fds[0])
 
     def _answer(self, reader: socket.socket) -> None:
         data = json.dumps(self.document()).encode() + b"\n"

@@ -48,6 +48,9 @@ class Config:
     """Seconds that the back has to answer a message."""
     drain_timeout: float = 5.0
     """Seconds to wait, when rings stop, for requests that the back still works on."""
+    stateful: str = ""
+    """The state of the device type's back-ends, in words, by which another one can take
+    the place of one only if it gets that state; empty: it needs none."""
     recover: bool = False
     """The session goes on when the back is lost, if another one comes."""
     recover_time: float = 30.0

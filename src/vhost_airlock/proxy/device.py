@@ -94,6 +94,9 @@ class Device:
         self._trial = Trial(config.log, config.drain_timeout)
         self._settled = False
         """Whether the back that was lost was settled: the front may yet choose else."""
+        self._swaps = 0
+        self._paused = 0.0
+        """Seconds in which rings stood still for swaps."""
         self._transfer = StateTransfer()
         self._pool = PoolPolicy(self.workers)
         self._until: float | None = None
@@ -108,7 +111,7 @@ class Device:
         hand has to be answered.
         """
         if self._back is None and not self.away:
-            self._back = self._backs.connect(self._on_config_change)
+            self._back = self._backs.connect(self.on_config_change)
             self._back.peer.until = self._until
         while self._back is None:
             left = (self._until or 0.0) - time.monotonic()
@@ -203,11 +206,17 @@ class Device:
             try:
                 return act()
             except BackLost as lost:
-                self._lose_back(lost)
+                self.lose_back(lost)
 
-    def _lose_back(self, lost: BackLost) -> None:
-        """Go on without a back: rings stop, with the chains that it has completed."""
+    def lose_back(self, lost: BackLost) -> None:
+        """Go on without a back, or raise what was given: rings stop, with the chains
+        that it has completed.
+        """
         self._recovery.begin(lost)
+        self.let_go_of_back()
+
+    def let_go_of_back(self) -> None:
+        """Close the back. Rings stop without it, if they have not stopped yet."""
         back, self._back = self._back, None
         for ring in self.rings.values():
             ring.lose_back()
@@ -223,7 +232,7 @@ class Device:
         SessionError if that can't be, or if none comes.
         """
         back = self._recovery.attempt(
-            lambda: self._backs.reconnect(self._on_config_change)
+            lambda: self._backs.reconnect(self.on_config_change)
         )
         if back is None:
             return
@@ -231,25 +240,76 @@ class Device:
         outer = self._until
         self._set_until(time.monotonic() + self.config.timeout)
         try:
-            if self._settled:
-                back.settle(self.protocol_features)
-            grown = self.known.require(back)
-            if self._settled:
-                self.known.tell(self.informed.peer)
-                back.show_memory()
+            grown = self.introduce(back, settled=self._settled)
             seconds = self._recovery.end()
             self._trial.begin(self.rings.values())
             self.start_rings()
             self.known.tell_ready(back.peer)
         except BackLost as another:
-            self._lose_back(another)
+            self.lose_back(another)
         else:
             self.log.warning("back-end: it is back, after %.1f s", seconds)
             if grown:
-                self.log.warning("back-end: its capacity has grown; the VMM is told")
-                self.front_requests.config_changed(self.protocol_features)
+                self.tell_grown()
         finally:
             self._set_until(outer)
+
+    def introduce(self, back: Back, *, settled: bool) -> bool:
+        """Tell another back all that the last one knew, but for the rings. `settled`:
+        the last one was.
+
+        Returns whether its capacity has grown. SessionError if it is not the device
+        that the front knows.
+        """
+        back.peer.until = self._until
+        if settled:
+            back.settle(self.protocol_features)
+        grown = self.known.require(back)
+        if settled:
+            if self.features is not None and self._is_modern():
+                back.set_features(self.features)
+            self.known.tell(back.peer)
+            back.show_memory()
+        return grown
+
+    def tell_grown(self) -> None:
+        """Tell the front, which reads the configuration space again then."""
+        self.log.warning("back-end: its capacity has grown; the VMM is told")
+        self.front_requests.config_changed(self.protocol_features)
+
+    # The exchange of a back for another one; see swap.py.
+
+    @property
+    def until(self) -> float:
+        """When the message at hand has to be answered, in time.monotonic()."""
+        assert self._until is not None
+        return self._until
+
+    def renew_time(self) -> None:
+        """Begin the time of the message at hand anew, and that of a drain."""
+        self._set_until(time.monotonic() + self.config.timeout)
+        self._drains_until = None
+
+    def search_anew(self) -> None:
+        """Look for another back at once: it has come by another way."""
+        self._recovery.hurry()
+
+    @property
+    def transfers(self) -> bool:
+        """Is the front about to save or to load the device's state?"""
+        return self._transfer.active
+
+    def take_back(self, back: Back) -> None:
+        """Go on with a back that was introduced. BackLost if it is gone."""
+        self._back = back
+        self._set_until(self._until)
+        self.start_rings()
+        self.known.tell_ready(back.peer)
+
+    def swapped(self, seconds: float) -> None:
+        """Another back has taken the place of one, after a pause."""
+        self._swaps += 1
+        self._paused += seconds
 
     # Features.
 
@@ -477,7 +537,7 @@ class Device:
         try:
             self._look(ready)
         except BackLost as lost:
-            self._lose_back(lost)
+            self.lose_back(lost)
 
     def _look(self, ready: set[int]) -> None:
         if self._back is not None:
@@ -516,7 +576,10 @@ class Device:
             if ring.pump is not None
         }
         found |= self.workers.counters()
-        found["backend"] = self._recovery.counters()
+        found["backend"] = self._recovery.counters() | {
+            "swaps": self._swaps,
+            "paused": int(self._paused * 1e9),
+        }
         back = self._back
         if back is not None and back.settled:
             memory = back.memory
@@ -576,7 +639,8 @@ class Device:
         back.close()
         return None
 
-    def _on_config_change(self) -> None:
+    def on_config_change(self) -> None:
+        """The back says that its configuration space has changed."""
         self.known.config_changed()
         self.front_requests.config_changed(self.protocol_features)
 

@@ -19,7 +19,7 @@ from .back import Back
 
 QUIET = 0.1
 """Seconds without a completion after which a back that does not tell how far it has
-fetched is asked to stop."""
+fetched is asked to stop; also between looks if it does."""
 TICK = 0.002
 """Seconds between looks at a ring whose back signals no completions any more."""
 
@@ -41,7 +41,8 @@ def await_fetched(pump: Pump, back: Back, events: HasFileno, deadline: float) ->
         end = deadline if pump.tells else min(deadline, quiet_since + QUIET)
         if now >= end:
             return
-        for fd, _ in poll.poll((end - now) * 1000):
+        # A back that fetches without a word may make its last word untrue meanwhile.
+        for fd, _ in poll.poll(min(end - now, QUIET) * 1000):
             if fd != events.fileno():
                 raise BackLost("back-end: closed the connection")
             drain(events)

@@ -83,6 +83,10 @@ class Recovery:
         """Seconds until the next attempt."""
         return max(0.0, self._next - time.monotonic())
 
+    def hurry(self) -> None:
+        """The next attempt is due now."""
+        self._next, self._pause = time.monotonic(), FIRST_PAUSE
+
     def attempt(self, connect: Callable[[], Back]) -> Back | None:
         """Return another back, None if there is none yet. SessionError: none comes."""
         if self.wait():

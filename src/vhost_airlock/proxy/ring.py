@@ -276,6 +276,16 @@ class Ring:
         self.vring.started = False
         return self.vring.base or 0
 
+    def halt(self) -> None:
+        """Stop the ring, which starts again by start_if_ready() if it is sound: the
+        front does not know of it.
+        """
+        self.check()
+        dead = self.state is State.DEAD
+        self._stop(Event.STOP)
+        if dead:
+            self.vring.started = False
+
     def abandon(self) -> None:
         """Let go of the ring without the back, which is gone."""
         self._happen(Event.LOST)

@@ -25,6 +25,7 @@ from .config import Config
 from .device import Device
 from .handlers import bind
 from .recovery import Backs
+from .swap import Orders, carry_out
 
 
 class Others(HasFileno, Protocol):
@@ -46,6 +47,7 @@ class Session:
         *,
         keep_backend: bool = False,
         others: Others | None = None,
+        orders: Orders | None = None,
     ) -> None:
         self.front = front
         self.config = config
@@ -57,6 +59,8 @@ class Session:
         self.others = others
         """Fronts that wait for this one to leave; None: there can be none, or the log
         was told of one."""
+        self.orders = orders
+        """Orders to swap the back; None: there can be none."""
         self._device: Device | None = None
         """Made by run(), where want of anything ends the session alone."""
         self.front_lost = False
@@ -124,11 +128,22 @@ class Session:
             if self.others is not None and self.others.fileno() in ready:
                 self.others.tell()
                 self.others = None
+            # The last one: descriptors of another back may have these numbers.
+            if self.orders is not None and self.orders.fileno() in ready:
+                self._obey(self.orders, device)
+
+    def _obey(self, orders: Orders, device: Device) -> None:
+        way = orders.take()
+        if way is None:
+            self.orders = None
+        else:
+            carry_out(device, way)
 
     def _wait(self, device: Device) -> set[int]:
         """Wait until a descriptor is ready, or look() is due; return the ready ones."""
         poll = select.poll()
-        for waited in (self.stop, self.front, device.events, self.others):
+        inputs = (self.stop, self.front, device.events, self.others, self.orders)
+        for waited in inputs:
             if waited is not None:
                 poll.register(waited.fileno(), select.POLLIN)
         for ring in device.rings.values():

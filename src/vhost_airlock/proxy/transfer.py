@@ -28,10 +28,13 @@ class Transfer:
     """Carries bytes from one descriptor to another until the first one ends.
 
     It owns both and closes them as soon as it's over. ProtocolError if one is neither
-    a pipe nor a socket, since reading anything else may never end.
+    a pipe nor a socket, since reading anything else may never end; but for `ours`,
+    which is a file of our own.
     """
 
-    def __init__(self, source: Fd, sink: Fd, limit: int = LIMIT) -> None:
+    def __init__(
+        self, source: Fd, sink: Fd, limit: int = LIMIT, *, ours: Fd | None = None
+    ) -> None:
         self._source = source
         self._sink = sink
         self._left = limit
@@ -39,7 +42,7 @@ class Transfer:
         self._error = "it was cut off"
         for fd in (source, sink):
             mode = os.fstat(fd.fileno()).st_mode
-            if not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
+            if fd is not ours and not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
                 close_all((source, sink, self._stop))
                 raise ProtocolError("the device's state comes in no pipe and no socket")
         self._thread = threading.Thread(target=self._run, name="airlock-transfer")
@@ -113,21 +116,15 @@ class StateTransfer:
         """Begin to carry the state between the front's pipe and one of ours."""
         with front:
             self.close()
-            saves = state.direction == StateDirection.SAVE
-            out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
-            ours, theirs = (out, into) if saves else (into, out)
-            with ours, theirs:
-                try:
-                    other = back.set_device_state_fd(
-                        state.direction, theirs, state.phase
-                    )
-                except PeerRefused:
-                    raise RequestRefused(
-                        "SET_DEVICE_STATE_FD: the back-end refuses"
-                    ) from None
-                kept = other or Fd(ours.release())
+            kept = _begin(state, back)
             ends = (kept, Fd(front.release()))
+            saves = state.direction == StateDirection.SAVE
             self._transfer = Transfer(*(ends if saves else reversed(ends)))
+
+    @property
+    def active(self) -> bool:
+        """Has one begun, and was not checked yet?"""
+        return self._transfer is not None
 
     def check(self, timeout: float, back: Frontend) -> None:
         """Wait for the end of the transfer, and let the back say if all of it came."""
@@ -135,18 +132,60 @@ class StateTransfer:
         if transfer is None:
             raise RequestRefused("CHECK_DEVICE_STATE: nothing was transferred")
         transfer.finish(timeout)
-        try:
-            back.check_device_state()
-        except PeerRefused:
-            raise RequestRefused(
-                "CHECK_DEVICE_STATE: the back-end says that it went wrong"
-            ) from None
+        _check(back)
 
     def close(self) -> None:
         """Stop it, wherever it is."""
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
+
+
+def save_state(back: Frontend, timeout: float) -> Fd:
+    """Return a file of ours with a back's whole state; its rings are stopped.
+
+    RequestRefused if it did not come within `timeout` seconds.
+    """
+    with Fd(os.memfd_create("vhost-airlock-state", os.MFD_CLOEXEC)) as file:
+        source = _begin(DeviceState(StateDirection.SAVE, 0), back)
+        sink = Fd(os.dup(file.fileno()))
+        Transfer(source, sink, ours=sink).finish(timeout)
+        _check(back)
+        return Fd(file.release())
+
+
+def load_state(back: Frontend, file: Fd, timeout: float) -> None:
+    """Let a back that no ring was started at have the state in a file of ours.
+
+    RequestRefused if it has not taken all of it within `timeout` seconds.
+    """
+    sink = _begin(DeviceState(StateDirection.LOAD, 0), back)
+    source = Fd(os.dup(file.fileno()))
+    os.lseek(source.fileno(), 0, os.SEEK_SET)
+    Transfer(source, sink, ours=source).finish(timeout)
+    _check(back)
+
+
+def _begin(state: DeviceState, back: Frontend) -> Fd:
+    """Let a back begin to save or to load; returns our end of the pipe to it."""
+    out, into = map(Fd, os.pipe2(os.O_CLOEXEC))
+    saves = state.direction == StateDirection.SAVE
+    ours, theirs = (out, into) if saves else (into, out)
+    with ours, theirs:
+        try:
+            other = back.set_device_state_fd(state.direction, theirs, state.phase)
+        except PeerRefused:
+            raise RequestRefused("SET_DEVICE_STATE_FD: the back-end refuses") from None
+        return other or Fd(ours.release())
+
+
+def _check(back: Frontend) -> None:
+    try:
+        back.check_device_state()
+    except PeerRefused:
+        raise RequestRefused(
+            "CHECK_DEVICE_STATE: the back-end says that it went wrong"
+        ) from None
 
 
 # O_NONBLOCK is no help: it belongs to all that have the descriptor, the back too.

@@ -155,6 +155,7 @@ def gone(pid: int) -> bool:
 BECOME = f"""
 import ctypes, os, sys
 from vhost_airlock.cli import main as cli, run
+cli.parsers(["run"])  # argparse loads modules late, which SOMEBODY may not read
 libc = ctypes.CDLL(None, use_errno=True)
 if os.geteuid() == 0:
     os.setgroups([])

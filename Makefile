@@ -74,6 +74,7 @@ stress: develop                         ## property tests, races and endurance, 
 	    tests/proof/test_kills.py tests/real/test_fs.py tests/real/test_dpdk_guest.py \
 	    tests/real/test_guest.py tests/real/test_net.py tests/install \
 	    tests/real/test_swap.py \
+	    tests/real/test_migration.py tests/real/test_migration_net.py \
 	    tests/unit/test_dirty_log_races.py tests/integration/test_dirty_log_oracle.py \
 	    tests/real/test_lifecycle.py::test_airlock_is_replaced_under_load
 

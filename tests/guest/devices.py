@@ -15,10 +15,11 @@ class Device:
     tools: tuple[str, ...] = ()
 
 
-def disk(front: Path, **properties: Any) -> Device:
+def disk(front: Path, *, reconnect: bool = False, **properties: Any) -> Device:
+    """With `reconnect`, QEMU connects again when its back-end is gone."""
     device = _device("vhost-user-blk-pci", "chardev=disk", properties)
     return Device(
-        (*_chardev("disk", front), *device),
+        (*_chardev("disk", front, ",reconnect-ms=50" if reconnect else ""), *device),
         ("virtio_blk", "ext4"),
         ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk"),
     )
@@ -44,8 +45,8 @@ def vsock(front: Path, **properties: Any) -> Device:
     return Device((*_chardev("vsock", front), *device), modules)
 
 
-def _chardev(name: str, front: Path) -> tuple[str, str]:
-    return "-chardev", f"socket,id={name},path={front}"
+def _chardev(name: str, front: Path, more: str = "") -> tuple[str, str]:
+    return "-chardev", f"socket,id={name},path={front}{more}"
 
 
 def _device(name: str, wiring: str, properties: dict[str, Any]) -> tuple[str, str]:

@@ -90,7 +90,10 @@ class Machine(ABC):
 
 
 class Guest(Process, Machine):
-    """A machine, running and ready for calls. Its console is the process's output."""
+    """A machine, running and ready for calls. Its console is the process's output.
+
+    One that has a `source` waits for that one's state (tests/guest/migration.py).
+    """
 
     def __init__(
         self,
@@ -100,9 +103,11 @@ class Guest(Process, Machine):
         cpus: int = 1,
         memory: str = "256M",
         boot_words: str = "",
+        source: "Guest | None" = None,
     ) -> None:
-        archive = folder / "initramfs"
-        archive.write_bytes(initramfs_for(programs, *devices))
+        self.archive: Path = source.archive if source else folder / "initramfs"
+        if source is None:
+            self.archive.write_bytes(initramfs_for(programs, *devices))
         ours, agent = socket.socketpair()
         self.agent = Lines(ours)
         monitor, theirs = socket.socketpair()
@@ -115,9 +120,10 @@ class Guest(Process, Machine):
             *("-chardev", f"socket,id=agent,fd={agent.fileno()}"),
             *("-serial", "chardev:agent"),
             *Qmp.options(theirs.fileno()),
-            *("-kernel", str(kernel(programs)), "-initrd", str(archive)),
+            *("-kernel", str(kernel(programs)), "-initrd", str(self.archive)),
             *("-append", f"{BOOT_WORDS} {boot_words}"),
             *(word for device in devices for word in device.arguments),
+            *(("-S", "-incoming", "defer") if source else ()),
         )
         fds = [agent.fileno(), theirs.fileno()]
         super().__init__(argv, folder / "guest.log", pass_fds=fds)
@@ -126,7 +132,8 @@ class Guest(Process, Machine):
         self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
-            Call[str](self, "boot").result()
+            if source is None:
+                Call[str](self, "boot").result()
         except OSError as error:
             self.kill()
             raise AssertionError(f"{error}\n{self.describe()}") from None

@@ -73,6 +73,10 @@ class Qmp:
                 seen = [message["event"] for message in self.seen]
                 raise AssertionError(f"no {event} {data}; there were {seen}") from None
 
+    def forget(self) -> None:
+        """Wait for none of the events so far."""
+        self._events.clear()
+
     def close(self) -> None:
         self._sock.close()
 

@@ -41,10 +41,15 @@ def listen() -> None:
     _sockets.append(sock)
 
 
+def take_socket() -> socket.socket:
+    """The socket that listen() has made."""
+    return _sockets.pop()
+
+
 def exchange(incoming: list[int], outgoing: int, count: int, largest: int) -> None:
     """Receive frames of these seeds, each in order, and send as many in between."""
     expected = {seed: frames(seed, count, largest) for seed in incoming}
-    with _sockets.pop() as sock:
+    with take_socket() as sock:
         for ours in frames(outgoing, count * len(incoming), largest):
             sock.send(ours)
             found = sock.recv(65536)

@@ -69,6 +69,35 @@ def swapped(path: Path, *words: str | Path) -> str:
     return done.stderr.removeprefix("vhost-airlock: ")
 
 
+class HeldSwap:
+    """A swap in a thread, to a back that does not answer before `go_on` is set."""
+
+    def __init__(self, new: ScriptedBack, path: Path, there: Path) -> None:
+        self.go_on = threading.Event()
+        self._asked = threading.Event()
+        self._new = new
+        self._told: list[str] = []
+        self._thread = threading.Thread(
+            target=lambda: self._told.append(swapped(path, f"--backend={there}"))
+        )
+        new.instead[Request.GET_FEATURES] = self._answer  # type: ignore[assignment]
+
+    def begin(self) -> None:
+        """Begin, and wait until the back is asked."""
+        self._thread.start()
+        assert self._asked.wait(PATIENCE)
+
+    def end(self) -> str:
+        """Wait for the end: the words of swapped()."""
+        self._thread.join()
+        return self._told[0]
+
+    def _answer(self, payload: Payload, fds: list[Fd]) -> object:
+        self._asked.set()
+        assert self.go_on.wait(PATIENCE)
+        return self._new.answer(Request.GET_FEATURES, payload, fds)
+
+
 def go(guest: BlkGuest, program: Program, front: Path) -> None:
     guest.connect(program.connect(front))
     guest.start()
@@ -252,32 +281,19 @@ def test_two_at_once(
     other: tuple[ScriptedBack, Path],
 ) -> None:
     new, there = other
-    asked, go_on = threading.Event(), threading.Event()
-
-    def wait(payload: Payload, fds: list[Fd]) -> object:
-        asked.set()
-        assert go_on.wait(PATIENCE)
-        return new.answer(Request.GET_FEATURES, payload, fds)
-
-    new.instead[Request.GET_FEATURES] = wait  # type: ignore[assignment]
+    first = HeldSwap(new, path, there)
     with (
         running(front, path, f"--backend={where}", "--timeout=60") as program,
         small_guest() as guest,
     ):
         go(guest, program, front)
-        results: list[str] = []
-        first = threading.Thread(
-            target=lambda: results.append(swapped(path, f"--backend={there}"))
-        )
-        first.start()
-        assert asked.wait(PATIENCE)
+        first.begin()
         assert swapped(path, f"--backend={where}") == (
             "not swapped: another swap is under way\n"
         )
         assert parse(ask(str(path)), "").total("backend", "swaps") == 0
-        go_on.set()
-        first.join()
-        assert results[0].startswith("swapped")
+        first.go_on.set()
+        assert first.end().startswith("swapped")
         serve(new, guest)
         guest.disconnect()
 
@@ -313,32 +329,18 @@ def test_airlock_ends_meanwhile(
 ) -> None:
     """The command tells it, in whatever way it ends."""
     new, there = other
-    asked, go_on = threading.Event(), threading.Event()
-
-    def wait(payload: Payload, fds: list[Fd]) -> object:
-        asked.set()
-        go_on.wait(PATIENCE)
-        return new.answer(Request.GET_FEATURES, payload, fds)
-
-    new.instead[Request.GET_FEATURES] = wait  # type: ignore[assignment]
+    first = HeldSwap(new, path, there)
     options = (f"--socket-path={front}", f"--control-path={path}")
     with (
         Program(*options, f"--backend={where}", "--timeout=60") as program,
         small_guest() as guest,
     ):
         go(guest, program, front)
-        results: list[str] = []
-        first = threading.Thread(
-            target=lambda: results.append(swapped(path, f"--backend={there}"))
-        )
-        first.start()
-        assert asked.wait(PATIENCE)
+        first.begin()
         program.process.send_signal(signal.SIGKILL)
-        first.join()
-        go_on.set()
-        assert results == [
-            f"no answer at {path}: the airlock has ended, or it is another\n"
-        ]
+        said = first.end()
+        first.go_on.set()
+        assert said == f"no answer at {path}: the airlock has ended, or it is another\n"
 
 
 def test_only_the_owner_may_connect_whatever_other_sockets_are(

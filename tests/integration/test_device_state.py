@@ -284,7 +284,7 @@ def told(back: ScriptedBack) -> list[int]:
 
 
 def log(guest: BlkGuest, on: bool) -> None:
-    """What a VMM says when a migration begins, or has ended."""
+    """Send the messages of a VMM whose migration begins, or has ended."""
     guest.front.set_features(guest.features | Feature.LOG_ALL * on)
 
 

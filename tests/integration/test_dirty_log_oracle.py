@@ -149,7 +149,7 @@ class Migration:
         self._copy(self.log.take())
 
     def have_another_log(self) -> None:
-        """What was marked in the last one is all there when the new one is in use."""
+        """The last log has all of its marks when the new one is in use."""
         last, self.log = self.log, self._new_log()
         self._tell_log()
         self._copy(last.take())

@@ -48,7 +48,6 @@ class Place:
         journey.places += 1
         self.folder = journey.folder / f"{journey.places}"
         self.folder.mkdir()
-        self.via = via
         self.options = options
         """Of the disk's airlock."""
         self.disk_airlock: Process | None = None

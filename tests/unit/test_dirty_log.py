@@ -34,7 +34,7 @@ def used_page(lane: Lane, offset: int = 0) -> int:
 
 
 def complete_all(lane: Lane) -> None:
-    """What is offered goes to the back, is done, and comes back."""
+    """All offered chains go to the back, are done, and come back."""
     lane.step()
     while chain := lane.device.take():
         lane.complete(chain)

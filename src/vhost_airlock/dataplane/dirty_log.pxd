@@ -8,8 +8,8 @@ made of. Other devices share the log, so all that we do to it is an atomic OR.
 
 A store comes first, then its bit. The other way round, the VMM could take the bit and
 send the page between the two, and would never send the bytes that were stored then. The
-OR releases the store: who sees the bit sees the bytes. (Non-temporal stores end in a
-fence of their own, see copying.pxd.)
+OR releases the store: a VMM that sees the bit sees the bytes. (Non-temporal stores end
+in a fence of their own, see copying.pxd.)
 
 Each store sets its bit, also one to the same page as the last: the VMM may have taken
 that bit since. A look at the bit before would need a full fence, which costs no less

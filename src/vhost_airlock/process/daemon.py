@@ -326,8 +326,7 @@ class Daemon:
         and has answered within `answer` seconds. BackLost, or SessionError if its user
         won't do.
         """
-        patience = until - time.monotonic()
-        back = self._back(connector, None, config_changed, patience, answer)
+        back = self._back(connector, None, config_changed, until, answer)
         return self._checked(back, connector)
 
     def take_connector(self, connector: Connector) -> None:
@@ -363,25 +362,26 @@ class Daemon:
             return kept
         channel, self._reached = self._reached, None
         timeout = self.config.device.timeout
-        return self._back(self.connector, channel, config_changed, timeout, timeout)
+        until = time.monotonic() + timeout
+        return self._back(self.connector, channel, config_changed, until, timeout)
 
     def _back(
         self,
         connector: Connector,
         channel: Channel | None,
         config_changed: ConfigChanged,
-        patience: float,
+        until: float,
         answer: float,
     ) -> Back:
-        """Return a back, which has `patience` seconds to come if there is no channel to
-        it, and as many as `answer` for its first answer. BackLost if there is none.
+        """Return a back, which has to come until a time of time.monotonic() if there is
+        no channel to it, and has `answer` seconds for its first answer. BackLost if
+        there is none.
         """
-        now = time.monotonic()
         try:
             if channel is None:
-                channel = connector.connect(now + patience)
-            until = time.monotonic() + answer
-            return Back(channel, self.config.device, config_changed, until)
+                channel = connector.connect(until)
+            answered = time.monotonic() + answer
+            return Back(channel, self.config.device, config_changed, answered)
         except BaseException as error:
             if channel is not None:
                 channel.close()

@@ -93,8 +93,7 @@ class Order:
         self._next = next_connector(target, owner.config, owner.stop, owner.broker)
 
     def connect(self, config_changed: ConfigChanged, until: float) -> Back:
-        left = until - time.monotonic()
-        return self._owner.back_by(self._next, config_changed, until, left)
+        return self._back_by(self._next, config_changed, until)
 
     def drop(self) -> None:
         self._next.disconnected()
@@ -108,9 +107,7 @@ class Order:
         self._owner.take_connector(self._next)
 
     def connect_last(self, config_changed: ConfigChanged, until: float) -> Back:
-        connector = self._owner.connector
-        left = until - time.monotonic()
-        return self._owner.back_by(connector, config_changed, until, left)
+        return self._back_by(self._owner.connector, config_changed, until)
 
     def at_work(self) -> str:
         self._owner.connector.disconnected()
@@ -121,6 +118,13 @@ class Order:
 
     def failed(self, reason: str) -> None:
         self._answer(FAILED + os.fsencode(reason))
+
+    def _back_by(
+        self, connector: Connector, config_changed: ConfigChanged, until: float
+    ) -> Back:
+        """Return a back by this way; its answer may take all of the time, too."""
+        left = until - time.monotonic()
+        return self._owner.back_by(connector, config_changed, until, left)
 
     def _answer(self, answer: bytes) -> None:
         with contextlib.suppress(OSError):  # the broker is gone

@@ -149,8 +149,7 @@ class Device:
         start.
         """
         self.back.settle(self.protocol_features)
-        if self.features is not None and self._is_modern():
-            self.back.set_features(self.features)
+        self._tell_features(self.back)
         return self.back
 
     @property
@@ -266,8 +265,7 @@ class Device:
             back.settle(self.protocol_features)
         grown = self.known.require(back)
         if settled:
-            if self.features is not None and self._is_modern():
-                back.set_features(self.features)
+            self._tell_features(back)
             self.known.tell(back.peer)
             back.show_memory()
         return grown
@@ -404,6 +402,11 @@ class Device:
     def send_rarp(self, mac: U64) -> None:
         if not self.away:
             self.peer.exchange(Request.SEND_RARP, mac)
+
+    def _tell_features(self, back: Back) -> None:
+        """Tell a back the features that the front has accepted, if they are final."""
+        if self.features is not None and self._is_modern():
+            back.set_features(self.features)
 
     def _is_modern(self) -> bool:
         try:

@@ -105,6 +105,19 @@ def offer(guest: BlkGuest, count: int, index: int = 0) -> list[Io]:
     return made
 
 
+def start(guest: BlkGuest, index: int) -> None:
+    """Start a ring that the guest's VMM has not spoken of."""
+    front, queue = guest.front, guest.queues[index]
+    queue.set_features(guest.features)
+    front.set_vring_num(index, queue.size)
+    front.set_vring_base(index, queue.base)
+    front.set_vring_addr(queue.vring_addr(guest.ram))
+    front.set_vring_call(index, queue.call_fd)
+    front.set_vring_kick(index, queue.kick_fd)
+    front.set_vring_enable(index, True)
+    front.barrier()
+
+
 def sector(back: ScriptedBack, chain: Chain) -> int:
     return int.from_bytes(back.read(chain)[8:16], "little")
 
@@ -400,6 +413,53 @@ def test_requests_that_take_long_go_together_again(
         while not all(io.status == BlkStatus.OK for io in ios):
             await_reaped(guest.queues[0])
         assert "together again" in errors(caplog)[-1]
+
+
+def test_a_ring_that_is_made_meanwhile_waits() -> None:
+    """The VMM first speaks of it while the other one's requests go one at a time."""
+    back = ScriptedBack()
+    airlock = Airlock(back, recover=True, timeout=TIMEOUT, drain_timeout=PATIENCE)
+    with airlock, small_guest(also=[P.STATUS]) as guest:
+        guest.connect(airlock.channel())
+        queues = guest.queues
+        guest.queues = queues[:1]
+        guest.start()
+        offer(guest, 3)
+        for _ in range(2):
+            for _ in range(3):
+                back.take()
+            lose(airlock, back)
+        chain = back.take()
+        guest.queues = queues
+        start(guest, 1)
+        offer(guest, 1, index=1)
+        for _ in range(2):
+            back.complete(chain, b"c" * 512)
+            chain = back.take()
+            assert list(back.take_all(1)) == []
+        back.complete(chain, b"c" * 512)
+        back.complete(back.take(1), b"c" * 512, index=1)
+        guest.disconnect()
+        airlock.join()
+
+
+def test_request_that_was_not_alone_is_not_to_blame(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its ring has the turn, but the other one's request took longer than that has."""
+    back = ScriptedBack()
+    with connected(back, has_error=True, drain_timeout=0.1) as (airlock, guest):
+        ios = offer(guest, 1) + offer(guest, 1, index=1)
+        for _ in range(3):
+            back.take()
+            back.take(1)
+            lose(airlock, back)
+        assert not [line for line in errors(caplog) if "again with one" in line]
+        for index in range(2):
+            back.complete(back.take(index), b"c" * 512, index=index)
+            await_reaped(guest.queues[index])
+        assert [io.status for io in ios] == [BlkStatus.OK] * 2
+        assert airlock.counters()["poisoned"] == 0
 
 
 def test_old_one_may_write_to_its_memory_for_ever() -> None:

@@ -159,6 +159,26 @@ def test_with_others_none_is_condemned(world, lane):
     assert len(take_all(lane)) == 2
 
 
+def test_alone_in_its_ring_is_not_alone(world, lane):
+    """Nor is one of two that the ring has, whatever it was to have."""
+    offer(lane, 0)
+    lane.step()
+    for alone in (False, True):
+        assert lose(lane, alone=alone) == []
+    assert lane.pump.at_back == 1
+    assert lane.pump.accuse(others=True) == []
+    lane.pump.set_alone(False)
+    offer(lane, 1)
+    lane.step()
+    lane.pump.set_alone(True)
+    assert lane.pump.at_back == 2
+    assert lane.pump.accuse() == []
+    lane.complete(take_all(lane)[1], bytes(SECTOR + 1))
+    lane.step()
+    assert lane.pump.at_back == 1
+    assert len(lane.pump.accuse()) == 1
+
+
 def test_done_chains_are_acquitted(world, lane):
     """Their heads stand for other chains then."""
     for _ in range(5):

@@ -33,6 +33,7 @@ cdef class Pump:
     cdef _show_again(self)
     cdef list _open_record(self, record, base)
     cdef _keep_accused(self, list heads)
+    cdef list _at_back(self)
     cdef bint _goes_on(self)
     cdef bint _stands(self)
     cdef _resume(self, list heads)

@@ -429,22 +429,28 @@ cdef class Pump:
             count += pump.shadow.state[i] == RECALLED
         return count
 
-    def accuse(self):
+    def accuse(self, *, bint others=False):
         """The back is lost: count that for the chains that it has, see suspects.pxd.
+        `others`: it has chains of other rings as well.
 
         Its last completions were taken. Returns the heads that are condemned by it.
         """
         cdef PumpState *pump = &self.state
+        cdef list heads = self._at_back()
+        cdef bint alone = pump.alone and not others and len(heads) == 1
         cdef uint16_t head
-        cdef list condemned = []
+
+        return [head for head in heads if accuse(&pump.suspects, head, alone)]
+
+    cdef list _at_back(self):
+        """The heads of the chains at the back over which it can be lost."""
+        cdef PumpState *pump = &self.state
         cdef int i
 
-        for i in range(pump.shadow.slots):
-            if pump.shadow.state[i] in (IN_FLIGHT, PARKED) and pump.slot[i].readable:
-                head = pump.slot[i].head
-                if accuse(&pump.suspects, head, pump.alone):
-                    condemned.append(head)
-        return condemned
+        return [
+            pump.slot[i].head for i in range(pump.shadow.slots)
+            if pump.shadow.state[i] in (IN_FLIGHT, PARKED) and pump.slot[i].readable
+        ]
 
     def look_back(self):
         """See which chains the back has completed since the ring has stopped."""
@@ -566,6 +572,11 @@ cdef class Pump:
         alone, or not at all.
         """
         return load16(&self.state.suspects.suspected)
+
+    @property
+    def at_back(self):
+        """How many chains the back has that it can be lost over."""
+        return len(self._at_back())
 
     @property
     def fault(self):

@@ -10,8 +10,10 @@ the guest's ring again, or by its head from the record of chains in flight.
 - A chain that was there at two losses is *suspected*. A ring with such chains has a
   turn in which the back gets one chain at a time, while no other ring takes any. So the
   next loss tells which one it was; those that are done are acquitted.
-- A chain that was there alone at one more loss is *condemned*: no back gets it again.
-  It ends with an error, if the device has a way to say that, else its ring breaks.
+- A chain that was there alone in such a turn at one more loss is *condemned*: no back
+  gets it again. It ends with an error, if the device has a way to say that, else its
+  ring breaks. One of another ring that the back still had then may be to blame as well,
+  so the chain was not alone.
 
 A chain with nothing for the device to read asks for nothing: it is a buffer that waits
 for a packet, perhaps for hours. It is never accused.

@@ -91,7 +91,7 @@ class Device:
         self._back: Back | None = None
         self._known: Known | None = None
         self._recovery = Recovery(config)
-        self._trial = Trial(config.log, config.drain_timeout)
+        self._trial = Trial(self.rings, config.log, config.drain_timeout)
         self._settled = False
         """Whether the back that was lost was settled: the front may yet choose else."""
         self._swaps = 0
@@ -217,8 +217,9 @@ class Device:
     def let_go_of_back(self) -> None:
         """Close the back. Rings stop without it, if they have not stopped yet."""
         back, self._back = self._back, None
-        for ring in self.rings.values():
-            ring.lose_back()
+        had = {ring: ring.collect_last() for ring in self.rings.values()}
+        for ring, count in had.items():
+            ring.lose_back(others=sum(had.values()) > count)
         self._transfer.close()
         self._pool = PoolPolicy(self.workers)
         if back is not None:
@@ -241,7 +242,7 @@ class Device:
         try:
             grown = self.introduce(back, settled=self._settled)
             seconds = self._recovery.end()
-            self._trial.begin(self.rings.values())
+            self._trial.begin()
             self.start_rings()
             self.known.tell_ready(back.peer)
         except BackLost as another:
@@ -475,7 +476,8 @@ class Device:
     def ring(self, index: int) -> Ring:
         """The ring with this number, made when it is first asked for."""
         if index not in self.rings:
-            self.rings[index] = Ring(index, self.workers.of(index), self)
+            ring = self.rings[index] = Ring(index, self.workers.of(index), self)
+            self._trial.join(ring)
         return self.rings[index]
 
     def set_ring_address(self, addr: VringAddr) -> None:

@@ -299,28 +299,39 @@ class Ring:
                 if self.runs:
                     self.pump.set_taking(turn is not Turn.WAITS)
 
-    def lose_back(self) -> None:
-        """The back is gone with its isolated memory, and there may be another one.
+    def collect_last(self) -> int:
+        """The back is gone: take its last completions, and no more chains.
 
-        Chains that it has completed are done. A started ring starts again when there
-        is a back, and goes on with the others; one that is dead the front has to start.
+        Returns how many chains it has yet over which it may be gone.
+        """
+        if self.pump is None:
+            return 0
+        with self.worker.pause():
+            self.pump.set_taking(False)
+            collect(self.pump)
+            return self.pump.at_back
+
+    def lose_back(self, *, others: bool) -> None:
+        """The back is gone with its isolated memory, and there may be another one.
+        `others`: it had chains of other rings too. collect_last() comes first.
+
+        A started ring starts again when there is a back, and goes on with the chains
+        that are not done; one that is dead the front has to start.
         """
         if self.state is State.DEAD:
             self.vring.started = False
         if self.pump is not None:
-            self._accuse(self.pump)
+            self._accuse(self.pump, others=others)
         self.abandon()
         if self.pump is not None:
             with self.worker.pause():
                 self.pump.lose_back()
             self._moves = True
 
-    def _accuse(self, pump: Pump) -> None:
+    def _accuse(self, pump: Pump, *, others: bool) -> None:
         """Count the loss for the chains that the back still has."""
         with self.worker.pause():
-            pump.set_taking(False)
-            collect(pump)
-            condemned = pump.accuse()
+            condemned = pump.accuse(others=others)
         if condemned:
             self.log.error(
                 "ring %d: the back-end was lost again with one request, that of head"

@@ -3,7 +3,11 @@
 
 A ring with suspects, see dataplane/suspects.pxd, has its turn: its back gets one of its
 requests at a time, and none of any other ring. The turn ends when the suspects have
-ended, or when the time for it is over. In the end all rings are free.
+ended, when the ring stops, or when the time for it is over. When no ring that runs has
+a turn left, all rings are free.
+
+A ring that is made or starts meanwhile waits like the others, and one with suspects
+has its turn too.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from .ring import Ring
 from .state import Turn
@@ -20,48 +24,55 @@ from .state import Turn
 class Trial:
     """The turns of one device's rings, each for `patience` seconds at the most."""
 
-    def __init__(self, log: logging.Logger, patience: float) -> None:
+    def __init__(
+        self, rings: Mapping[int, Ring], log: logging.Logger, patience: float
+    ) -> None:
+        """`rings` are all that there are now, by their numbers."""
+        self._rings = rings
         self._log = log
         self._patience = patience
-        self._rings: list[Ring] = []
-        """All that have to wait meanwhile."""
-        self._next: list[Ring] = []
-        """Those with suspects; the first one has its turn."""
+        self._left: list[Ring] = []
+        """Those with suspects that have had no turn, or not all of it."""
+        self._alone: Ring | None = None
+        """The one that has its turn."""
         self._until = math.inf
 
-    def begin(self, rings: Iterable[Ring]) -> None:
-        """There is another back, and none of these rings has started with it."""
-        self._rings = list(rings)
-        self._next = [ring for ring in self._rings if ring.suspected]
-        if self._next:
+    def begin(self) -> None:
+        """There is another back, and no ring has started with it."""
+        self._alone, self._until = None, math.inf
+        self._left = [ring for ring in self._rings.values() if ring.suspected]
+        if self._left:
             self._log.warning(
                 "requests that were at the back-end when it was lost twice go to it"
                 " one at a time: %s",
                 ", ".join(
-                    f"{each.suspected} of ring {each.index}" for each in self._next
+                    f"{each.suspected} of ring {each.index}" for each in self._left
                 ),
             )
-            for ring in self._rings:
-                ring.set_turn(Turn.WAITS)
-        self._call()
+        for ring in self._rings.values():
+            self.join(ring)
+
+    def join(self, ring: Ring) -> None:
+        """The ring has not started yet: it waits for its turn if there are turns."""
+        ring.set_turn(Turn.WAITS if self._left else Turn.FREE)
 
     def look(self) -> None:
         """Let the next ring have its turn, if that is due."""
-        if not self._next:
+        if not self._left:
             return
-        ring = self._next[0]
-        late = time.monotonic() >= self._until
-        if ring.suspected and ring.runs and not late:
-            return
-        if ring.suspected and late:
-            self._log.warning(
-                "ring %d: its requests go to the back-end together again: they were"
-                " not all done one at a time in %g s",
-                ring.index,
-                self._patience,
-            )
-        ring.set_turn(Turn.WAITS)
-        del self._next[0]
+        now, late = self._alone, time.monotonic() >= self._until
+        if now is not None:
+            if now.suspected and now.runs and not late:
+                return
+            if now.suspected and late:
+                self._log.warning(
+                    "ring %d: its requests go to the back-end together again: they"
+                    " were not all done one at a time in %g s",
+                    now.index,
+                    self._patience,
+                )
+                self._left.remove(now)
+            now.set_turn(Turn.WAITS)
         self._call()
 
     def wait(self) -> float:
@@ -70,11 +81,14 @@ class Trial:
 
     def _call(self) -> None:
         """The turn of the next ring begins, or all are free."""
-        self._until = math.inf
-        if self._next:
-            self._until = time.monotonic() + self._patience
-            self._next[0].set_turn(Turn.ALONE)
-            return
-        for ring in self._rings:
+        self._alone, self._until = None, math.inf
+        self._left = [ring for ring in self._left if ring.suspected]
+        for ring in self._left:
+            if ring.runs:
+                self._alone = ring
+                self._until = time.monotonic() + self._patience
+                ring.set_turn(Turn.ALONE)
+                return
+        self._left = []
+        for ring in self._rings.values():
             ring.set_turn(Turn.FREE)
-        self._rings = []

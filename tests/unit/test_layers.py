@@ -24,7 +24,7 @@ LAYERS = """
 
     attack.back_judge
     attack.front_judge  attack.report
-    attack.back_messages  attack.back_rings
+    attack.back_messages  attack.back_rings  attack.vmm_log
     attack.guest_chains  attack.guest_requests  attack.guest_races  attack.vmm
     attack.back_scene  attack.guest_scene  attack.driving  attack.program
     attack.catalogue  attack.__init__

@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError
-from ..vhost.wire import Feature
+from ..vhost.wire import Feature, ProtocolFeature
 
 Scene = TypeVar("Scene")
 
@@ -51,6 +51,8 @@ class Attack(Generic[Scene]):
     """The worst outcome with which the program still counts as having held."""
     without: tuple[Feature, ...] = ()
     """Features that must not be in use."""
+    also: tuple[ProtocolFeature, ...] = ()
+    """Others that are to be in use, if the program has them."""
 
     def held(self, verdict: Verdict) -> bool:
         return verdict <= self.worst
@@ -72,10 +74,16 @@ class Outcome:
 
 
 class Catalogue(Generic[Scene]):
-    """The attacks of one kind of peer. `attack` is a decorator for their functions."""
+    """The attacks of one kind of peer. `attack` is a decorator for their functions.
 
-    def __init__(self, worst: Verdict) -> None:
+    All of them want the features in `also`, beside the usual ones.
+    """
+
+    def __init__(
+        self, worst: Verdict, *, also: tuple[ProtocolFeature, ...] = ()
+    ) -> None:
         self.worst = worst
+        self.also = also
         self.attacks: list[Attack[Scene]] = []
 
     def add(
@@ -88,7 +96,7 @@ class Catalogue(Generic[Scene]):
         without: tuple[Feature, ...] = (),
     ) -> None:
         worst = self.worst if worst is None else worst
-        self.attacks.append(Attack(name, what, deed, worst, without))
+        self.attacks.append(Attack(name, what, deed, worst, without, self.also))
 
     def attack(
         self, worst: Verdict | None = None

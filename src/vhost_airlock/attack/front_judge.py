@@ -84,6 +84,7 @@ def _ready(program: Program, attack: Attack[Any]) -> BlkGuest:
         queue_size=QUEUE_SIZE,
         timeout=program.timeout,
         without=attack.without,
+        also=attack.also,
     )
     try:
         guest.start()

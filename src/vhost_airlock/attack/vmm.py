@@ -24,7 +24,6 @@ from ..vhost.wire import (
     HeaderFlag,
     Inflight,
     Iotlb,
-    Log,
     MemoryRegion,
     Payload,
     Request,
@@ -345,8 +344,6 @@ add("config-far", "configuration space near 2^32",
     lambda s: s.say(R.GET_CONFIG, Config(0xFFFFFFF0, 32, 0, bytes(32))))  # fmt: skip
 add("config-written", "the configuration space is overwritten",
     lambda s: s.say(R.SET_CONFIG, Config(0, 256, 0, b"\xff" * 256)))  # fmt: skip
-add("log-wraps", "a dirty log of 2^64 - 1 bytes",
-    with_fds(1, R.SET_LOG_BASE, Log((1 << 64) - 1, (1 << 64) - PAGE)))  # fmt: skip
 add("inflight-lies", "a table of requests in flight beyond its file",
     with_fds(1, R.SET_INFLIGHT_FD, Inflight(1 << 40, 0, 65535, 65535)))  # fmt: skip
 add("inflight-many", "memory to track 65535 queues",

@@ -23,13 +23,14 @@ from ..attack.guest_scene import GuestScene
 from ..attack.program import Program
 from ..attack.report import Report, listing
 from ..attack.vmm import MESSAGES, VmmScene
+from ..attack.vmm_log import LOGS
 from ..errors import StartError, UsageError
 from ..process.signals import ending_on_signals
 from ..vhost.fds import Fd
 from .arguments import seconds
 
 GUEST: list[Attack[GuestScene]] = [*CHAINS.attacks, *REQUESTS.attacks, *RACES.attacks]
-VMM: list[Attack[VmmScene]] = MESSAGES.attacks
+VMM: list[Attack[VmmScene]] = [*MESSAGES.attacks, *LOGS.attacks]
 BACK: list[Attack[Any]] = [*BACK_RINGS.attacks, *BACK_MESSAGES.attacks]
 GROUPS: list[tuple[str, Sequence[Attack[Any]]]] = [
     ("--as-guest", GUEST),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from tests.support.airlock import Airlock, hung_up
 from tests.support.backs import ScriptedBack, readable, wait_until
 from tests.support.dirty import PAGE, LogFile
+from tests.support.hung import hung
 from tests.support.sessions import await_reaped, errors, lose, serve, small_guest
 from vhost_airlock.errors import Disconnected, PeerRefused
 from vhost_airlock.peers.disk import BlkType
@@ -24,8 +25,11 @@ from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import Fd, drain, eventfd
 from vhost_airlock.vhost.wire import (
+    U64,
     Feature,
+    HeaderFlag,
     Log,
+    Payload,
     ProtocolFeature,
     Request,
     VringFlag,
@@ -33,7 +37,10 @@ from vhost_airlock.vhost.wire import (
 
 END = HIGH + 192 * MIB
 """Where the guest's memory ends."""
+FAR = 8 << 30
+"""Memory there has its bits in a page of the log that is not used otherwise."""
 SECTOR = 512
+ASKING = HeaderFlag.VERSION | HeaderFlag.NEED_REPLY
 
 
 @pytest.fixture
@@ -292,6 +299,42 @@ def test_each_change_is_made_while_the_workers_stand_still(
         assert any(changes)
 
 
+CHANGES: dict[str, Callable[[BlkGuest, LogFile], tuple[Payload, list[int]]]] = {
+    "SET_LOG_BASE": lambda guest, log: (log.told, [log.fd]),
+    "SET_FEATURES": lambda guest, log: (U64(guest.features), []),
+    "SET_VRING_ADDR": lambda guest, log: (guest.queues[0].vring_addr(guest.ram), []),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_answered_when_the_store_under_way_is_logged(
+    guest, back, airlock, log, change
+):
+    """The worker waits for a page of the log meanwhile: the old one is not done yet."""
+    guest.start()
+    region = guest.ram.plug(FAR, 2 * MIB)
+    with closing(LogFile.up_to(FAR + (1 << 30))) as old:
+        use(guest, old)
+        log_all(guest)
+        guest.front.add_mem_region(region, dict(guest.ram.shared())[region])
+        buffer = guest.ram.alloc(SECTOR, region=region)
+        queue = guest.queues[0]
+        queue.submit(BlkType.IN, 0, [(buffer, SECTOR)])
+        queue.kick()
+        chain = back.take(0)
+        its_bits = airlock.session.device.dirty_log.place[0] + FAR // PAGE // 8
+        channel = guest.front.channel
+        with hung(its_bits, PAGE) as waited_for:
+            back.complete(chain, b"d" * SECTOR + b"\0")
+            assert readable(waited_for)
+            payload, fds = CHANGES[change](guest, log)
+            channel.send(Request[change], payload.pack(), fds, flags=ASKING)
+            assert not readable(channel, 0.2)
+        channel.recv().close()
+        assert buffer // PAGE in old.take()
+        await_reaped(queue)
+
+
 def test_a_ring_that_starts_while_the_vm_migrates(guest, back, log):
     """QEMU tells features and rings first, and the log last of all."""
     guest.front.set_features(guest.features | Feature.LOG_ALL)
@@ -302,6 +345,50 @@ def test_a_ring_that_starts_while_the_vm_migrates(guest, back, log):
     assert log.take() == {ring_page(guest, 0), ring_page(guest, 1)}
     page = read(guest, back)
     assert marked(guest, log) == all_written(guest, page)
+
+
+def test_a_log_that_comes_late_has_what_a_start_wrote(guest, back, log, monkeypatch):
+    """QEMU has it so if the VM is stopped while it migrates, and goes on: it lets go of
+    the log when it stops the device, and gives another one between kick and enable.
+
+    At the start, a request is done that had not ended by the stop.
+    """
+    guest.features |= Feature.LOG_ALL
+    guest.start()
+    use(guest, log)
+    slow = begin_read(guest)
+    chain = back.take(0)
+    read(guest, back)
+    guest.stop()
+    log.take()
+    back.complete(chain, b"d" * SECTOR + b"\0")
+    with closing(LogFile.up_to(END, 5)) as new:
+        enable = guest.front.set_vring_enable
+
+        def give_log_before(index: int, on: bool) -> None:
+            if index == 0:
+                use(guest, new)
+            enable(index, on)
+
+        monkeypatch.setattr(guest.front, "set_vring_enable", give_log_before)
+        guest.start()
+        await_reaped(guest.queues[0])
+        found = new.take()
+        assert all_written(guest, slow) | {ring_page(guest)} <= found
+        assert new.intact()
+
+
+def test_a_log_of_before_is_not_looked_at_again(guest, back, log):
+    """Only a start makes it matter: some VMMs read it when the next one is in use."""
+    guest.start()
+    use(guest, log)
+    log_all(guest)
+    with closing(LogFile.up_to(END)) as second, closing(LogFile.up_to(END)) as third:
+        use(guest, second)
+        page = read(guest, back)
+        use(guest, third)
+        assert page in second.take()
+        assert page not in third.take()
 
 
 def test_memory_that_is_plugged_has_bits_in_the_larger_log(guest, back, log):

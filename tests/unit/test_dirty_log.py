@@ -214,6 +214,43 @@ def test_a_new_log_takes_the_place_of_the_old_one(world, log):
         assert new.take() == {5, used_page(lane)}
 
 
+class TestCarriedOver:
+    """A log that the VMM has left may have bits that it will look for in the next."""
+
+    @pytest.mark.parametrize(("old_at", "new_at"), [(0, 0), (3, 8), (8, 5)])
+    def test_bits_of_both_are_there(self, world, old_at, new_at):
+        with (
+            closing(LogFile(100, old_at)) as old,
+            closing(LogFile(100, new_at)) as new,
+        ):
+            old.bits[0], old.bits[1], old.bits[99] = 0b10000001, 0b11111111, 0b10000000
+            new.bits[0], new.bits[2] = 0b00000011, 0b00010000
+            world.memory.set_log(*new.place)
+            assert world.memory.carry_over(*old.place)
+            assert new.take() == {0, 1, 7, *range(8, 16), 20, 799}
+            assert old.take() == {0, 7, *range(8, 16), 799}
+            assert old.intact()
+            assert new.intact()
+
+    @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3)])
+    def test_as_many_as_both_have_room_for(self, world, before, after):
+        with closing(LogFile(before)) as old, closing(LogFile(after)) as new:
+            old.bits[:] = b"\xff" * before
+            world.memory.set_log(*new.place)
+            assert world.memory.carry_over(*old.place)
+            assert new.take() == set(range(16))
+            assert new.intact()
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_log_that_was_cut_short(self, world, which):
+        with closing(LogFile(2)) as old, closing(LogFile(2)) as new:
+            old.bits[:] = b"\xff\xff"
+            world.memory.set_log(*new.place)
+            place = old.place
+            (old, new)[which].cut()
+            assert not world.memory.carry_over(*place)
+
+
 class TestWordsOfBefore:
     """A store to the ring may have come before the log, or before its bit if another
     airlock was killed between the two: so the index is written once more, as it is.

@@ -9,7 +9,14 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcmp
 
 from vhost_airlock.dataplane.copying cimport copy
-from vhost_airlock.dataplane.dirty_log cimport DirtyLog, Marker
+from vhost_airlock.dataplane.dirty_log cimport DirtyLog, Marker, set_bits
+from vhost_airlock.dataplane.guard cimport guarded
+
+cdef struct Logs:
+    # The log in use, and another one that has been.
+    const DirtyLog *log
+    const uint8_t *bits
+    uint64_t size
 
 
 cdef bint copy_in(
@@ -104,3 +111,27 @@ cdef class GuestMemory:
         only while the workers of all pumps with this memory are paused.
         """
         self.log = DirtyLog(size, <const uint8_t *> address, address % 8)
+
+    def carry_over(self, uintptr_t address, uint64_t size):
+        """Set the bits in the log that are set in the one of before, `size` bytes at
+        our address. Workers may run. False: a page of either is not there.
+        """
+        cdef Logs logs = Logs(&self.log, <const uint8_t *> address, size)
+        cdef int done
+
+        return guarded(carry, &logs, 0, &done)
+
+
+cdef int carry(void *what, int _) noexcept nogil:
+    cdef Logs *logs = <Logs *> what
+    cdef uint64_t end = 8 * min(logs.size, logs.log.size)
+    cdef uint64_t page = 0
+
+    while page < end:
+        if logs.bits[page // 8] == 0:
+            page += 8 - page % 8
+            continue
+        if logs.bits[page // 8] & (1 << page % 8):
+            set_bits(logs.log, page, page + 1)
+        page += 1
+    return 0

@@ -461,7 +461,7 @@ class Device:
         with self.logging():
             old = self.dirty_log.swap(new)
         if old is not None:
-            old.close()
+            self.dirty_log.retire(old)
 
     def use_log_fd(self, fd: Fd) -> None:
         with self.workers.pause():

@@ -53,6 +53,8 @@ class DirtyLog:
         self._log = log
         self._mapping: Mapping | None = None
         self._fd: Fd | None = None
+        self._left = False
+        """Rings have started since it came: the front may have left it before."""
         self._unlogged = 0
         """Pages beyond it of which the airlock's log was told."""
         self._ration = Ration()
@@ -72,13 +74,37 @@ class DirtyLog:
         """The eventfd by which the front is told of bits that were set; -1: none."""
         return -1 if self._fd is None else self._fd.fileno()
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Our address of the log, and its bytes; (0, 0): there is none."""
+        mapping = self._mapping
+        return (0, 0) if mapping is None else (mapping.address, mapping.size)
+
+    def ring_starts(self) -> None:
+        """A ring is about to start, and to write what has become of its chains."""
+        self._left = self._mapping is not None
+
     def swap(self, new: Mapping) -> Mapping | None:
-        """Log into `new` from now on, while no worker runs. Returns the last log, which
-        the caller closes.
+        """Log into `new` from now on, while no worker runs. Returns the last log, for
+        retire().
         """
         old, self._mapping = self._mapping, new
         self._guest.set_log(new.address, new.size)
         return old
+
+    def retire(self, old: Mapping) -> None:
+        """Close the log of before, which no worker uses any more.
+
+        A front that starts rings while it migrates may have read it for the last time
+        before, and give the next one only now: then that one gets its bits.
+        """
+        if self._left and not self._guest.carry_over(old.address, old.size):
+            self._log.error(
+                "the VMM's dirty log was cut short: pages that were written when rings"
+                " started may not be marked"
+            )
+        self._left = False
+        old.close()
 
     def swap_fd(self, new: Fd) -> Fd | None:
         """Tell the front there; the same for the eventfd."""

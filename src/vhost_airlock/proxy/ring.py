@@ -472,6 +472,7 @@ class Ring:
             drain(fd)
         back.start_ring(shadow, kick=self.kick, call=self.call, err=self.err)
         self._guesses_base = vring.base is None
+        owner.dirty_log.ring_starts()
         with self.worker.pause():
             self.set_logging()
             pump.attach(

@@ -189,6 +189,24 @@ def test_airlock_holds_nothing_of_qemus(tmp_path: Path, disk: list[str]) -> None
     assert (tmp_path / "errors").read_text() == ""
 
 
+def test_back_end_is_swapped_at_the_control_socket_in_a_folder(
+    tmp_path: Path, disk: list[str]
+) -> None:
+    """The folder is that of stats too, where each airlock is shown once."""
+    options = (f"--control-dir={tmp_path}", f"--stats-dir={tmp_path}")
+    control, there = tmp_path / "disk.control", tmp_path / "other.sock"
+    with started(tmp_path, disk, *options) as qemu, listening(DiskBack(), there) as at:
+        read(qemu.socket())
+        assert control.stat().st_mode & 0o777 == 0o600
+        swap = (*COMMAND[:-1], "swap", str(control), f"--backend={at}")
+        done = subprocess.run(swap, capture_output=True, text=True, check=True)
+        assert done.stdout == "the next VMM gets the new back-end\n"
+        read(qemu.socket())
+        (answer,), _ = ask_all([str(tmp_path)])
+        assert answer.document.sessions == 2
+    assert not control.exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_signals_of_a_terminal_are_for_qemu_alone(
     tmp_path: Path, disk: list[str], number: signal.Signals

@@ -12,6 +12,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,10 @@ def test_qemu_starts_its_airlock_itself(kitchen):
     (command,) = commands(ONE_COMMAND)
     kitchen.serve(commands(QEMU)[0])
     (kitchen.folder / "disk.stats").symlink_to("disk.sock")
-    command = command.replace(" -- ", f" --stats-dir={kitchen.folder} -- ")
+    folders = f"--stats-dir={kitchen.folder} --control-dir={kitchen.folder}"
+    command = command.replace(" -- ", f" {folders} -- ")
     machine = kitchen.start("qemu", f"{command} -display none -nodefaults")
-    socket = kitchen.folder / "disk.sock"
-    machine.wait_until(lambda: listening(socket, machine.pid), PATIENCE)
+    for name in ("disk.sock", "disk.control"):
+        socket = kitchen.folder / name
+        machine.wait_until(partial(listening, socket, machine.pid), PATIENCE)
     machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)

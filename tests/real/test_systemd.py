@@ -83,19 +83,21 @@ def connect(manager: Systemd, name: str) -> Channel:
     return Channel(sock, peer="airlock", timeout=30)
 
 
+def sockets_of(name: str) -> list[str]:
+    """The socket units of an airlock."""
+    return [f"vhost-airlock{kind}@{name}.socket" for kind in ("", "-stats", "-control")]
+
+
 def start_sockets(manager: Systemd, name: str) -> list[str]:
-    """Let systemd listen for an airlock's VMM and readers of stats."""
-    sockets = [f"vhost-airlock{kind}@{name}.socket" for kind in ("", "-stats")]
+    """Let systemd listen for an airlock's VMM, readers of stats, and its owner."""
+    sockets = sockets_of(name)
     manager("systemctl", "start", *sockets)
     return sockets
 
 
 def test_units_are_verified(manager: Systemd) -> None:
     service = manager.configure("verified", "--backend=/b")
-    units = [
-        service,
-        *(f"vhost-airlock{kind}@verified.socket" for kind in ("", "-stats")),
-    ]
+    units = [service, *sockets_of("verified")]
     assert manager("systemd-analyze", "verify", *units) == ""
     told = manager("systemd-analyze", "security", "--no-pager", service)
     (exposure,) = re.findall(r"Overall exposure level .*: ([0-9.]+) ", told)
@@ -171,6 +173,31 @@ def test_back_end_that_fails(manager: Systemd, folder: Path) -> None:
     assert journal.count(ended) == 2, journal
 
 
+def test_back_end_is_swapped(manager: Systemd, folder: Path) -> None:
+    """By root at the socket of its own unit, while a VMM is connected."""
+    image, paths = folder / "disk.img", [manager.run / f"{i}.back" for i in range(2)]
+    image.write_bytes(bytes(1 << 16))
+    options = "--backend=/run/0.back --device-type=block"
+    service = manager.configure("swapped", options)
+    sockets = start_sockets(manager, "swapped")
+    control = "/run/vhost-airlock/swapped.control"
+    assert manager("stat", "--format=%U %a", control) == "root 600\n"
+    with (
+        BlkProcess(str(image), str(paths[0])) as old,
+        BlkProcess(str(image), str(paths[1])),
+    ):
+        for path in paths:
+            path.chmod(0o666)
+        with disk_guest(manager, "swapped") as guest:
+            told = manager("vhost-airlock", "swap", control, "--backend=/run/1.back")
+            assert re.fullmatch(r"swapped; the guest's queues stood for .* s\n", told)
+            old.process.kill()
+            buffer = guest.ram.alloc(512)
+            guest.read(8, [(buffer, 512)])
+    manager("systemctl", "stop", *sockets, service)
+    assert manager.show(service, "NRestarts") == "0"
+
+
 def test_program_that_fails(manager: Systemd) -> None:
     """The airlock lives on, with a line in the journal for each VMM."""
     service = manager.configure("program", "-- false {fd}")
@@ -214,7 +241,7 @@ def test_filter_without_a_call_of_the_sandbox(
 def test_options_that_make_no_sense(manager: Systemd) -> None:
     """It is not started again and again: it would say the same."""
     service = manager.configure("wrong", "--backend=/run/none.sock --worker=2")
-    listener, _ = start_sockets(manager, "wrong")
+    listener, *_ = start_sockets(manager, "wrong")
     with closing(connect(manager, "wrong")):
         manager.await_value(listener, "Result", "trigger-limit-hit")
     assert manager.show(service, "ActiveState") == "failed"

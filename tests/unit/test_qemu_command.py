@@ -33,6 +33,8 @@ UNUSABLE = [
     (2, ["--stats", "x", "--", *DISK], "unrecognized arguments: --stats x"),
     (1, ["--device-type=gpu", "--", *DISK], "a gpu device can't be isolated"),
     (1, ["--stats-dir=/no", "--", *DISK], "--stats-dir /no: it is no folder"),
+    (1, ["--control-dir=/no", "--", *DISK], "--control-dir /no: it is no folder"),
+    (2, ["--control-path=x", "--", *DISK], "--control-path can't be the same for all"),
     (1, ["--", *THERE], "no back-end at /no/back.sock: No such file"),
     (1, ["--", *DISK[:2], f"{DISK[2]},memory-isolation=on"], "no -chardev with id=c"),
     (2, ["--", *DISK[:2], "{'driver': 'x'}"], "-device .*can't be read as JSON"),
@@ -94,5 +96,5 @@ def test_help_names_the_options(capsys):
         cli.main(["qemu", "--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    for option in ("--stats-dir", "--log-file", "--socket-mode", "--socket-group"):
+    for option in ("--stats-dir", "--control-dir", "--log-file", *qemu.RIGHTS):
         assert option in said

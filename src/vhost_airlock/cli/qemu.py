@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " `vhost-airlock stats DIR`",
     )
     parser.add_argument(
+        "--control-dir",
+        metavar="DIR",
+        help="a folder for the airlocks' control sockets, CHARDEV.control, for"
+        " `vhost-airlock swap`",
+    )
+    parser.add_argument(
         "--log-file",
         metavar="PATH",
         help="append the airlocks' log to this file"
@@ -88,8 +94,9 @@ def run(options: argparse.Namespace) -> int:
     for device in plan.isolated:
         if not device.listens:
             require_socket(device.back, may_come=device.may_come)
-    if options.stats_dir is not None and not os.path.isdir(options.stats_dir):
-        raise StartError(f"--stats-dir {options.stats_dir}: it is no folder")
+    for flag, folder in folders(options).items():
+        if not os.path.isdir(folder):
+            raise StartError(f"{flag} {folder}: it is no folder")
     for warning in plan.warnings:
         log.warning("%s", warning)
     return become(isolate(plan, options) if plan.isolated else plan.words)
@@ -153,9 +160,18 @@ def options_of(device: Isolated, options: argparse.Namespace) -> list[str]:
         words.append("--no-wait")
     if options.stats_dir is not None:
         words.append(f"--stats-path={os.path.join(options.stats_dir, device.file)}")
+    if options.control_dir is not None:
+        name = device.file.removesuffix(".sock") + ".control"
+        words.append(f"--control-path={os.path.join(options.control_dir, name)}")
     if options.stats_dir is not None or device.listens:
         words += rights(options)
     return words
+
+
+def folders(options: argparse.Namespace) -> dict[str, str]:
+    """Return the folders for sockets of airlocks, by the options that name them."""
+    named = {"--stats-dir": options.stats_dir, "--control-dir": options.control_dir}
+    return {flag: folder for flag, folder in named.items() if folder is not None}
 
 
 def rights(options: argparse.Namespace) -> list[str]:

@@ -163,7 +163,7 @@ def test_manager_is_told_of_the_airlocks_life(
         (["front"], ["--fd=3"], "--fd: the service manager passes a socket for this"),
         (["back"], ["--backend=B"], r"--backend: .* for this side \(back\)"),
         (["stats"], ["--stats-path=S"], r"--stats-path: .* for this side \(stats\)"),
-        (["front"], [], "one of --backend, --backend-listen, -- COMMAND is needed"),
+        (["front"], [], "one of --backend, .*, -- COMMAND is needed"),
         (["back"], [], "one of --socket-path, --fd, --front-connect is needed"),
         (
             ["front", "disk"],
@@ -184,17 +184,13 @@ def test_conflict_with_an_option_is_told(
     assert re.search(f"^vhost-airlock: {text}.*\n$", told), told
 
 
-def test_sockets_that_do_not_listen_are_named(tmp_path: Path) -> None:
-    for name in ("back", "stats"):
-        kind = socket.SOCK_SEQPACKET if name == "stats" else socket.SOCK_STREAM
-        ours, theirs = socket.socketpair(type=kind)
-        with ours, theirs, ExitStack() as stack:
-            sockets = {"front": listening(tmp_path / f"{name}.front", stack)}
-            sockets[name] = ours
-            more = [] if name == "back" else [f"--backend={tmp_path}/front"]
-            with passed(sockets, *more) as program:
-                assert program.wait() == 1
-                assert "descriptor 4 does not listen" in program.errors()
+def test_socket_that_does_not_listen_is_named(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with ours, theirs, ExitStack() as stack:
+        sockets = {"front": listening(tmp_path / "front", stack), "stats": ours}
+        with passed(sockets, f"--backend={tmp_path}/front") as program:
+            assert program.wait() == 1
+            assert "descriptor 4 does not listen" in program.errors()
 
 
 def test_stream_is_no_socket_for_stats(tmp_path: Path) -> None:

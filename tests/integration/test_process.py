@@ -266,7 +266,7 @@ def test_signal_at_any_time_of_the_start_leaves_nothing(
             2,
             "argument --pool-limit: none: no size from 4K to 4G",
         ),
-        (["--socket-path=F"], 2, "one of --backend, --backend-listen, -- COMMAND is"),
+        (["--socket-path=F"], 2, "one of --backend, .*, -- COMMAND is"),
         (
             ["--socket-path=F", "--backend=B", "--no-wait"],
             1,
@@ -388,6 +388,86 @@ def test_front_end_that_listens_is_connected_to(
 
 
 # Other ways to the back.
+
+
+@contextlib.contextmanager
+def given(front: Path, back: ScriptedBack, *options: str) -> Iterator[Program]:
+    """A program that has inherited its connection to the back."""
+    ours, theirs = socket.socketpair()
+    back.start(ours)
+    fd = theirs.fileno()
+    with theirs:
+        program = Program(
+            f"--socket-path={front}",
+            f"--backend-fd={fd}",
+            *("--log-level=info", *options),
+            pass_fds=[fd],
+        )
+    with contextlib.closing(back), program:
+        yield program
+
+
+def test_connection_to_the_back_may_be_inherited(
+    front: Path, back: ScriptedBack
+) -> None:
+    """The process ends with it; also a VMM that sends no message leaves it be."""
+    with given(front, back, "--device-type=block") as program:
+        program.connect(front).close()
+        with small_guest() as guest:
+            connect(guest, program, front)
+            serve(back, guest)
+        assert program.wait() == 0
+        assert "info: the back-end's only connection has ended" in program.errors()
+    assert not front.exists()
+
+
+def test_inherited_connection_may_be_kept(front: Path, back: ScriptedBack) -> None:
+    with given(front, back, "--keep-backend") as program:
+        for _ in range(2):
+            with small_guest() as guest:
+                connect(guest, program, front)
+                serve(back, guest)
+        assert program.stop() == 0
+
+
+def test_lost_back_of_an_inherited_connection_is_told(
+    front: Path, back: ScriptedBack
+) -> None:
+    """No other one is waited for, whatever the type of device."""
+    with (
+        given(front, back, "--device-type=block") as program,
+        small_guest() as guest,
+    ):
+        connect(guest, program, front)
+        serve(back, guest)
+        lose(back)
+        assert program.wait() == 1
+        told = program.errors()
+    assert "error: back-end: closed the connection\n" in told
+    assert "waiting for another" not in told
+
+
+def test_listening_socket_of_the_back_may_be_inherited(
+    front: Path, back: ScriptedBack, tmp_path: Path
+) -> None:
+    path = tmp_path / "back.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        program = Program(f"--socket-path={front}", f"--backend-fd={fd}", pass_fds=[fd])
+    with contextlib.closing(back), program:
+        for _ in range(2):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(str(path))
+            back.start(sock)
+            with small_guest() as guest:
+                connect(guest, program, front)
+                serve(back, guest)
+            back.join()
+        assert program.stop() == 0
+        assert_clean(program, front)
+    assert path.is_socket()
 
 
 @pytest.mark.parametrize("placeholder", ["{fd}", "{listen-fd}"])

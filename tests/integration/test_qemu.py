@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -205,6 +206,22 @@ def test_back_end_is_swapped_at_the_control_socket_in_a_folder(
         (answer,), _ = ask_all([str(tmp_path)])
         assert answer.document.sessions == 2
     assert not control.exists()
+
+
+def test_inherited_socket_of_a_back_end_is_the_airlocks(tmp_path: Path) -> None:
+    """QEMU has it no more, so that the back-end sees the airlock's end."""
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
+    words = [*MEMORY, "-device", "vhost-user-blk-pci,chardev=disk"]
+    words += ["-chardev", f"socket,id=disk,fd={fd}"]
+    with contextlib.closing(DiskBack()) as back, contextlib.ExitStack() as stack:
+        back.start(ours)
+        with theirs:
+            scene = started(tmp_path, words, f"--stats-dir={tmp_path}", pass_fds=[fd])
+            qemu = stack.enter_context(scene)
+        assert "socket" not in qemu.told["descriptors"].values()
+        read(qemu.socket())
+        back.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

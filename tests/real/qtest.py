@@ -50,6 +50,7 @@ class QtestMachine(Process):
         *,
         memory: str = MEMFD,
         by: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
         ours, theirs = socket.socketpair()
         monitor, monitor_theirs = socket.socketpair()
@@ -68,7 +69,7 @@ class QtestMachine(Process):
             )
             for slot, device in enumerate(devices, 4):
                 argv += ["-device", f"{device},addr={slot}"]
-            super().__init__([*by, *argv], log, pass_fds=fds)
+            super().__init__([*by, *argv], log, pass_fds=[*fds, *pass_fds])
         self._monitor = monitor
         self._qmp: Qmp | None = None
         self._ram: mmap.mmap | None = None

@@ -19,7 +19,7 @@ from tests.real.airlock import airlock
 from tests.real.backends import virtiofsd_command
 from tests.real.processes import Process, listening
 from tests.real.programs import PROJECT, Programs
-from tests.real.qtest import RAM, QtestMachine, VirtioDevice
+from tests.real.qtest import MEMFD, RAM, QtestMachine, VirtioDevice
 from tests.real.storage import Disk, storage_daemon
 from tests.support.backs import wait_until
 from vhost_airlock.errors import Disconnected
@@ -61,11 +61,11 @@ def disk_image(folder: Path) -> Disk:
 
 
 def machine(
-    programs: Programs, folder: Path, name: str = "qemu", **more: str
+    programs: Programs, folder: Path, name: str = "qemu", memory: str = MEMFD
 ) -> QtestMachine:
     chardev = f"socket,id=front,path={folder}/disk.sock,reconnect-ms=100"
     return QtestMachine(
-        programs, folder / f"{name}.log", [DEVICE], ("-chardev", chardev), **more
+        programs, folder / f"{name}.log", [DEVICE], ("-chardev", chardev), memory=memory
     )
 
 

@@ -234,6 +234,42 @@ def test_qemu_listens(programs, folder, airlocks):
     assert not path.exists()
 
 
+def two_ends(server: str, path: Path) -> tuple[socket.socket, socket.socket]:
+    """(the back-end's connection, QEMU's end of it or the socket that it listens at)"""
+    if server == "off":
+        return socket.socketpair()
+    ours, theirs = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    theirs.bind(str(path))
+    theirs.listen()
+    ours.connect(str(path))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("server", ["off", "on"])
+def test_qemu_inherits_the_socket_of_a_back_end(programs, folder, airlocks, server):
+    """Which is connected, or listens, as libvirt passes that of a network card."""
+    back = ScriptedBack()
+    ours, theirs = two_ends(server, folder / "back.sock")
+    back.start(ours)
+    fd = theirs.fileno()
+    command = [*by(airlocks)[:-1], f"--stats-dir={folder}", "--"]
+    with theirs:
+        machine = QtestMachine(
+            programs,
+            folder / "qemu.log",
+            [BLK],
+            ("-chardev", f"socket,id=disk,fd={fd},server={server}"),
+            by=command,
+            pass_fds=[fd],
+        )
+    with closing(back), machine:
+        Blk(machine, back).request()
+        keeper = airlocks.keeper()
+        machine.qmp("quit")
+        machine.wait(PATIENCE)
+        airlocks.assert_end(keeper)
+
+
 @pytest.fixture
 def emulator(programs, folder, airlocks) -> list[str]:
     """QEMU with isolation under its name for libvirt, and QEMU itself on the PATH."""

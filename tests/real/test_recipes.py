@@ -8,9 +8,10 @@ to boot. It has no drivers for the folder and the vsock, which only have to be t
 import json
 import os
 import re
+import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 from tests.real.network import Network
 from tests.real.processes import Process, listening, run
 from tests.real.programs import PROJECT, Programs
+from tests.real.qmp import Qmp
 from vhost_airlock.cli import stats_document
 
 README = (PROJECT / "README.md").read_text()
@@ -30,6 +32,9 @@ QEMU, _, LISTENING = (
     .partition("\nWhen it is QEMU that listens")
 )
 ONE_COMMAND = README.partition("\n### QEMU, by one command\n")[2].partition("\n### ")[0]
+HOTPLUG = (PROJECT / "docs" / "qemu.md").read_text()
+HOTPLUG = HOTPLUG.partition("\n## A device that is plugged in later\n")[2]
+HOTPLUG = HOTPLUG.partition("\n## ")[0]
 NO_VM = README.partition("\n### No VM at all\n")[2].partition("\n### ")[0]
 THEIRS = (
     *("qemu-storage-daemon", "qemu-system-x86_64", "qemu-img"),
@@ -83,10 +88,11 @@ class Kitchen:
         path = f"PATH={self.folder}/bin:{os.environ['PATH']}"
         return ["env", f"--chdir={self.folder}", path, "sh", "-c", f"exec {command}"]
 
-    def start(self, name: str, command: str) -> Process:
+    def start(self, name: str, command: str, pass_fds: Sequence[int] = ()) -> Process:
         log = self.folder / f"{name}.log"
         with self.network.entered():
-            return self.stack.enter_context(Process(self.argv(command), log))
+            process = Process(self.argv(command), log, pass_fds=pass_fds)
+        return self.stack.enter_context(process)
 
     def serve(self, command: str) -> None:
         """Start a program, and wait until it listens."""
@@ -98,11 +104,10 @@ class Kitchen:
             PATIENCE,
         )
 
-    def qemu(self, *lines: str) -> Process:
+    def qemu(self, *lines: str, pass_fds: Sequence[int] = ()) -> Process:
         words = " ".join(lines)
-        return self.start(
-            "qemu", f"qemu-system-x86_64 -display none -nodefaults {words}"
-        )
+        command = f"qemu-system-x86_64 -display none -nodefaults {words}"
+        return self.start("qemu", command, pass_fds)
 
     def look(self, airlock: str) -> Any:
         """The status of an airlock, by the name of its socket."""
@@ -164,3 +169,26 @@ def test_qemu_starts_its_airlock_itself(kitchen):
         socket = kitchen.folder / name
         machine.wait_until(partial(listening, socket, machine.pid), PATIENCE)
     machine.wait_until(lambda: kitchen.completed("disk", 0), PATIENCE)
+
+
+def test_disk_is_plugged_into_a_qemu_that_runs(kitchen):
+    """It stands still meanwhile, and its firmware reads the disk then.
+
+    The disk has an airlock of its own.
+    """
+    (airlock,) = commands(HOTPLUG)
+    kitchen.serve(commands(QEMU)[0].replace("disk-back", "disk2-back"))
+    kitchen.serve(watched(airlock))
+    ours, theirs = socket.socketpair()
+    with theirs:
+        words = [*options(QEMU)[:1], *Qmp.options(theirs.fileno())]
+        machine = kitchen.qemu("-S", *words, pass_fds=[theirs.fileno()])
+    with closing(ours):
+        monitor = Qmp(ours)
+        plugged = re.findall(r"^    (.*)$", HOTPLUG, re.M)
+        assert len(plugged) == 2
+        for line in plugged:
+            assert monitor("human-monitor-command", command_line=line) == ""
+        assert kitchen.look("disk2")["vmm_connected"]
+        monitor("cont")
+        machine.wait_until(lambda: kitchen.completed("disk2", 0), PATIENCE)

@@ -150,6 +150,7 @@ def test_group_may_connect_when_one_is_given() -> None:
     [
         (["--fd=5", "--backend=/b"], ProcessConfig(fd=5, backend="/b")),
         (["--fd=0", "--backend-listen=/b"], ProcessConfig(fd=0, backend_listen="/b")),
+        (["--fd=5", "--backend-fd=6"], ProcessConfig(fd=5, backend_fd=6)),
         (["--front-connect=/f", "--backend=/b"], ProcessConfig(None, None, "/f", "/b")),
         (
             ["--socket-path=/f", "--", "back", "--fd={fd}", "--", "x"],
@@ -186,6 +187,12 @@ UNUSABLE: list[tuple[list[str], str]] = [
     (["run", "--backend=/b"], "one of --socket-path, --fd"),
     (["run", "--front-connect=/f", "--fd=3", "--backend=/b"], "exclude each other"),
     (["run", *WAYS, "--backend-listen=/b"], "exclude each other"),
+    (["run", *WAYS, "--backend-fd=3"], "--backend and --backend-fd exclude each other"),
+    (["run", "--fd=5", "--backend-fd=5"], "--fd and --backend-fd are the same sock"),
+    (
+        ["run", "--fd=998", "--backend-fd=999", "--on-backend-loss=recover"],
+        "--on-backend-loss recover: descriptor 999 is one connection, after which no",
+    ),
     (["run", *WAYS, "--stats-path=/x/../front"], "/front and --stats-path /x/../front"),
     (
         ["run", *WAYS, "--stats-path=/back"],
@@ -352,6 +359,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         if name not in (
             *("command", "device", "whole_batches", "has_error", "grows"),
             *("recover", "recover_time", "exit_with_backend"),
-            *("stateful", "backend_fd", "stats_fd", "control_fd", "notify_socket"),
+            *("stateful", "stats_fd", "control_fd", "notify_socket"),
         ):
             assert "--" + name.replace("_", "-") in text

@@ -36,6 +36,7 @@ from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.connector import (
     Connector,
     Dialler,
+    Given,
     Starter,
     Waiter,
     make_connector,
@@ -167,6 +168,34 @@ def test_kind_is_chosen_by_the_config(
     assert isinstance(make(stack, stop, backend=path), Dialler)
     assert isinstance(make(stack, stop, backend_listen=other), Waiter)
     assert isinstance(make(stack, stop, command=("true", "{fd}")), Starter)
+    listener = listening(f"{path}.passed", stack)
+    assert isinstance(make(stack, stop, backend_fd=listener.detach()), Waiter)
+    ours, theirs = socket.socketpair()
+    with ours:
+        assert isinstance(make(stack, stop, backend_fd=theirs.detach()), Given)
+
+
+def test_connection_that_is_there_is_given_once(stack: ExitStack, stop: Fd) -> None:
+    ours, theirs = socket.socketpair()
+    given = make(stack, stop, backend_fd=theirs.detach())
+    assert not given.spent
+    with ours, connect(given) as channel:
+        assert (channel.peer, channel.lost) == ("back-end", BackLost)
+        assert given.users() == {os.geteuid()}
+        channel.send(Request.SET_OWNER)
+        assert len(ours.recv(100)) == 12
+    given.disconnected()
+    assert given.spent
+    with pytest.raises(BackLost, match="passed to the airlock has ended, and there is"):
+        given.connect(None)
+
+
+def test_connection_needs_a_socket(stop: Fd, path: str) -> None:
+    Path(path).touch()
+    with Fd(os.open(path, os.O_RDWR)) as file:
+        number = file.fileno()
+        with pytest.raises(StartError, match=f"descriptor {number}: Socket operation"):
+            require(ProcessConfig(backend_fd=number), stop)
 
 
 def test_users_of_a_back_that_listens_or_connects_are_the_peers(

@@ -2,6 +2,7 @@
 """`vhost-airlock qemu`: command lines with which QEMU is not started."""
 
 import re
+import socket
 import sys
 import tempfile
 
@@ -24,7 +25,9 @@ UNUSABLE = [
         "arguments: --nonsense .see vhost-airlock qemu --h",
     ),
     (2, ["surplus", "--", *DISK], "arguments: surplus .see vhost-airlock qemu --help"),
-    (2, ["--fd=5", "--backend=x", "--", *DISK], "--backend can't be the same for all"),
+    (2, ["--backend=x", "--", *DISK], "--backend can't be the same for all"),
+    (2, ["--fd=0", "--", *DISK], "--fd can't be the same for all airlocks .see"),
+    (2, ["--backend-fd=3", "--", *DISK], "--backend-fd can't be the same for all"),
     (2, ["--name=x", "--", *DISK], "--name can't be the same for all airlocks .see"),
     (2, ["--stats-path=x", "--", *DISK], "--stats-path can't be the same for all"),
     (2, ["--exit-with-pipe=3", "--", *DISK], "--exit-with-pipe can't be the same"),
@@ -36,6 +39,7 @@ UNUSABLE = [
     (1, ["--control-dir=/no", "--", *DISK], "--control-dir /no: it is no folder"),
     (2, ["--control-path=x", "--", *DISK], "--control-path can't be the same for all"),
     (1, ["--", *THERE], "no back-end at /no/back.sock: No such file"),
+    (1, ["--", *DISK, "-chardev", "socket,id=c,fd=999"], "descriptor 999: Bad file de"),
     (1, ["--", *DISK[:2], f"{DISK[2]},memory-isolation=on"], "no -chardev with id=c"),
     (2, ["--", *DISK[:2], "{'driver': 'x'}"], "-device .*can't be read as JSON"),
 ]
@@ -52,9 +56,27 @@ def test_command_that_does_not_start_qemu_is_told_in_one_line(
     assert re.match(f"vhost-airlock: .*{text}", err), err
 
 
+@pytest.mark.parametrize("server", ["on", "off"])
+def test_inherited_socket_is_of_the_kind_that_is_told(server, capsys, tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.connect(str(tmp_path / "sock"))
+            number = (connected if server == "on" else listener).fileno()
+            words = [*DISK, "-chardev", f"socket,id=c,fd={number},server={server}"]
+            assert cli.main(["qemu", "--", *words]) == 1
+    trouble = "does not listen" if server == "on" else "listens"
+    assert capsys.readouterr().err == (
+        f"vhost-airlock: -chardev c,server={server}: descriptor {number} {trouble}\n"
+    )
+
+
 WAYS = [
     (DISK[2], "b.sock", ["--name=c", "--device-type=block", "--no-wait"]),
     (DISK[2], "b,reconnect-ms=5", ["--name=c", "--device-type=block"]),
+    (DISK[2], "x,fd=5", ["--name=c", "--device-type=block"]),
+    (DISK[2], "x,fd=5,server=on", ["--name=c", "--device-type=block"]),
     (DISK[2], "b,server=on", ["--name=c", "--device-type=block", "--socket-mode=660"]),
     ("vhost-user-rtc-pci,chardev=c", "b,reconnect=1", ["--name=c"]),
 ]

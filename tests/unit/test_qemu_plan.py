@@ -98,6 +98,24 @@ def test_command_of_libvirt():
     ]
 
 
+def test_inherited_sockets():
+    """One is connected, one listens. Only the airlocks have them then."""
+    made = plan(
+        f"{MEMORY} -chardev socket,id=a,fd=5 -device vhost-user-blk-pci,chardev=a"
+        " -chardev socket,id=b,server=on,fd=06,wait=off"
+        " -netdev vhost-user,id=n,chardev=b -device virtio-net-pci,netdev=n"
+    )
+    assert made.isolated == [
+        Isolated("a", "", listens=False, may_come=False, kind="block", fd=5),
+        Isolated("b", "", listens=True, may_come=False, kind="net", fd=6),
+    ]
+    assert made.warnings == []
+    assert [word for word in made.command("/x") if word.startswith("backend=")] == [
+        "backend=socket,id=a,path=/x/a.sock",
+        "backend=socket,id=b,server=on,wait=off,path=/x/b.sock",
+    ]
+
+
 PROBES = [
     "--version",
     "-help",
@@ -190,12 +208,12 @@ UNFIT = [
     ("-device vhost-user-device,chardev=c,virtio-id=24", "a mem device can't be: "),
     ("-device vhost-user-blk-pci,chardev=d", "there is no -chardev with id=d"),
     ("-device vhost-user-blk-pci,chardev=p", "-chardev p is no socket"),
-    ("-device vhost-user-blk-pci,chardev=f", "-chardev f is the socket of an inherit"),
+    ("-device vhost-user-blk-pci,chardev=f", "-chardev f has fd=back, which is no num"),
     ("-device vhost-user-blk-pci,chardev=t", "-chardev t has no path"),
     ("-device vhost-user-blk-pci,chardev=a", "-chardev a is an abstract socket"),
 ]
 CHARDEVS = (
-    "-chardev socket,id=c,path=b.sock -chardev pty,id=p -chardev socket,id=f,fd=5"
+    "-chardev socket,id=c,path=b.sock -chardev pty,id=p -chardev socket,id=f,fd=back"
     " -chardev socket,id=t,host=h,port=1 -chardev socket,id=a,path=b,abstract=on"
 )
 

@@ -29,7 +29,7 @@ $ vhost-airlock fly
 $ vhost-airlock run
 2 vhost-airlock: one of --socket-path, --fd, --front-connect is needed
 $ vhost-airlock run --socket-path=F
-2 vhost-airlock: one of --backend, --backend-listen, -- COMMAND is needed
+2 vhost-airlock: one of --backend, --backend-listen, --backend-fd, -- COMMAND is needed
 $ vhost-airlock run --socket-path=F --fd=3 --backend=S
 2 vhost-airlock: --socket-path and --fd exclude each other
 $ vhost-airlock run --socket-path=F --backend=S -- prog {fd}

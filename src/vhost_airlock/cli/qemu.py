@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from ..errors import StartError, UsageError
 from ..process.log import log_to_stderr
-from ..process.sockets import Listener, reason_of, require_socket
+from ..process.sockets import Listener, inherited, reason_of, require_socket
 from . import run as airlock
 from .arguments import LONGEST_NAME, Parser
 from .keeper import Airlock, keep
@@ -38,7 +38,8 @@ RUN = (sys.executable, "-P", "-m", "vhost_airlock", "run")
 STDERR = 2
 
 OWN = (
-    *("socket_path", "front_connect", "backend"),
+    *("socket_path", "fd", "front_connect"),
+    *("backend", "backend_listen", "backend_fd"),
     *("name", "stats_path", "control_path", "exit_with_pipe", "print_capabilities"),
 )
 """Options of an airlock that can't be the same for several."""
@@ -92,7 +93,9 @@ def run(options: argparse.Namespace) -> int:
     check([*options.rest, *rights(options)])
     plan = Plan(options.command)
     for device in plan.isolated:
-        if not device.listens:
+        if device.fd is not None:
+            require_inherited(device.name, device.fd, listens=device.listens)
+        elif not device.listens:
             require_socket(device.back, may_come=device.may_come)
     for flag, folder in folders(options).items():
         if not os.path.isdir(folder):
@@ -106,13 +109,28 @@ def check(words: Sequence[str]) -> None:
     """Raise UsageError unless all airlocks can have these options."""
     parser = Parser(prog="vhost-airlock qemu", allow_abbrev=False)
     airlock.add_arguments(parser)
-    options = parser.parse_args(["--fd=0", "--backend-listen=.", *words])
+    options = parser.parse_args(words)
     for name in OWN:
         if getattr(options, name) != parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} can't be the same for all airlocks")
-    options.command = ()
+    options.fd, options.backend_listen, options.command = 0, ".", ()
     airlock.config_of(options)
+
+
+def require_inherited(chardev: str, fd: int, *, listens: bool) -> None:
+    """Raise StartError unless an inherited socket is as QEMU would use it.
+
+    QEMU does not inherit it any more.
+    """
+    sock, listening = inherited(fd)
+    sock.detach()
+    if listening != listens:
+        trouble = "does not listen" if listens else "listens"
+        server = "on" if listens else "off"
+        raise StartError(
+            f"-chardev {chardev},server={server}: descriptor {fd} {trouble}"
+        )
 
 
 def isolate(plan: Plan, options: argparse.Namespace) -> list[str]:
@@ -143,12 +161,22 @@ def ways(device: Isolated, folder: str) -> tuple[list[str], list[int]]:
     until the airlock has started.
     """
     path = os.path.join(folder, device.file)
+    words, fds = [], []
     if device.listens:
-        return [f"--front-connect={path}", f"--backend-listen={device.back}"], []
-    listener = Listener(path)
-    listener.disown()
-    fd = listener.socket.detach()
-    return [f"--fd={fd}", f"--backend={device.back}"], [fd]
+        words.append(f"--front-connect={path}")
+    else:
+        listener = Listener(path)
+        listener.disown()
+        fds.append(listener.socket.detach())
+        words.append(f"--fd={fds[0]}")
+    if device.fd is not None:
+        words.append(f"--backend-fd={device.fd}")
+        fds.append(device.fd)
+    elif device.listens:
+        words.append(f"--backend-listen={device.back}")
+    else:
+        words.append(f"--backend={device.back}")
+    return words, fds
 
 
 def options_of(device: Isolated, options: argparse.Namespace) -> list[str]:
@@ -156,14 +184,15 @@ def options_of(device: Isolated, options: argparse.Namespace) -> list[str]:
     words = [f"--name={device.name[:LONGEST_NAME]}"]
     if device.kind:
         words.append(f"--device-type={device.kind}")
-    if not device.may_come and not device.listens:
+    by_path = device.fd is None
+    if by_path and not device.listens and not device.may_come:
         words.append("--no-wait")
     if options.stats_dir is not None:
         words.append(f"--stats-path={os.path.join(options.stats_dir, device.file)}")
     if options.control_dir is not None:
         name = device.file.removesuffix(".sock") + ".control"
         words.append(f"--control-path={os.path.join(options.control_dir, name)}")
-    if options.stats_dir is not None or device.listens:
+    if options.stats_dir is not None or (by_path and device.listens):
         words += rights(options)
     return words
 

@@ -62,9 +62,11 @@ class Parameters:
         return None
 
     def set(self, name: str, value: str) -> None:
-        """Give a parameter that is there another value."""
+        """Give a parameter another value, or add it."""
         if self._json is not None:
             self._json[name] = value
+        elif self.get(name) is None:
+            self._parts.append((name, value))
         else:
             self._parts = [
                 (key, value if key == name else text) for key, text in self._parts

@@ -5,7 +5,8 @@ A device names its back-end by a chardev:
 
     -device vhost-user-blk-pci,chardev=disk       -chardev socket,id=disk,path=a.sock
 
-The airlock gets a.sock, and the chardev the path of the airlock's socket instead. A
+The airlock gets a.sock, and the chardev the path of the airlock's socket instead; in
+the same way it gets the inherited socket of a chardev with fd=, which QEMU loses. A
 network card, a cryptodev name theirs by way of -netdev or -object. All devices get an
 airlock; but where devices say memory-isolation=on, those alone.
 """
@@ -62,13 +63,16 @@ class Isolated:
     name: str
     """The chardev's."""
     back: str
-    """The path of the back-end's socket, on which it listens or QEMU listens."""
+    """The path of the back-end's socket, on which it listens or QEMU listens; "": it is
+    an inherited one."""
     listens: bool
     """QEMU listens, and the back-end connects."""
     may_come: bool
     """QEMU connects again and again, so the back-end need not be there yet."""
     kind: str
     """A name or number of --device-type; "": not known."""
+    fd: int | None = None
+    """The number of the back-end's socket, which is connected or listens."""
 
     @property
     def file(self) -> str:
@@ -105,6 +109,7 @@ class Plan:
         """Return the command with the airlocks' sockets, which are in this folder."""
         for device in self.isolated:
             chardev = self._chardevs[device.name]
+            chardev.parameters.take("fd")
             chardev.parameters.set("path", os.path.join(folder, device.file))
             self.words[chardev.place] = str(chardev.parameters)
         return self.words
@@ -157,6 +162,7 @@ class Plan:
             listens=is_on("chardev", "server", get("server") or "off"),
             may_come=(get("reconnect-ms") or get("reconnect") or "0") != "0",
             kind=kind,
+            fd=_number(get("fd")),
         )
 
     def _unfit(self, name: str) -> str:
@@ -167,8 +173,9 @@ class Plan:
         get = chardev.parameters.get
         if get("backend") != "socket":
             return f"-chardev {name} is no socket"
-        if get("fd") is not None:
-            return f"-chardev {name} is the socket of an inherited descriptor"
+        if (fd := get("fd")) is not None:
+            wrong = f"-chardev {name} has fd={fd}, which is no number"
+            return wrong if _number(fd) is None else ""
         if get("path") is None:
             return f"-chardev {name} has no path"
         if is_on("chardev", "abstract", get("abstract") or "off"):
@@ -189,6 +196,12 @@ class Plan:
         self.warnings += [f"devices in {file} are NOT isolated" for file in files]
         if self.isolated and not files:
             self.warnings += unshared(self._options)
+
+
+def _number(text: str | None) -> int | None:
+    """Return the number of a descriptor; None if it is none."""
+    is_one = text is not None and re.fullmatch(r"\d{1,9}", text, re.ASCII)
+    return int(text) if text is not None and is_one else None
 
 
 def device_type(device: Device) -> str:

@@ -15,7 +15,7 @@ from ..process.command import CONNECTED_FD, LISTENING_FD
 from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
-from ..process.sockets import LONGEST_PATH, address_of
+from ..process.sockets import LONGEST_PATH, address_of, listens
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
 from ..record import fields
@@ -33,7 +33,7 @@ from .arguments import (
 )
 
 FRONT = ("socket_path", "fd", "front_connect")
-BACK = ("backend", "backend_listen", "command")
+BACK = ("backend", "backend_listen", "backend_fd", "command")
 """The options for one side, of which one is needed."""
 PATHS = (
     *("socket_path", "front_connect", "backend", "backend_listen"),
@@ -48,7 +48,8 @@ LEVELS = ("debug", "info", "warning", "error")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "vhost-airlock run (--socket-path PATH | --fd N | --front-connect PATH)"
-        " (--backend PATH | --backend-listen PATH | -- COMMAND ...) [options]"
+        " (--backend PATH | --backend-listen PATH | --backend-fd N | -- COMMAND ...)"
+        " [options]"
     )
     front = parser.add_argument_group("the VMM's side, one of")
     front.add_argument("--socket-path", metavar="PATH", help="listen here for the VMM")
@@ -69,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument("--backend", metavar="PATH", help="connect to the back-end here")
     back.add_argument(
         "--backend-listen", metavar="PATH", help="listen here for the back-end"
+    )
+    back.add_argument(
+        "--backend-fd",
+        type=FD,
+        metavar="N",
+        help="use this inherited socket, listening or connected; a connected one serves"
+        " until it ends, and the airlock ends then",
     )
     waits = parser.add_mutually_exclusive_group()
     waits.add_argument(
@@ -317,20 +325,28 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
     options.grows = kind is not None and kind.grows
     if options.wait_for is not None and options.backend is None:
         raise UsageError("--wait-for goes with --backend")
+    single = options.backend_fd is not None and not listens(options.backend_fd)
     loss = options.on_backend_loss
+    if loss == "recover" and single:
+        raise UsageError(
+            f"--on-backend-loss recover: descriptor {options.backend_fd} is one"
+            " connection, after which no other back-end can come"
+        )
     if loss == "recover" and kind is not None and kind.stateful:
         raise UsageError(
             f"--on-backend-loss recover: a back-end of type {kind.name} has"
             f" {kind.stateful}, which another one has not"
         )
     if loss is None:
-        loss = "recover" if kind is not None and kind.recovers else "close"
+        recovers = kind is not None and kind.recovers and not single
+        loss = "recover" if recovers else "close"
     options.recover = loss == "recover"
     options.stateful = kind.stateful if kind is not None else ""
     options.exit_with_backend = loss == "exit"
     _exactly_one(options, FRONT)
-    if vars(options).get("backend_fd") is None:
-        _exactly_one(options, BACK)
+    _exactly_one(options, BACK)
+    if options.fd is not None and options.fd == options.backend_fd:
+        raise UsageError(f"--fd and --backend-fd are the same socket: {options.fd}")
     if options.name is None:
         options.name = _default_name(options)
     _need_listening(options)

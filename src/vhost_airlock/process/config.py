@@ -30,7 +30,8 @@ class ProcessConfig:
     backend_listen: str | None = None
     """Where to wait for the back to connect."""
     backend_fd: int | None = None
-    """The number of an inherited socket at which to wait for the back to connect."""
+    """The number of an inherited socket of the back: its connection, or one at which to
+    wait for it to connect."""
     command: tuple[str, ...] = ()
     """The command that starts the back, with a place for a socket's number, see
     program.py."""

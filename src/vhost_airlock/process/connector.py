@@ -32,7 +32,7 @@ from ..vhost.fds import HasFileno
 from .broker import Broker
 from .command import CONNECTED_FD, LISTENING_FD
 from .config import ProcessConfig
-from .sockets import Peer, peer_of, require_socket
+from .sockets import ListeningSocket, Peer, inherited, peer_of, require_socket
 from .target import Target, require_command, require_program
 
 PAUSE = 0.05
@@ -50,6 +50,8 @@ class Connector(ABC):
     """Is it the way to the back-end of the broker's order under way?"""
     interrupt: HasFileno | None = None
     """Ends a wait for the back-end too, with Interrupted."""
+    spent = False
+    """Can no back-end come this way any more?"""
 
     def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
         self.config = config
@@ -157,11 +159,15 @@ class Dialler(Connector):
 class Waiter(Connector):
     """Listens where the back-end connects."""
 
-    def __init__(self, config: ProcessConfig, stop: HasFileno, broker: Broker) -> None:
+    def __init__(
+        self,
+        config: ProcessConfig,
+        stop: HasFileno,
+        broker: Broker,
+        listener: ListeningSocket,
+    ) -> None:
         super().__init__(config, stop, broker)
-        self.listener = broker.listen(
-            config.backend_listen, config.backend_fd, config.rights
-        )
+        self.listener = listener
 
     def connect(self, deadline: float | None) -> Channel:
         if not self._wait(0, self.listener):
@@ -180,6 +186,33 @@ class Waiter(Connector):
 
     def close(self) -> None:
         self.listener.close()
+
+
+class Given(Connector):
+    """One back-end, whose connection is there already."""
+
+    def __init__(
+        self,
+        config: ProcessConfig,
+        stop: HasFileno,
+        broker: Broker,
+        sock: socket.socket,
+    ) -> None:
+        super().__init__(config, stop, broker)
+        self._sock = sock
+
+    def connect(self, deadline: float | None) -> Channel:
+        if self.spent:
+            raise BackLost(
+                "back-end: the connection that was passed to the airlock has ended,"
+                " and there is no other"
+            )
+        self.spent = True
+        return self._channel(self._sock, f"connected already: {peer_of(self._sock)}")
+
+    def close(self) -> None:
+        if not self.spent:
+            self._sock.close()
 
 
 class Starter(Connector):
@@ -283,8 +316,14 @@ def make_connector(config: ProcessConfig, stop: HasFileno, broker: Broker) -> Co
         require_command(config.command)
         require_program(config.command[0])
         return Starter(config, stop, broker)
-    if config.backend_listen is not None or config.backend_fd is not None:
-        return Waiter(config, stop, broker)
+    if config.backend_fd is not None:
+        sock, listening = inherited(config.backend_fd)
+        if not listening:
+            return Given(config, stop, broker, sock)
+        return Waiter(config, stop, broker, ListeningSocket(sock))
+    if config.backend_listen is not None:
+        listener = broker.listen(config.backend_listen, None, config.rights)
+        return Waiter(config, stop, broker, listener)
     path = config.backend or ""
     if absent := require_socket(path, may_come=not config.no_wait):
         config.device.log.warning("%s; waiting for it", absent)

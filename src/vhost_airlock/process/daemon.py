@@ -143,11 +143,17 @@ class Daemon:
                 self._manager.tell("READY=1")
                 self.log.info("%s", self._fronts.where)
                 while self._wait():
-                    if self._serve_next() and self.config.exit_with_backend:
+                    lost = self._serve_next()
+                    if lost and self.config.exit_with_backend:
                         self.log.error(
                             "the back-end is gone: ending (--on-backend-loss=exit)"
                         )
                         return 1
+                    if self.connector.spent and not self._holds_back():
+                        self.log.info(
+                            "the back-end's only connection has ended: ending"
+                        )
+                        return int(lost)
                     if self._sessions and self.config.once:
                         return 0
             if any(event & select.EPOLLHUP for _, event in self.stop.poll(0)):
@@ -158,7 +164,7 @@ class Daemon:
         """Return the state of the process, as JSON can hold it. Any thread may ask."""
         session = self._session
         idle = {
-            "backend_connected": (self._kept or self._reached) is not None,
+            "backend_connected": self._holds_back(),
             "rings": {},
             "counters": {},
         }
@@ -411,6 +417,10 @@ class Daemon:
             self._refresh(self._kept)
         elif self._reached is None:
             self.connector.disconnected()
+
+    def _holds_back(self) -> bool:
+        """Is there a back for the next session already?"""
+        return (self._kept or self._reached) is not None
 
     def _drop_back(self) -> None:
         """Let go of the back that is there for the next session."""

@@ -239,6 +239,18 @@ def inherited_pipe(fd: int) -> Fd:
     return Fd(fd)
 
 
+def listens(fd: int) -> bool:
+    """Is this the number of a socket that listens?"""
+    with (
+        contextlib.suppress(OSError, OverflowError),
+        Fd(os.dup(fd)) as own,
+        socket.socket(fileno=own.fileno()) as sock,
+    ):
+        own.release()
+        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return False
+
+
 def address_of(fd: int) -> str:
     """Return the address of a unix socket; "" if it has none, or is none."""
     with (

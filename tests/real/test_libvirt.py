@@ -154,6 +154,14 @@ def test_domain_reboots(scene):
     test_devices_are_used(scene)
 
 
+def test_domain_is_reset(scene):
+    """In the midst of requests, of which the guest is told nothing."""
+    scene.guest.begin(sh, f"while :; do {READ.format('vda')}; done > /dev/null")
+    scene.host.run("virsh", "reset", "guest")
+    scene.guest.booted()
+    test_devices_are_used(scene)
+
+
 def test_airlocks_of_libvirt_end_with_the_domain(scene):
     scene.host.run("virsh", "destroy", "guest")
     assert scene.host.find("virtiofsd") == []

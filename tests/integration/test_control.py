@@ -24,6 +24,7 @@ from tests.support.program import LINE, Program, connect, listening
 from tests.support.sessions import await_reaped, lose, serve, small_guest
 from vhost_airlock.cli import stats_document
 from vhost_airlock.cli.stats_document import ask, parse
+from vhost_airlock.peers.blk_process import BlkProcess
 from vhost_airlock.peers.disk import SECTOR
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.process.control import KIND
@@ -271,6 +272,73 @@ def test_while_a_vmm_waits_for_a_back_end_that_is_not_there(
             guest.connect(channel)
             guest.start()
             serve(new, guest)
+
+
+CONNECTS = """
+import os, sys
+from vhost_airlock.peers.disk import Disk
+from vhost_airlock.peers.server import DeviceServer
+from vhost_airlock.vhost.channel import Channel
+from vhost_airlock.vhost.fds import Fd
+file = Fd(os.open(sys.argv[2], os.O_RDWR))
+channel = Channel.connect(sys.argv[1], peer="front")
+DeviceServer(channel, Disk(file, num_queues=2)).run()
+"""
+"""A block back-end that connects."""
+
+
+def test_while_the_back_end_that_connects_is_away(
+    front: Path, path: Path, tmp_path: Path, image: Path
+) -> None:
+    """Its process has ended, so the new one can't disturb it, whatever the fence is."""
+    place, there = tmp_path / "connects.sock", tmp_path / "other.sock"
+    options = (f"--backend-listen={place}", "--device-type=block", "--fence=exit")
+    with (
+        running(front, path, *options) as program,
+        subprocess.Popen([sys.executable, "-c", CONNECTS, place, image]) as old,
+        BlkProcess(str(image), str(there), num_queues=2),
+        small_guest() as guest,
+    ):
+        go(guest, program, front)
+        write(guest, 1)
+        old.kill()
+        old.wait()
+        wait_until(
+            lambda: "waiting for another back-end" in program.everything(), "it is lost"
+        )
+        assert swapped(path, f"--backend={there}") == (
+            "the back-end is lost; the new one is looked for\n"
+        )
+        assert read(guest) == 1
+
+
+def test_not_while_the_back_end_that_connects_may_be_at_work(
+    front: Path, path: Path, tmp_path: Path, other: tuple[ScriptedBack, Path]
+) -> None:
+    """It has hung up, and its process, which is the test's, lives on."""
+    back = ScriptedBack()
+    new, there = other
+    place = tmp_path / "connects.sock"
+    options = (f"--backend-listen={place}", "--device-type=block")
+    with running(front, path, *options) as program, small_guest() as guest:
+        back.start(connect(place, program))
+        go(guest, program, front)
+        serve(back, guest)
+        lose(back)
+        wait_until(
+            lambda: "waiting for another back-end" in program.everything(), "it is lost"
+        )
+        assert swapped(path, f"--backend={there}") == (
+            "not swapped: the back-end is lost, and may still be at work on its"
+            " requests, which another one would get:"
+            f" process {os.getpid()} has not ended\n"
+        )
+        back.join()
+        back.start(connect(place, program))
+        wait_until(lambda: back.vrings[0].ring is not None, "it is started")
+        serve(back, guest)
+        assert new.connections == 0
+    back.close()
 
 
 def test_two_at_once(

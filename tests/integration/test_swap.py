@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -394,6 +395,22 @@ def test_message_of_the_vmm_waits_for_its_end() -> None:
         assert guest.front.get_config(8, 8) == b"new     "
         swap.await_result()
         await_reaped(guest.queues[0])
+        assert_goes_on(airlock, new, guest)
+
+
+def test_old_program_may_take_long_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time for the new one to start its rings is another one."""
+    old, new = ScriptedBack(), ScriptedBack()
+    late, now = 0.0, time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + late)
+    with joined(old, recover=False) as (airlock, guest):
+
+        def ended() -> None:
+            nonlocal late
+            late += 100 * PATIENCE
+
+        swap = airlock.swap(new, ended=ended)
+        assert "stood for" in swap.await_result()
         assert_goes_on(airlock, new, guest)
 
 

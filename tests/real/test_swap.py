@@ -22,6 +22,7 @@ from tests.real.airlock import airlock
 from tests.real.backends import virtiofsd_command
 from tests.real.blkdrive import BlkDrive
 from tests.real.processes import Process
+from tests.real.programs import PROJECT
 from tests.real.storage import Disk, start_daemon
 from tests.real.test_recovery import Watched, daemons
 from tests.support.profiles import STRESS
@@ -128,8 +129,16 @@ def test_disk_by_command_under_verified_load(programs, drive, folder, capsys):
     tell(capsys, "qemu-storage-daemon by command", pauses)
 
 
-HANDLES = ("--migration-mode=file-handles", "--modcaps=+dac_read_search")
-"""The state of virtiofsd then has unlinked files too."""
+OPERATING = PROJECT / "docs" / "operating.md"
+
+
+def documented(words: str) -> list[str]:
+    """The options of the command in the document that begins with these words, from
+    virtiofsd's --migration-mode on.
+    """
+    (line,) = re.findall(f"^{re.escape(words)}.*", OPERATING.read_text(), re.MULTILINE)
+    _, found, options = line.partition("--migration-mode")
+    return f"{found}{options}".split()
 
 
 @contextmanager
@@ -145,7 +154,9 @@ def test_open_files_of_a_guest_stay_open(programs, folder, capsys):
     share, control, size = folder / "share", folder / "control.sock", 128 * MIB
     share.mkdir()
     files.write_big(str(share / "source"), 1, size)
-    command = virtiofsd_command(programs, share, "--fd={listen-fd}", *HANDLES)
+    options = documented("vhost-airlock run --socket-path=share.sock")
+    assert documented("vhost-airlock swap /run/share.control") == options != []
+    command = virtiofsd_command(programs, share, "--fd={listen-fd}", *options)
     pauses, ran = [], 0
     with (
         shared(folder, command, control),

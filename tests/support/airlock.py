@@ -13,7 +13,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -140,11 +140,14 @@ class Airlock:
         beside: bool = True,
         refused: str = "",
         working: str = "",
+        ended: Callable[[], None] | None = None,
     ) -> Swap:
         """Order the last session to take this back. Returns the order, which is under
-        way. `beside`: it is there already.
+        way. `beside`: it is there already; `ended`: called when the last one has ended.
         """
-        swap = Swap(self, back, beside=beside, refused=refused, working=working)
+        swap = Swap(
+            self, back, beside=beside, refused=refused, working=working, ended=ended
+        )
         self._others.append(back)
         self.orders.give(swap)
         return swap

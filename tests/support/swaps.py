@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from tests.support.backs import PATIENCE, RecordedBack
@@ -35,6 +36,7 @@ class Swap:
         beside: bool,
         refused: str,
         working: str,
+        ended: Callable[[], None] | None,
     ) -> None:
         self.owner = owner
         self.back = back
@@ -43,6 +45,8 @@ class Swap:
         """Why the new back can't be reached; empty: it can."""
         self.working = working
         """Why the lost back may be at work; empty: it is not."""
+        self.ended = ended
+        """Called when the last back has ended."""
         self.result = ""
         self.reason = ""
         self.answers = 0
@@ -73,6 +77,8 @@ class Swap:
 
     def end_last(self) -> None:
         self.owner.back.join()
+        if self.ended is not None:
+            self.ended()
 
     def adopt(self) -> None:
         self.owner.back = self.back

@@ -30,7 +30,7 @@ from vhost_airlock.errors import (
     Stopped,
     UsageError,
 )
-from vhost_airlock.process import broker, connector, program
+from vhost_airlock.process import broker, connector, program, sockets
 from vhost_airlock.process.broker import Broker
 from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.connector import (
@@ -250,7 +250,7 @@ def test_back_that_was_connected_to_lives_until_its_process_ends(
     stack: ExitStack, stop: Fd, path: str
 ) -> None:
     made = make(stack, stop, backend=path)
-    assert made.lives() == "its process is not known"
+    assert made.lives() == ""
     command = [*PYTHON, LISTENS, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         with connect(made) as channel:
@@ -262,10 +262,46 @@ def test_back_that_was_connected_to_lives_until_its_process_ends(
         assert made.lives() == ""
 
 
-def test_back_that_connects_may_live_and_a_program_ends_with_its_connection(
+CONNECTS = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect(sys.argv[1])
+sock.close()
+os.read(0, 1)
+"""
+"""The same by one that connects."""
+
+
+def test_back_that_has_connected_lives_until_its_process_ends(
     stack: ExitStack, stop: Fd, path: str
 ) -> None:
-    assert make(stack, stop, backend_listen=path).lives() == "its process is not known"
+    made = make(stack, stop, backend_listen=path)
+    assert made.lives() == ""
+    command = [*PYTHON, CONNECTS, path]
+    for _ in range(2):
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            with connect(made) as channel:
+                assert hung_up(channel)
+            assert made.lives() == f"process {process.pid} has not ended"
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+            assert made.lives() == ""
+
+
+def test_kernel_may_not_tell_which_back_has_connected(
+    stack: ExitStack, stop: Fd, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux before 6.5."""
+    monkeypatch.setattr(sockets, "SO_PEERPIDFD", 1 << 20)
+    made = make(stack, stop, backend_listen=path)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(path)
+        connect(made).close()
+    assert made.lives() == "its process is not known; one that connects is taken"
+
+
+def test_program_ends_with_its_connection(stack: ExitStack, stop: Fd) -> None:
     assert make(stack, stop, command=("true", "{fd}")).lives() == ""
 
 

@@ -120,6 +120,7 @@ def test_every_option_of_run_is_described():
     for text in [OPERATING, TUNING, ARCHITECTURE]:
         mentioned |= set(re.findall(r"`(--[a-z][a-z-]+)", text))
     foreign = {"--reuid", "--regid", "--clear-groups", "--no-new-privs", "--shared-dir"}
+    foreign |= {"--migration-mode", "--modcaps"}
     assert mentioned - foreign - {"--foreground", "--vhost-user"} <= options
 
 

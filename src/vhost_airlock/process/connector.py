@@ -28,11 +28,19 @@ from ..errors import (
 )
 from ..record import replaced
 from ..vhost.channel import Channel
-from ..vhost.fds import HasFileno
+from ..vhost.fds import Fd, HasFileno
 from .broker import Broker
 from .command import CONNECTED_FD, LISTENING_FD
 from .config import ProcessConfig
-from .sockets import ListeningSocket, Peer, inherited, peer_of, require_socket
+from .sockets import (
+    ListeningSocket,
+    Peer,
+    has_ended,
+    inherited,
+    peer_of,
+    pidfd_of,
+    require_socket,
+)
 from .target import Target, require_command, require_program
 
 PAUSE = 0.05
@@ -168,6 +176,11 @@ class Waiter(Connector):
     ) -> None:
         super().__init__(config, stop, broker)
         self.listener = listener
+        self._came = False
+        """Whether a back-end has ever connected."""
+        self._peer: Fd | None = None
+        """Of the process that was the last to connect, a pidfd; None: not known."""
+        self._peer_pid = 0
 
     def connect(self, deadline: float | None) -> Channel:
         if not self._wait(0, self.listener):
@@ -182,10 +195,30 @@ class Waiter(Connector):
                     f"back-end: did not connect to {self.listener.path} in time"
                 )
         sock = self.listener.accept()
+        self._note_peer(sock)
         return self._channel(sock, f"connected: {peer_of(sock)}")
 
+    def lives(self) -> str:
+        if not self._came or (self._peer is not None and has_ended(self._peer)):
+            return ""
+        if self._peer is None:
+            return "its process is not known; one that connects is taken"
+        return f"process {self._peer_pid} has not ended"
+
     def close(self) -> None:
+        self._forget_peer()
         self.listener.close()
+
+    def _note_peer(self, sock: socket.socket) -> None:
+        """Note which process has connected, at this moment: it may end any time."""
+        self._forget_peer()
+        self._came = True
+        self._peer, self._peer_pid = pidfd_of(sock), peer_of(sock).pid
+
+    def _forget_peer(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
 
 
 class Given(Connector):

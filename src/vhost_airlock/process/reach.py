@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 from typing import TYPE_CHECKING
 
 from ..vhost.fds import Fd
 from .command import GRACE
-from .sockets import peer_of
+from .sockets import has_ended, peer_of
 from .target import Target
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ class Reach:
         self._peer: Fd | None = None
         """Of the process that listens at the back-end's path, a pidfd."""
         self._peer_pid = 0
+        self._reached = False
+        """Whether the path was ever connected to."""
 
     def connect(self) -> tuple[str, socket.socket]:
         """Return (text, connected socket): the text is the process number of a program
@@ -55,12 +56,14 @@ class Reach:
         return [] if self._program is None else self._program.users()
 
     def lives(self) -> str:
-        """Return the reason why the last peer may be at work, or ENDED."""
+        """Return the reason why the last peer may be at work, or ENDED: there was none
+        yet, or it has ended.
+        """
+        if not self._reached or (self._peer is not None and has_ended(self._peer)):
+            return ENDED
         if self._peer is None:
             return "its process is not known"
-        poll = select.poll()
-        poll.register(self._peer.fileno(), select.POLLIN)
-        return ENDED if poll.poll(0) else f"process {self._peer_pid} has not ended"
+        return f"process {self._peer_pid} has not ended"
 
     def end(self, grace: float, hurry: socket.socket | None) -> int | None:
         """End the program, if there is one; returns its exit status, None if that is
@@ -76,6 +79,7 @@ class Reach:
 
     def _note_peer(self, sock: socket.socket) -> None:
         self._forget_peer()
+        self._reached = True
         self._peer_pid = peer_of(sock).pid
         with contextlib.suppress(OSError):  # 0: it is in another namespace
             self._peer = Fd(os.pidfd_open(self._peer_pid))

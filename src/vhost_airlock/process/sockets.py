@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 import struct
@@ -43,6 +44,26 @@ def peer_of(sock: socket.socket) -> Peer:
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
         )
     )
+
+
+SO_PEERPIDFD = 77
+"""Of <asm-generic/socket.h>, since Linux 6.5; the socket module lacks it."""
+
+
+def pidfd_of(sock: socket.socket) -> Fd | None:
+    """Return a pidfd of the process at the other end of a connected socket; None: the
+    kernel can't tell.
+    """
+    with contextlib.suppress(OSError):
+        return Fd(sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD))
+    return None
+
+
+def has_ended(pidfd: Fd) -> bool:
+    """Has the process with this pidfd ended?"""
+    poll = select.poll()
+    poll.register(pidfd.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Group(NamedTuple):

@@ -9,7 +9,8 @@ other one, the lock on an image for one, is started when the old one has ended; 
 does not come, the old one is taken again.
 
 Each step has the time of one message of the VMM: to take the new back, to stop the
-rings (and --drain-timeout), and to take the old back again.
+rings (and --drain-timeout) and carry the state over, to start the rings, or to take the
+old back again. There are three steps at most, and the end of programs beside them.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ class _Exchange:
         device.let_go_of_back()
         self.way.end_last()
         self.way.adopt()
+        device.renew_time()  # a program may have taken long to end
         device.take_back(new)
         return time.monotonic() - began
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import queue as queues
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from tests.support.sessions import (
     serve,
     small_guest,
 )
+from vhost_airlock.dataplane.pump import Pump
 from vhost_airlock.peers.disk import BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import Io
@@ -192,6 +194,63 @@ def test_i3_nothing_more_is_taken_from_a_ring_that_stops(
         assert VringState.unpack(answer.payload) == VringState(0, 1)
     guest.queues[0].reap()
     assert statuses(ios) == [BlkStatus.OK, None, None, None]
+
+
+class ToldPump:
+    """A pump that lets the test know when it is asked whether the back tells."""
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+        self.told = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pump, name)
+
+    @property
+    def tells(self) -> bool:
+        tells = self._pump.tells
+        self.told.set()
+        return tells
+
+
+def test_i8_back_that_fetches_without_a_word_does_not_draw_out_a_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has told of the first chain, and ends two later ones: its word can't be true,
+    so it is asked to stop as one that tells nothing. No signal comes with that.
+    """
+    pumps: queues.Queue[ToldPump] = queues.Queue()
+    usual = drains.await_fetched
+
+    def await_fetched(pump: Any, *arguments: Any) -> None:
+        told: Any = ToldPump(pump)
+        pumps.put(told)
+        usual(told, *arguments)
+
+    monkeypatch.setattr(ring, "await_fetched", await_fetched)
+    back = ScriptedBack()
+    with Airlock(back, drain_timeout=3 * PATIENCE) as airlock, small_guest() as guest:
+        guest.connect(airlock.channel())
+        guest.start()
+        ios = submit(guest, 1)
+        chains = take(back, 1)
+        ios += submit(guest, 2)
+        arrived(back, 2)
+        chains += back.take_all()
+        channel = guest.front.channel
+        channel.send(R.GET_VRING_BASE, VringState(0, 0).pack())
+        pump = pumps.get(timeout=PATIENCE)
+        assert pump.told.wait(PATIENCE)
+        assert pump.tells
+        for chain in chains[1:]:
+            back.ring().complete(chain.head, 1)
+        back.publish()
+        wait_until(lambda: R.GET_VRING_BASE in back.requests(), "it is asked to stop")
+        assert not pump.drained
+        back.complete(chains[0], b"d" * 4096)
+        with channel.recv() as answer:
+            assert VringState.unpack(answer.payload) == VringState(0, 3)
+        guest.disconnect()
 
 
 def test_i3_completion_while_the_ring_stops_is_called_for(

@@ -247,7 +247,7 @@ def two_ends(server: str, path: Path) -> tuple[socket.socket, socket.socket]:
 
 @pytest.mark.parametrize("server", ["off", "on"])
 def test_qemu_inherits_the_socket_of_a_back_end(programs, folder, airlocks, server):
-    """Which is connected, or listens, as libvirt passes that of a network card."""
+    """Which is connected, or listens."""
     back = ScriptedBack()
     ours, theirs = two_ends(server, folder / "back.sock")
     back.start(ours)

@@ -92,7 +92,8 @@ class Machine(ABC):
 class Guest(Process, Machine):
     """A machine, running and ready for calls. Its console is the process's output.
 
-    One that has a `source` waits for that one's state (tests/guest/migration.py).
+    One that `waits` for a state, or has a `source` whose state is to come, does not run
+    yet (tests/guest/booted.py, tests/guest/migration.py).
     """
 
     def __init__(
@@ -104,7 +105,9 @@ class Guest(Process, Machine):
         memory: str = "256M",
         boot_words: str = "",
         source: "Guest | None" = None,
+        waits: bool = False,
     ) -> None:
+        waits = waits or source is not None
         self.archive: Path = source.archive if source else folder / "initramfs"
         if source is None:
             self.archive.write_bytes(initramfs_for(programs, *devices))
@@ -123,7 +126,7 @@ class Guest(Process, Machine):
             *("-kernel", str(kernel(programs)), "-initrd", str(self.archive)),
             *("-append", f"{BOOT_WORDS} {boot_words}"),
             *(word for device in devices for word in device.arguments),
-            *(("-S", "-incoming", "defer") if source else ()),
+            *(("-S", "-incoming", "defer") if waits else ()),
         )
         fds = [agent.fileno(), theirs.fileno()]
         super().__init__(argv, folder / "guest.log", pass_fds=fds)
@@ -132,7 +135,7 @@ class Guest(Process, Machine):
         self._monitor = monitor
         try:
             self.qmp = Qmp(monitor)
-            if source is None:
+            if not waits:
                 Call[str](self, "boot").result()
         except OSError as error:
             self.kill()

@@ -7,8 +7,8 @@ from itertools import chain
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import frames
-from tests.guest.machine import Guest
 from tests.real.airlock import reach
 from tests.real.testpmd import PacketFiles, Testpmd, vhost
 from tests.support.profiles import STRESS
@@ -28,7 +28,7 @@ def test_pauses_of_a_guest_lose_no_frame(programs, folder, via, pairs):
     with (
         Testpmd(programs, folder / "back.log", devices_of_back, queues=pairs) as back,
         reach(via, path, "--device-type=net", f"--workers={pairs}") as front,
-        Guest(programs, folder, devices.net(front, pairs), cpus=pairs) as guest,
+        booted(programs, folder, devices.net(front, pairs), cpus=pairs) as guest,
     ):
         guest.sh("ip link set eth0 up")
         guest.call(frames.listen)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import files
 from tests.guest.machine import Guest
 from tests.real.airlock import airlock, reach
@@ -81,7 +82,7 @@ def scene(request: pytest.FixtureRequest, programs: Programs) -> Iterator[Scene]
             stack.enter_context(virtiofsd(programs, share, path, *words))
             front = stack.enter_context(reach(request.param, path))
             fronts.append(devices.file_system(front, name))
-        guest = stack.enter_context(Guest(programs, folder, *fronts))
+        guest = stack.enter_context(booted(programs, folder, *fronts))
         yield Scene(guest, folder, modes)
         guest.power_off()
 
@@ -151,7 +152,7 @@ def test_kept_back_end_serves_the_next_vmm(programs, folder):
         reach("airlock", folder / "fs.sock", "--keep-backend") as front,
     ):
         for number in range(2):
-            with Guest(programs, folder, devices.file_system(front, "share")) as guest:
+            with booted(programs, folder, devices.file_system(front, "share")) as guest:
                 use(guest, share, number)
                 if number:
                     guest.power_off()
@@ -165,7 +166,7 @@ def test_next_session_gets_its_own_back_end(programs, folder):
     with airlock(None, front, "--device-type=fs", command=command) as proxy:
         for number in range(2):
             assert listening(front)
-            with Guest(programs, folder, devices.file_system(front, "share")) as guest:
+            with booted(programs, folder, devices.file_system(front, "share")) as guest:
                 guest.sh("mount -t virtiofs share /mnt")
                 guest.sh(f"echo {number} >> /mnt/log && sync")
                 if number:

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import net as interface
 from tests.guest.inside import noise, streams
 from tests.guest.machine import Guest
@@ -60,7 +61,7 @@ def net(request, programs) -> Iterator[Net]:
         closing(Network(programs, folder)) as network,
         passt(programs, network, folder / "net.sock", f"--tcp-ports={TO_GUEST}"),
         reach(via, folder / "net.sock", *WAYS[request.param]) as front,
-        Guest(programs, folder, devices.net(front)) as guest,
+        booted(programs, folder, devices.net(front)) as guest,
     ):
         with network.entered():
             server = streams.Server(socket.create_server((HERE, TO_HOST)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import blocks, streams
 from tests.guest.inside.frames import frames
 from tests.guest.machine import Guest
@@ -249,7 +250,7 @@ def test_guest_sees_a_pause(programs, folder):
         mortal = Mortal(programs, NbdDisk(server=path, queues=2), folder)
         with (
             mortal.served(),
-            Guest(programs, folder, devices.disk(mortal.front), cpus=2) as guest,
+            booted(programs, folder, devices.disk(mortal.front), cpus=2) as guest,
         ):
             nbd.stall()
             guest.call(blocks.start, COUNT, 1)

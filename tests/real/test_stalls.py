@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import blocks
 from tests.guest.machine import Guest
 from tests.real.airlock import reach
@@ -64,7 +65,7 @@ def scene(request: pytest.FixtureRequest, programs: Programs) -> Iterator[Scene]
         disk = NbdDisk(server=path, queues=CPUS)
         _, back = enter(storage_daemon(programs, disk, folder / "back.sock"))
         front = enter(reach(request.param, back, "--drain-timeout=0.3"))
-        guest = enter(Guest(programs, folder, devices.disk(front), cpus=CPUS))
+        guest = enter(booted(programs, folder, devices.disk(front), cpus=CPUS))
         yield Scene(nbd, guest)
         guest.power_off()
 

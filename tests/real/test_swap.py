@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.guest import devices
+from tests.guest.booted import booted
 from tests.guest.inside import files, held
-from tests.guest.machine import Guest
 from tests.real.airlock import airlock
 from tests.real.backends import virtiofsd_command
 from tests.real.blkdrive import BlkDrive
@@ -160,7 +160,7 @@ def test_open_files_of_a_guest_stay_open(programs, folder, capsys):
     pauses, ran = [], 0
     with (
         shared(folder, command, control),
-        Guest(
+        booted(
             programs, folder, devices.file_system(folder / "fs.front", "share")
         ) as guest,
     ):
@@ -188,7 +188,7 @@ if STRESS:  # a guest more
         command = virtiofsd_command(programs, share, "--fd={listen-fd}")
         with (
             shared(folder, command, control),
-            Guest(
+            booted(
                 programs, folder, devices.file_system(folder / "fs.front", "share")
             ) as guest,
         ):

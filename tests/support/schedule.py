@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which process runs which tests, and when, where several processes share the work.
 
-Tests of one file stay together. Those with guests begin, in one process: a guest wants
-a core of its own, and takes the longest. A second process has a hand in them when
-nothing else is left, and never a third one. Those that measure time (the marker
-`timing`) come last, when no other test runs any more.
+Tests of one file stay together. Those with guests begin, for they take the longest, and
+at most two processes have them at a time: a guest wants a core of its own. Those that
+measure time (the marker `timing`) come last, when no other test runs any more.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from xdist.scheduler import LoadFileScheduling
 from xdist.workermanage import WorkerController
 
 TIMING = "timing"
-WITH_GUESTS = ("tests.guest.machine", "tests.real.libvirt")
+WITH_GUESTS = ("tests.guest.machine", "tests.guest.booted", "tests.real.libvirt")
 MOST_GUESTS = 2
 """How many processes may have guests at a time."""
 
@@ -72,15 +71,15 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
         super()._assign_work_unit(node)
 
     def _best_for(self, node: WorkerController) -> str:
-        """A file without guests where another process has some, and one with them where
-        none has; what measures time if nothing else is left."""
-        another_has_guests = self._others_with_guests(node) > 0
+        """A file with guests, unless enough processes have some; what measures time if
+        nothing else is left."""
+        enough = self._others_with_guests(node) >= MOST_GUESTS
         queue: list[str] = [*self.workqueue]
         return min(
             queue,
             key=lambda scope: (
                 scope == TIMING,
-                self._has_guests(scope) == another_has_guests,
+                self._has_guests(scope) == enough,
             ),
         )
 

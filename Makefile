@@ -58,11 +58,14 @@ test:                                   ## everything, with real programs where 
 	@echo "$$(date +%T) tests: 18 min; those that measure time come last, alone"
 	@pytest $(IN_PARALLEL)
 
-test-direct: develop                    ## guests without an airlock: what is theirs?
+test-direct: develop                    ## long tests without an airlock: what is theirs?
 	pytest --direct -k direct tests/real
 
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan $(IN_PARALLEL)
+
+coverage: test-asan                     ## and the lines that these tests reach
+	tools/coverage
 
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
@@ -80,9 +83,6 @@ stress: develop                         ## property tests, races and endurance, 
 
 fuzz: develop                           ## parsers and rings, for hours
 	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)
-
-coverage: develop                       ## which lines their own tests reach
-	tools/coverage
 
 package: dist                           ## sdist and wheel in dist; tried by a demo
 	@tools/try-package

@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--direct",
         action="store_true",
-        help="run the tests with guests on direct connections too",
+        help="run the long tests on direct connections too",
     )
 
 
@@ -28,6 +28,11 @@ def pytest_report_header():
     if isinstance(found, str):
         return f"real programs: left out ({found})"
     return f"real programs: in {found.root}"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """More than there are processors: for half of their time, tests wait."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:

@@ -79,7 +79,8 @@ def running(
 @pytest.mark.parametrize("title", [title for title, _ in GROUPS])
 def test_the_airlock_holds(running: dict[str, Attack], title: str):
     found = running[title].result()
-    assert [each for each in found["attacks"] if not each["held"]] == []
+    lost = [each for each in found["attacks"] if not each["held"]]
+    assert not lost, json.dumps(lost)
     names = [each.name for each in dict(GROUPS)[title]]
     assert [each["name"] for each in found["attacks"]] == names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backs import ScriptedBack, readable
-from tests.support.program import LINE, Program, listening
+from tests.support.program import LINE, UNBOXED, Program, listening
 from tests.support.sessions import serve
 from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
@@ -31,7 +31,7 @@ UNFINISHED = f"{LINE}: warning: ring 0: stopped with 1 requests unfinished"
 def program(front: Path, back: ScriptedBack, tmp_path: Path) -> Iterator[Program]:
     with (
         listening(back, tmp_path / "back.sock") as where,
-        Program(f"--socket-path={front}", f"--backend={where}") as program,
+        Program(f"--socket-path={front}", f"--backend={where}", *UNBOXED) as program,
     ):
         yield program
         assert program.stop() == 0

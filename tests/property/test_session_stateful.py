@@ -335,7 +335,7 @@ def test_session_in_any_life() -> None:
             SessionMachine,
             settings=settings(
                 PROFILE,
-                max_examples=PROFILE.max_examples * 2 // 5,
+                max_examples=PROFILE.max_examples,
                 stateful_step_count=PROFILE.stateful_step_count,
                 derandomize=not STRESS,
             ),

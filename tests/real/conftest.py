@@ -2,7 +2,8 @@
 """Tests with real programs: each runs through the airlock, and many run direct too.
 
 A direct test shows that programs do without the airlock all that is asked of them with
-it. Those with guests take minutes: they run with --direct.
+it. Those with guests, and those of files with the marker `long`, take minutes: they run
+with --direct.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,17 +28,17 @@ def pytest_collection_modifyitems(config, items):
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.real)
     if not config.getoption("--direct"):
-        left_out = [item for item in items if is_direct_guest(item)]
+        left_out = [item for item in items if is_long_direct(item)]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not is_direct_guest(item)]
+        items[:] = [item for item in items if not is_long_direct(item)]
 
 
-def is_direct_guest(item: pytest.Item) -> bool:
-    """Does a test boot a guest that is connected directly to a back-end?"""
+def is_long_direct(item: pytest.Item) -> bool:
+    """Does a test take long, and connect its programs directly to a back-end?"""
     case = getattr(item, "callspec", None)
-    return (
-        case is not None and "direct" in case.params.values() and has_guests(item.path)
-    )
+    if case is None or "direct" not in case.params.values():
+        return False
+    return has_guests(item.path) or item.get_closest_marker("long") is not None
 
 
 @pytest.fixture(scope="session")

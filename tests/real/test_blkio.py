@@ -8,6 +8,8 @@ import pytest
 from tests.real.processes import run
 from tests.real.storage import Disk
 
+pytestmark = pytest.mark.long
+
 MIB = 1 << 20
 
 
@@ -17,9 +19,10 @@ def make_image(folder: Path, size: int) -> Path:
     return image
 
 
-@pytest.mark.parametrize("queue_size", [128, 1024])
-@pytest.mark.parametrize("queues", [1, 4])
-@pytest.mark.parametrize("direct", [False, True], ids=["cached", "uncached"])
+@pytest.mark.parametrize(
+    ("direct", "queues", "queue_size"),
+    [(False, 1, 128), (False, 4, 1024), (True, 1, 1024), (True, 4, 128)],
+)
 def test_file_keeps_what_is_written(serve, drive, folder, direct, queues, queue_size):
     image = make_image(folder, 48 * MIB)
     served = serve(Disk(image, queues=queues, direct=direct))
@@ -41,8 +44,7 @@ def test_buffers_come_and_go(serve, drive, folder):
     assert result["remaps"] > 200
 
 
-@pytest.mark.parametrize("queue_size", [128, 1024])
-@pytest.mark.parametrize("queues", [1, 4])
+@pytest.mark.parametrize(("queues", "queue_size"), [(1, 128), (4, 1024)])
 def test_null_device_reads_zeroes(serve, drive, queues, queue_size):
     """Read buffers hold something else before, so that zeroes must have been copied."""
     served = serve(Disk(size=64 * MIB, queues=queues))

@@ -9,6 +9,8 @@ from tests.guest.inside.frames import frames
 from tests.real.airlock import reach
 from tests.real.testpmd import PacketFiles, Testpmd, vhost
 
+pytestmark = pytest.mark.long
+
 COUNT = 3000
 
 

@@ -15,7 +15,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 
 settings.register_profile(
     "ci",
-    max_examples=300,
+    max_examples=120,
     stateful_step_count=60,
     deadline=None,
     print_blob=True,
@@ -25,7 +25,7 @@ settings.register_profile(
     # A sanitizer makes everything several times as slow.
     "asan",
     parent=settings.get_profile("ci"),
-    max_examples=60,
+    max_examples=20,
 )
 settings.register_profile(
     "stress",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.support.backs import PATIENCE, RecordedBack
+from tests.support.profiles import SANITIZED
 from vhost_airlock.process.sockets import Listener
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd, eventfd, notify
@@ -27,6 +28,9 @@ LINE = "vhost-airlock front.sock"
 """Begins every line of the log of an airlock with --socket-path=.../front.sock."""
 LOOKED_INTO = () if os.geteuid() == 0 else ("--sandbox=off",)
 """Options of an airlock whose holdings are asked for: none but root may otherwise."""
+
+UNBOXED = ("--sandbox=off",) if SANITIZED else ()
+"""Options of an airlock that ends as told, which it does by writing gcov's counts."""
 
 
 @dataclass(frozen=True)

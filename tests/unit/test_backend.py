@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.profiles import PROFILE
 from tests.support.tables import each_row
 from vhost_airlock.errors import (
     AirlockError,
@@ -550,7 +551,7 @@ requests = st.one_of(st.sampled_from(list(Request)), st.integers(0, 60))
 flags = st.sampled_from([VERSION, VERSION | NEED_REPLY, VERSION | NEED_REPLY, 5, 0])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(PROFILE)
 @given(
     st.lists(
         st.tuples(requests, flags, st.binary(max_size=50), st.integers(0, 40)),

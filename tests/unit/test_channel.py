@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.limits import no_more_fds
+from tests.support.profiles import PROFILE
 from vhost_airlock.errors import (
     BackLost,
     DeadlineExceeded,
@@ -659,7 +660,7 @@ noise = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(PROFILE)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.binary(max_size=40)), max_size=4),
     st.lists(st.integers(1, 30), min_size=1),
@@ -686,7 +687,7 @@ def receive_all(channel):
             assert len(message.fds) <= MAX_FDS
 
 
-@settings(max_examples=300, deadline=None)
+@settings(PROFILE)
 @given(st.lists(st.tuples(noise, st.integers(0, 253)), max_size=5))
 def test_whatever_comes_there_is_an_end_and_no_fd_is_lost(parts):
     with open(os.devnull) as null, Peer() as peer:

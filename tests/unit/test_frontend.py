@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.profiles import PROFILE
 from tests.support.tables import each_row
 from vhost_airlock.errors import (
     AirlockError,
@@ -1005,7 +1006,7 @@ replies = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(PROFILE)
 @given(
     st.sampled_from([method[0] for method in METHODS]),
     st.lists(st.tuples(replies, st.integers(0, 40)), max_size=3),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.leftovers import held
+from tests.support.profiles import PROFILE
 from vhost_airlock.errors import RequestRefused
 from vhost_airlock.proxy.inflight import InflightRecord, make_record, room
 from vhost_airlock.proxy.state import Vring
@@ -174,7 +175,7 @@ class TestRefusing:
     st.integers(1, 256),
     st.integers(1, 32768) | st.integers(1, 64),
 )
-@settings(max_examples=300, deadline=None)
+@settings(PROFILE)
 def test_what_is_taken_lies_in_its_file(
     size: int, offset: int, queues: int, entries: int
 ) -> None:

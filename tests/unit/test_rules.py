@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.profiles import PROFILE
 from tests.support.tables import each_row
 from vhost_airlock.errors import ProtocolError, RequestRefused
 from vhost_airlock.record import fields
@@ -242,7 +243,7 @@ def test_a_wrong_size_is_refused(request_, rule):
 
 
 @every_rule
-@settings(deadline=None)
+@settings(PROFILE, max_examples=PROFILE.max_examples // 4)
 @given(data=st.data())
 def test_any_message_passes_or_is_refused(request_, rule, data):
     size = data.draw(st.integers(0, rule.payload.MAX_SIZE + 9))

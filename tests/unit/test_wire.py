@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.profiles import PROFILE
 from tests.support.tables import each_row
 from vhost_airlock.errors import ProtocolError
 from vhost_airlock.vhost import wire
@@ -144,7 +145,7 @@ def test_fields_are_in_the_specifications_order(payload, data):
 
 
 @each_row(PAYLOADS)
-@settings(deadline=None)
+@settings(PROFILE, max_examples=PROFILE.max_examples // 4)
 @given(data=st.data())
 def test_what_was_packed_is_unpacked(kind, data):
     payload = data.draw(PAYLOADS[kind])
@@ -154,7 +155,7 @@ def test_what_was_packed_is_unpacked(kind, data):
 
 
 @each_row(PAYLOADS)
-@settings(deadline=None)
+@settings(PROFILE, max_examples=PROFILE.max_examples // 4)
 @given(data=st.data())
 def test_any_bytes_are_unpacked_or_refused(kind, data):
     size = data.draw(st.integers(0, kind.MAX_SIZE + 9))

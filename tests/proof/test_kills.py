@@ -294,7 +294,7 @@ ACTS = st.one_of(
 
 
 @given(st.lists(ACTS, min_size=4, max_size=14), st.sampled_from(BASES))
-@settings(PROFILE, max_examples=PROFILE.max_examples // 30)
+@settings(PROFILE, max_examples=max(1, PROFILE.max_examples // 12))
 def test_killed_in_any_play(
     watcher: Watcher, acts: list[tuple[str, int]], base: int
 ) -> None:

@@ -12,6 +12,7 @@ from tests.support.plane import MIB, PAGE, Lane, World
 from tests.support.profiles import SANITIZED
 from vhost_airlock.dataplane.pool import Pool
 from vhost_airlock.dataplane.pump import (
+    BACK_SIGNALLED,
     FAULTS,
     POLICIES,
     Pump,
@@ -695,6 +696,32 @@ class TestLeftBehind:
         lane.complete(new)
         lane.step()
         assert lane.used() == [(head, 0)]
+
+    @pytest.mark.parametrize("told", [True, False], ids=["it says so", "by its index"])
+    def test_a_back_that_has_broken_the_ring_gets_the_chain_again(self, world, told):
+        """It may have forgotten the first one, which ends for nobody."""
+        lane = Lane(world, size=8)
+        head = lane.offer((0, PAGE, True))
+        lane.step()
+        old = lane.take()
+        if told:
+            lane.pump.set_fault(BACK_SIGNALLED)
+        else:
+            lane.shadow.used_idx = 9
+        lane.step()
+        assert lane.fault is not None
+        base, _, last = lane.stop(1)
+        assert (base, last) == (0, True)
+        lane.start(base)
+        assert lane.step() == 1
+        new = lane.take()
+        assert new.head != old.head
+        self.late(lane, old, b"old")
+        lane.complete(new, b"new")
+        lane.step()
+        assert lane.used() == [(head, 3)]
+        assert world.ram.read(0, 3) == b"new"
+        assert (lane.counter("adopted"), lane.pump.quarantined) == (0, 0)
 
     def test_another_chain_in_its_place_is_no_adoption(self, world):
         """The same head and base, but other bytes for the device to read."""

@@ -161,6 +161,28 @@ class TestInOrder:
         assert lane.pump.news is None
 
 
+def test_a_back_that_has_broken_the_ring_gets_its_chains_again(world: World) -> None:
+    """They are taken by the record; what the back says of the first ones is late."""
+    lane = recorded(world)
+    heads = offer(lane, 3)
+    lane.step()
+    old = [lane.take() for _ in heads]
+    lane.shadow.used_idx = 17
+    lane.step()
+    base, unfinished, _ = lane.stop(3)
+    assert unfinished == 3
+    lane.start(base)
+    lane.step()
+    new = [lane.take() for _ in heads]
+    assert {chain.head for chain in new}.isdisjoint(chain.head for chain in old)
+    for chain in (*old, *new):
+        lane.complete(chain, b"d")
+    while lane.step():
+        pass
+    assert [head for head, _ in lane.used()] == heads
+    assert lane.record.marked == []
+
+
 class TestKills:
     """The next airlock finds exactly the chains that the guest waits for."""
 

@@ -17,6 +17,8 @@ cdef class Pump:
     cdef int log_out
     cdef bint parked
     """A stop has left chains behind, which the guest may still wait for."""
+    cdef bint broken
+    """The back has broken the ring since, so it may have none of them any more."""
     cdef uint64_t standing
     """If so, where the guest's ring stood."""
     cdef uint64_t resumes_at

@@ -9,7 +9,8 @@ number until the back completes it, by that number, in whatever ring there is th
 A stop says at which base the guest's ring can go on. When it does go on there, the
 chains that were left behind are the guest's again: those before the base are in flight
 as before, and those behind it the guest offers anew, see adopt() in step.pyx. A ring
-that begins elsewhere was reset, and nobody waits for these chains.
+that begins elsewhere was reset, and nobody waits for these chains. A back that has
+broken the ring may have forgotten them: it gets those that the guest offers anew.
 
 When the back is gone, lose_back() recalls the chains that it had: those before the base
 are offered again when the ring goes on, with the isolated memory of another back, see
@@ -28,8 +29,8 @@ from vhost_airlock.dataplane.guard cimport guarded
 from vhost_airlock.dataplane.guest cimport Chain, GuestRing, NO_BASE, Part
 from vhost_airlock.dataplane.guest_split cimport split_guest
 from vhost_airlock.dataplane.layout cimport (
-    BACK_ERROR, Blamed, Desc, MAX_SEGMENTS, MEMORY_LOST, NEVER_FITS, PAGE,
-    RING_UNMAPPED, back_usable, fence, load16, load32, load64, load_int,
+    BACK_ERROR, BAD_USED_INDEX, Blamed, Desc, MAX_SEGMENTS, MEMORY_LOST, NEVER_FITS,
+    PAGE, RING_UNMAPPED, back_usable, fence, load16, load32, load64, load_int,
 )
 from vhost_airlock.dataplane.pool cimport Pool, leave_queue, over, tell_room
 from vhost_airlock.dataplane.recorded cimport (
@@ -264,7 +265,7 @@ cdef class Pump:
         cdef int i
 
         if self.recorded:
-            set_apart(pump, heads)
+            set_apart(pump, heads, self.broken)
         elif goes_on:
             pump.next = self.resumes_at
         pump.began = pump.next
@@ -275,7 +276,7 @@ cdef class Pump:
         for i in range(pump.shadow.slots):
             if pump.shadow.state[i] not in (PARKED, RETURNED, RECALLED):
                 continue
-            if not goes_on:
+            if not goes_on or (self.broken and pump.slot[i].position >= pump.next):
                 disown(pump, i)
             elif pump.slot[i].position >= pump.next:
                 pump.awaited[pump.slot[i].position - pump.next] = i
@@ -352,6 +353,7 @@ cdef class Pump:
                 pump.shadow.next[i] = i
         unfinished = pump.outstanding + recalled
         self.parked = unfinished != 0 or pump.adopted < pump.awaited_count
+        self.broken = BAD_USED_INDEX >= pump.fault >= BACK_ERROR
         self.resumes_at = before if last == unfinished else end
         if self.recorded:
             self.resumes_at = max(self.resumes_at, first_of_ring(pump))

@@ -4,6 +4,8 @@
 with Guest(...) as source, Guest(..., source=source) as destination:
     with Migration(source, destination, folder / "migration") as moving:
         ...  # about half of the memory was sent; the guest runs at the source
+        moving.send_all()
+        ...  # all of it was sent; the guest runs at the source
         moving.finish()
     destination.call(...)
 
@@ -38,6 +40,10 @@ NO_TIME, MUCH_TIME = 1, 60000
 """Milliseconds that QEMU may stop a guest for the last pages."""
 
 
+OPEN, STEP = b"o", b"s"
+"""What a gate that holds is told: to hold no more, or after another piece."""
+
+
 class Gate:
     """Stands between two QEMUs, and holds the stream after so many bytes."""
 
@@ -48,7 +54,7 @@ class Gate:
         self._onward = onward
         self._left = held
         self._holds = threading.Event()
-        self._opened, self._open = os.pipe()
+        self._told, self._tell = os.pipe()
         self._thread = threading.Thread(target=self._run, name="gate")
         self._thread.start()
 
@@ -56,14 +62,20 @@ class Gate:
         assert self._holds.wait(PATIENCE), f"{self._left} bytes did not come"
 
     def open(self) -> None:
-        os.write(self._open, b"x")
+        os.write(self._tell, OPEN)
+
+    def step(self) -> None:
+        """Let another piece through, and hold the stream again."""
+        self._holds.clear()
+        os.write(self._tell, STEP)
+        self.wait()
 
     def close(self) -> None:
         """End; both sides have let go, or are cut off."""
         self._listener.shutdown(socket.SHUT_RDWR)
-        os.close(self._open)
+        os.close(self._tell)
         self._thread.join()
-        os.close(self._opened)
+        os.close(self._told)
         self._listener.close()
 
     def _run(self) -> None:
@@ -78,9 +90,11 @@ class Gate:
                     destination.sendall(data)
                     self._left -= len(data)
                 self._holds.set()
-                while os.read(self._opened, 1) and (data := source.recv(PIECE)):
+                while (told := os.read(self._told, 1)) == STEP:
+                    destination.sendall(source.recv(PIECE, socket.MSG_WAITALL))
+                    self._holds.set()
+                while told and (data := source.recv(PIECE)):
                     destination.sendall(data)
-                    self.open()
             except OSError:  # one of them is gone
                 return
 
@@ -108,6 +122,13 @@ class Migration:
 
     def __exit__(self, *exc: object) -> None:
         self._gate.close()
+
+    def send_all(self) -> None:
+        """Let every page be sent once, and hold the stream again. The guest goes on, at
+        the source: from now on, a page that is not logged is left behind.
+        """
+        while self._passes() < 2:
+            self._gate.step()
 
     def finish(self) -> None:
         """Let it end, compare, and let the guest go on at the destination."""
@@ -144,8 +165,16 @@ class Migration:
     def _is_over_or_has_passed(self) -> bool:
         """A guest that finds no time to write anything moves after fewer passes."""
         found: Json = self.source.qmp("query-migrate")
-        passes: int = found.get("ram", {}).get("dirty-sync-count", 0)
-        return passes > PASSES or found["status"] not in ("setup", "active")
+        return passes_of(found) > PASSES or found["status"] not in ("setup", "active")
+
+    def _passes(self) -> int:
+        return passes_of(self.source.qmp("query-migrate"))
+
+
+def passes_of(found: Json) -> int:
+    """How many passes through the memory a migration has begun."""
+    passes: int = found.get("ram", {}).get("dirty-sync-count", 0)
+    return passes
 
 
 def move_by_file(source: Guest, destination: Guest, path: Path) -> None:

@@ -8,149 +8,29 @@ directly or through airlocks. After each move, all of the guest's memory is comp
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.guest import devices
-from tests.guest.devices import Device
-from tests.guest.inside import files, load, pages
+from tests.guest.inside import cached, files, load, pages
 from tests.guest.machine import Guest
-from tests.guest.migration import Migration, move_by_file, wait_for
-from tests.real.airlock import airlock
-from tests.real.backends import virtiofsd
-from tests.real.processes import Process
+from tests.guest.migration import PATIENCE, move_by_file, wait_for
+from tests.real.journey import (
+    CACHED,
+    CACHED_AT,
+    CPUS,
+    RING,
+    SEED,
+    WITHHELD,
+    Journey,
+    Place,
+)
 from tests.real.programs import Programs, new_folder
-from tests.real.storage import Disk, storage_daemon
 from tests.support.profiles import STRESS
 from vhost_airlock.vhost.wire import Feature
 
-MIB = 1 << 20
-CPUS = 1
-"""So that an emulated guest leaves something to the others."""
-LOAD = Device((), (), ("/usr/bin/fio",))
-SEED = 7
 ROUNDS = 50 if STRESS else 1
-WITHHELD = "--withhold-features=0x4000"
-"""WRITE_ZEROES, which the guest does without from its start on."""
-HANDLES = ("--migration-mode=file-handles", "--modcaps=+dac_read_search")
-"""virtiofsd finds a file without a name at the destination only by its handle."""
-
-
-class Place:
-    """Back-ends, maybe airlocks, and a QEMU in which the guest is, or will be."""
-
-    def __init__(
-        self, journey: Journey, via: str, source: Guest | None, *options: str
-    ) -> None:
-        journey.places += 1
-        self.folder = journey.folder / f"{journey.places}"
-        self.folder.mkdir()
-        self.options = options
-        """Of the disk's airlock."""
-        self.disk_airlock: Process | None = None
-        programs = journey.programs
-        locking = "auto" if source is None else "off"
-        image = Disk(journey.image, queues=CPUS, locking=locking)
-        with ExitStack() as stack:
-            disk = self.folder / "disk.sock"
-            stack.enter_context(storage_daemon(programs, image, disk))
-            share = self.folder / "fs.sock"
-            fs = virtiofsd(programs, journey.share, share, *HANDLES)
-            stack.enter_context(fs)
-            if via == "airlock":
-                self.airlocks = stack.enter_context(ExitStack())
-                self.start_disk_airlock()
-                disk = self.disk_front
-                front = self.folder / "fs.front"
-                stack.enter_context(airlock(share, front, "--device-type=fs"))
-                share = front
-            self.guest = stack.enter_context(
-                Guest(
-                    programs,
-                    self.folder,
-                    devices.disk(disk, reconnect=True),
-                    devices.file_system(share, "share"),
-                    LOAD,
-                    cpus=CPUS,
-                    memory="384M",
-                    source=source,
-                )
-            )
-            self._stack = stack.pop_all()
-
-    @property
-    def disk_front(self) -> Path:
-        return self.folder / "disk.front"
-
-    def start_disk_airlock(self) -> None:
-        back = self.folder / "disk.sock"
-        options = ("--device-type=block", *self.options)
-        proxy = airlock(back, self.disk_front, *options)
-        self.disk_airlock = self.airlocks.enter_context(proxy)
-
-    def kill_disk_airlock(self) -> None:
-        """As by SIGKILL, and start it again."""
-        assert self.disk_airlock is not None
-        self.disk_airlock.kill()
-        self.airlocks.close()
-        self.start_disk_airlock()
-
-    def close(self) -> None:
-        self.guest.kill()
-        self._stack.close()
-
-
-class Journey:
-    """A guest, at a place."""
-
-    def __init__(self, programs: Programs, folder: Path) -> None:
-        self.programs = programs
-        self.folder = folder
-        self.share = folder / "share"
-        self.share.mkdir()
-        self.image = folder / "disk.img"
-        with self.image.open("wb") as file:
-            file.truncate(64 * MIB)
-        self.places = 0
-        self.place = Place(self, "airlock", None, WITHHELD)
-
-    @property
-    def guest(self) -> Guest:
-        return self.place.guest
-
-    @contextmanager
-    def moving(
-        self, via: str = "airlock", *options: str
-    ) -> Iterator[tuple[Place, Migration]]:
-        """Begin to move to a new place, in the middle of all work."""
-        there = Place(self, via, self.guest, *options)
-        try:
-            path = self.folder / "migration"
-            with Migration(self.guest, there.guest, path) as moving:
-                yield there, moving
-        except BaseException:
-            there.close()
-            raise
-
-    def arrive(self, there: Place) -> None:
-        self.place.close()
-        self.place = there
-        self.check()
-
-    def stay(self, there: Place) -> None:
-        """The other place is of no use any more."""
-        there.close()
-        self.check()
-
-    def check(self) -> None:
-        """All is right, and goes on, in the guest."""
-        self.guest.call(pages.check, SEED)
-        self.guest.call(pages.start)
-        self.guest.call(files.check_held)
-        self.guest.call(load.go_on)
 
 
 @pytest.fixture(scope="module")
@@ -158,27 +38,26 @@ def journey(programs: Programs) -> Iterator[Journey]:
     """One guest for all tests. Each leaves it somewhere, at its work."""
     with new_folder() as folder:
         journey = Journey(programs, folder)
-        guest = journey.guest
-        guest.sh("mount -t virtiofs share /mnt && mkdir /mnt/held")
-        guest.call(files.hold, "/mnt/held", True)
-        guest.call(load.keep, SEED)
-        guest.call(load.start, CPUS)
-        guest.call(pages.start)
         try:
             yield journey
-            journey.check()
-            assert journey.guest.call(load.stop) >= 1
-            journey.guest.power_off()
+            journey.end()
         finally:
-            journey.place.close()
+            journey.close()
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_there_and_back(journey, number):
-    """From an airlock to a direct place, to another one, and back behind an airlock."""
+    """From an airlock to a direct place, to another one, and back behind an airlock.
+
+    When all memory was sent once, the disk writes pages that nobody else does.
+    """
     for via in ("direct", "direct", "airlock"):
         with journey.moving(via) as (there, moving):
             journey.guest.call(pages.go_on)
+            moving.send_all()
+            found = journey.guest.call(cached.read_anew, CACHED_AT, CACHED)
+            assert found == journey.cached
+            journey.guest.call(cached.go_round, 2 * RING)
             moving.finish()
         journey.arrive(there)
 
@@ -229,3 +108,40 @@ def test_saved_in_a_file(journey):
         there.close()
         raise
     journey.arrive(there)
+
+
+def test_snapshot(journey):
+    """It has the guest's memory and the state of its devices, and goes back to them.
+
+    What a disk or a folder has is not in it: so the guest writes nothing in between.
+    And virtiofsd lets go of its files before it finds them again, which it can't if one
+    has no name any more.
+    """
+    guest = journey.guest
+    guest.call(files.let_go)
+    assert guest.call(load.stop) >= 1
+    guest.call(pages.check, SEED)
+    path = journey.folder / "snapshots"
+    qemu_img = journey.programs("qemu-img", "create", "-f", "qcow2", str(path), "1G")
+    subprocess.run(qemu_img, check=True, stdout=subprocess.DEVNULL)
+    file = {"driver": "file", "filename": str(path)}
+    guest.qmp("blockdev-add", driver="qcow2", node_name="snapshots", file=file)
+    snapshot(guest, "snapshot-save")
+    guest.sh("echo later > /tmp/later")
+    guest.call(cached.go_round, RING + 1)
+    snapshot(guest, "snapshot-load")
+    guest.sh("test ! -e /tmp/later")
+    guest.call(load.start, CPUS)
+    guest.call(pages.start)
+    journey.check()
+
+
+def snapshot(guest: Guest, command: str) -> None:
+    """Do this with the guest's snapshot, and wait until it is done."""
+    nodes = {"vmstate": "snapshots", "devices": ["snapshots"]}
+    guest.qmp.forget()
+    guest.qmp(command, job_id="job", tag="now", **nodes)
+    guest.qmp.wait_for("JOB_STATUS_CHANGE", PATIENCE, id="job", status="concluded")
+    (job,) = guest.qmp("query-jobs")
+    assert "error" not in job, job
+    guest.qmp("job-dismiss", id="job")

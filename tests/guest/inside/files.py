@@ -193,6 +193,11 @@ def hold(folder: str, unlinked: bool) -> None:
         root.joinpath("unlinked").unlink()
 
 
+def let_go() -> None:
+    """Close the last one of them: that without a name, if there was one."""
+    os.close(_held.pop())
+
+
 def check_held() -> None:
     """Are they as they were? Past the guest's cache. And they can still be written."""
     for number, fd in enumerate(_held):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/preflight on Debian 12 and 13, from which packages are removed for real."""
+"""What is missing for a build is named: on Debian 12 and 13, from which packages are
+removed for real, and elsewhere.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -11,6 +14,8 @@ from tests.real.processes import run
 from tests.real.programs import PROJECT, new_folder
 
 pytestmark = pytest.mark.real
+
+README = (PROJECT / "README.md").read_text()
 
 PYTHON = """python$(python3 -c 'import sys; print("3.%d" % sys.version_info.minor)')"""
 STEPS = {
@@ -87,3 +92,19 @@ def test_preflight_wants_python_3_11(program, line, tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr == f"preflight: {line}\n"
+
+
+def test_make_deb_names_the_packages_of_the_readme(tmp_path):
+    row = re.search(r"^\| `make deb` .*; takes (.*) \|$", README, re.M)
+    assert row
+    packages = re.findall(r"`(.*?)`", row[1])
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
+    done = subprocess.run(
+        ["/bin/sh", PROJECT / "tools" / "deb"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    line = f"dpkg-buildpackage. On Debian: apt install {' '.join(packages)}"
+    assert done.stderr == f"deb: missing: {line}\n"

@@ -18,6 +18,8 @@ CPUS = 2
 """And so many queues."""
 REPLACED = 100 if STRESS else 3
 """How often the airlock is replaced; the first time it ends as told."""
+KILLS = 1000
+"""How often the airlock is killed in a row, only in `make stress`."""
 TOOLS = Device((), ("virtio_blk",), ("/usr/bin/fio",))
 
 
@@ -135,3 +137,32 @@ def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
             guest.call(load.go_on)
         assert guest.call(load.stop) >= 4
         guest.power_off()
+
+
+if STRESS:  # minutes
+
+    def test_airlock_is_killed_again_and_again_under_load(
+        programs, folder, boot, disk, capsys
+    ):
+        """Each time with requests in flight, and as soon as some more are done. The
+        guest finds no wrong byte and no error.
+        """
+        front = folder / "front.sock"
+        with ExitStack() as stack:
+            daemon = storage_daemon(programs, disk, folder / "back.sock")
+            _, back = stack.enter_context(daemon)
+            proxies = stack.enter_context(ExitStack())
+            proxy = proxies.enter_context(airlock(back, front))
+            guest = stack.enter_context(boot(f"path={front},reconnect-ms=50"))
+            guest.call(load.start, CPUS)
+            for _ in range(KILLS):
+                guest.call(load.busy)
+                proxy.kill()
+                proxies.close()
+                proxy = proxies.enter_context(airlock(back, front))
+                guest.call(load.progress)
+            rounds = guest.call(load.stop)
+            guest.power_off()
+        assert rounds > 0
+        with capsys.disabled():
+            print(f"\n{KILLS} kills, {rounds} rounds of verified load")

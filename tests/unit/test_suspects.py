@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from tests.support.backs import readable, wait_until
 from tests.support.plane import PAGE, Lane, Record, World
+from vhost_airlock.dataplane.worker import Worker
 from vhost_airlock.peers import Chain
+from vhost_airlock.vhost.fds import eventfd
 
 SECTOR = 512
 
@@ -177,6 +182,75 @@ def test_alone_in_its_ring_is_not_alone(world, lane):
     lane.step()
     assert lane.pump.at_back == 1
     assert len(lane.pump.accuse()) == 1
+
+
+def test_none_is_condemned_that_had_no_turn(world, lane):
+    """It was alone by chance: nobody has kept the other rings from theirs."""
+    offer(lane, 0)
+    lane.step()
+    for _ in range(5):
+        assert lose(lane) == []
+    assert lane.pump.suspected == 1
+
+
+def test_others_that_are_done_leave_the_accused_one(world, lane):
+    guilty = offer(lane, 0)
+    lane.step()
+    for _ in range(2):
+        lose(lane)
+    other = offer(lane, 1)
+    lane.step()
+    lane.complete(take_all(lane)[1], bytes(SECTOR + 1))
+    lane.step()
+    lane.pump.set_alone(True)
+    assert lose(lane, alone=True) == [guilty]
+    assert lane.device.take() is None
+    assert [head for head, _ in lane.used()] == [other, guilty]
+    assert status(world, 0) == b"\1"
+
+
+def test_chains_that_a_stop_has_left_are_accused(world, lane):
+    """The guest has not offered them again yet."""
+    offer(lane, 0)
+    lane.step()
+    lane.take()
+    base, *_ = lane.stop(1)
+    lane.start(base)
+    assert lane.pump.at_back == 1
+    for _ in range(2):
+        lane.pump.accuse()
+    assert lane.pump.suspected == 1
+
+
+def test_control_plane_is_told_when_the_last_suspect_is_done(world, lane):
+    """And not before: another one is next then."""
+    for number in range(2):
+        offer(lane, number)
+    lane.step()
+    lose(lane)
+    lose(lane, alone=True)
+    taken = take_all(lane)
+    lane.complete(taken[0], bytes(SECTOR + 1))
+    with eventfd() as events:
+        worker = Worker(events.fileno())
+        worker.add(lane.pump)
+        thread = threading.Thread(target=worker.run)
+        thread.start()
+
+        def second() -> bool:
+            taken.extend(take_all(lane))
+            return len(taken) == 2
+
+        try:
+            wait_until(second, "the second one is offered")
+            with worker.pause():
+                assert not readable(events, 0)
+                lane.complete(taken[1], bytes(SECTOR + 1))
+            assert readable(events)
+        finally:
+            worker.stop()
+            thread.join()
+            worker.close()
 
 
 def test_done_chains_are_acquitted(world, lane):

@@ -103,6 +103,24 @@ def busy() -> None:
     wait(lambda: requests() >= 8, lambda: f"{requests()} requests in flight")
 
 
+def progress(count: int = 20) -> None:
+    """Wait until so many more requests are done, whenever they were begun."""
+    before = completed()
+    wait(
+        lambda: completed() >= before + count or bool(_load[-1].failure),
+        lambda: f"{completed() - before} requests are done, not {count}",
+    )
+    if _load[-1].failure:
+        raise RuntimeError(_load[-1].failure)
+
+
+def completed() -> int:
+    """How many reads and writes the disk's driver has seen done."""
+    with open("/sys/block/vda/stat") as file:
+        fields = file.read().split()
+    return int(fields[0]) + int(fields[4])
+
+
 def requests() -> int:
     """How many requests the disk's driver has, now."""
     with open("/sys/block/vda/inflight") as file:

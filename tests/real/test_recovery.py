@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from tests.guest import devices
 from tests.guest.booted import booted
 from tests.guest.inside import blocks, streams
+from tests.guest.inside import load as fio
 from tests.guest.inside.frames import frames
 from tests.guest.machine import Guest
 from tests.real.airlock import airlock
@@ -39,7 +41,9 @@ KILLS = 10 if STRESS else 1
 """Of DPDK's vhost, whose traffic keeps all processors at work."""
 STARTS = 100 if STRESS else 3
 """Of a back-end that the airlock starts: with pauses of up to 5 s."""
-OFTEN = f"--recover-times={DEATHS + 1}"
+GUESTS = 100
+"""Of a disk's back-end under a guest's load, only in `make stress`."""
+OFTEN = f"--recover-times={max(DEATHS, GUESTS) + 1}"
 
 
 class Watched:
@@ -262,3 +266,31 @@ def test_guest_sees_a_pause(programs, folder):
             blocks.check(nbd.content, COUNT, 1)
             assert mortal.losses == 1
             guest.power_off()
+
+
+if STRESS:  # minutes
+
+    def test_guest_sees_pauses_under_load(programs, folder, capsys):
+        """The back-end dies with requests in flight, as soon as some more are done. The
+        guest finds no wrong byte and no error.
+        """
+        image = folder / "disk.img"
+        image.write_bytes(bytes(64 * MIB))
+        mortal = Mortal(programs, Disk(image, queues=2), folder)
+        disk = replace(devices.disk(mortal.front), tools=("/usr/bin/fio",))
+        with (
+            mortal.served(),
+            Guest(programs, folder, disk, cpus=2, memory="384M") as guest,
+        ):
+            guest.call(fio.start, 2)
+            for _ in range(GUESTS):
+                guest.call(fio.busy)
+                mortal.kill()
+                mortal.start()
+                guest.call(fio.progress)
+            rounds = guest.call(fio.stop)
+            assert mortal.losses == GUESTS
+            guest.power_off()
+        assert rounds > 0
+        with capsys.disabled():
+            print(f"\n{GUESTS} losses, {rounds} rounds of verified load")

@@ -110,6 +110,8 @@ def test_one_in_the_middle_ends_from_its_slot(world, lane):
     lane.step()
     assert [head for head, _ in lane.used()] == [heads[1]]
     assert world.pool.used == 0
+    lane.stop(None)
+    assert lane.pump.lose_back() == 0, "none is left to offer again"
 
 
 def test_length_says_what_was_written(world, lane):
@@ -303,6 +305,20 @@ def test_a_ring_that_was_reset_has_no_suspects(world, lane):
     lane.reset()
     lane.start(0)
     assert lane.pump.suspected == 0
+
+
+def test_a_smaller_ring_has_no_suspects_behind_its_end(world):
+    lane = Lane(world, size=16)
+    for number in range(9):
+        lane.offer((PAGE * number, 8))
+    lane.step()
+    lose(lane)
+    lose(lane, alone=True)
+    assert lane.pump.suspected == 9
+    lane.stop(0)
+    lane.reset(0, 8)
+    lane.start(0)
+    assert lane.pump.suspected == 8
 
 
 def test_all_go_on_together_when_the_suspects_are_done(world, lane):

@@ -266,7 +266,11 @@ def test_signal_at_any_time_of_the_start_leaves_nothing(
             2,
             "argument --pool-limit: none: no size from 4K to 4G",
         ),
-        (["--socket-path=F"], 2, "one of --backend, .*, -- COMMAND is"),
+        (
+            ["--socket-path=F"],
+            2,
+            "one of --backend, --backend-listen, --backend-fd, -- COMMAND is",
+        ),
         (
             ["--socket-path=F", "--backend=B", "--no-wait"],
             1,

@@ -146,6 +146,12 @@ class LateBack(ScriptedBack):
         assert self.taken[number] == 1, "a request that the back has is sent again"
         self.has.append(Held(index, chain, number, kind))
 
+    def may_forget(self, index: int) -> None:
+        """It has said that a ring is broken, and may get its requests again."""
+        for held in self.has:
+            if held.index == index:
+                self.taken[held.number] = 0
+
     def finish(self, which: int) -> None:
         """Complete one of the requests that it has."""
         held = self.has.pop(which % len(self.has))
@@ -532,6 +538,7 @@ class Walk:
         in_use = (State.HELD, State.RUNNING)
         if self.state(index) in in_use and err is not None:
             notify(err)
+            self.back.may_forget(index)
             wait_until(lambda: self.ring(index).state is State.DEAD, "it is noticed")
             self.life.ring(index).happen(Event.FAULT)
 

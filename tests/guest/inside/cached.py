@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages that only the disk has written since the machine was started: those of the page
-cache, if the kernel does not clear memory for it (init_on_alloc=0), and those of the
-used ring behind its first one.
+cache, if the kernel does not clear memory for it (init_on_alloc=0).
 """
 
-import mmap
-import os
 import zlib
 
 from tests.guest.inside.agent import sh
 from tests.guest.inside.load import DEVICE, MIB
-
-SECTOR = 512
 
 
 def read_anew(start: int, size: int) -> int:
@@ -28,14 +23,3 @@ def read(start: int, size: int) -> int:
         for _ in range(size):
             found = zlib.crc32(disk.read(MIB), found)
     return found
-
-
-def go_round(requests: int) -> None:
-    """Make so many requests, one after the other: the used ring is written in turn."""
-    fd = os.open(DEVICE, os.O_RDONLY | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
-            for _ in range(requests):
-                assert os.preadv(fd, [memoryview(buffer)[:SECTOR]], 0) == SECTOR
-    finally:
-        os.close(fd)

@@ -78,6 +78,7 @@ stress: develop                         ## property tests, races and endurance, 
 	    tests/real/test_guest.py tests/real/test_net.py tests/install \
 	    tests/real/test_swap.py \
 	    tests/real/test_migration.py tests/real/test_migration_net.py \
+	    tests/real/test_migration_passt.py \
 	    tests/unit/test_dirty_log_races.py tests/integration/test_dirty_log_oracle.py \
 	    tests/real/test_lifecycle.py::test_airlock_is_replaced_under_load
 

@@ -38,6 +38,7 @@ OFFSETS = (None, None, 0, 1, 511, 2048, 4090)
 SIZES = (1, 2, 4, 16, 1024)
 BASES = (0, 1, 0x7FFE, 0xFFF0, 0xFFFE, 0xFFFF)
 POLICIES = ("full", "used", "used+tail")
+WINDOWS = (0, 1, 3, 16, 1 << 30)
 POOLS = ((4,), (7,), (8,), (16, 16), (64,))
 
 LOGGED = RINGS_AT + (1 << 32) + MIB
@@ -122,9 +123,13 @@ class PumpMachine(RuleBasedStateMachine):
         i=ring,
         budget=st.sampled_from([256, 256, 7, 2, 1]),
         then=st.sampled_from(["nothing", "rest", "till it rests"]),
+        window=st.sampled_from([None, None, *WINDOWS]),
     )
-    def pump(self, i, budget, then) -> None:
+    def pump(self, i, budget, then, window) -> None:
+        """`window`: the pages that the ring may have in flight from now on."""
         model = self.models[i]
+        if window is not None:
+            model.set_window(window)
         while model.step(budget) and then == "till it rests":
             pass
         if then != "nothing":
@@ -250,7 +255,8 @@ def stroll(seed: int, steps: int) -> None:
                 machine.guest_offers(i, lengths, readable, form, times, "nothing")
             case "p":
                 then = some(["nothing", "rest", "till it rests"])
-                machine.pump(i, some([256, 256, 7, 1]), then)
+                window = some([*WINDOWS, *[None] * 5])
+                machine.pump(i, some([256, 256, 7, 1]), then, window)
             case "b":
                 wrote, said = some([0, 1, 600, 1 << 20]), some([None, 0, 600, 1 << 20])
                 then = some(["nothing", "nothing", "waits", "looks"])

@@ -10,6 +10,7 @@ as many as do must be right.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -332,12 +333,20 @@ class Model:
         self.base = lane.pump.base
         self.running = True
         self.guest_sleeps = False
+        # Pages with which it has enough in flight.
+        self.window: float = math.inf
         # The guest was called in this ring's life; it is to be called already.
         self.called = self.call_due = False
         self._started()
 
+    def set_window(self, pages: int) -> None:
+        """The ring may have so much in flight until its next start."""
+        self.window = pages
+        self.lane.pump.set_window(pages * PAGE)
+
     def _started(self) -> None:
         lane = self.lane
+        self.window = math.inf
         self.spy = DeviceRing(lane.shadow, self.world.isolated.view)
         # Of chains in this shadow ring: where they began, how many were offered, and
         # how many of these the back has fetched for sure.
@@ -719,7 +728,11 @@ class Model:
         )
         left = [*self.parked, *self.quarantine]
         slots = self.lane.size - taken - sum(slot < self.lane.size for slot in left)
-        assert needed > slots or self.world.pool.used, "a chain waits without need"
+        used = self.lane.counter("used")
+        enough = bool(self.flight) and used >= self.window * PAGE
+        assert needed > slots or self.world.pool.used or enough, (
+            "a chain waits without need"
+        )
 
     def rest(self) -> None:
         """The pump asks for notifications, or finds that there is something."""

@@ -303,10 +303,11 @@ class Lane:
         most: int | None = None,
         start: bool = True,
         record: Record | None = None,
+        cached: int = 0,
     ) -> None:
         """`entries`: how many each of the guest's indirect tables has room for;
         `most`: the largest size that reset() may give the ring; `record`: of the chains
-        in flight.
+        in flight; `cached`: as for Pump.attach().
         """
         self.world = world
         self.guest_event_idx = guest_event_idx
@@ -316,6 +317,7 @@ class Lane:
         self.whole_batches = whole_batches
         self.has_error = has_error
         self.record = record
+        self.cached = cached
 
         most = most or size
         tables_at = -(-SplitLayout(most).end // PAGE) * PAGE
@@ -405,6 +407,7 @@ class Lane:
             whole_batches=self.whole_batches,
             has_error=self.has_error,
             record=None if self.record is None else self.record.place,
+            cached=self.cached,
         )
         self.pump.set_taking(True)
         size = shadow_bytes(self.size)

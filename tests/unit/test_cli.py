@@ -19,6 +19,7 @@ from vhost_airlock.cli import run
 from vhost_airlock.dataplane.pump import POLICIES
 from vhost_airlock.process.config import ProcessConfig
 from vhost_airlock.process.sockets import Group, Rights
+from vhost_airlock.proxy.caches import cached_bytes
 from vhost_airlock.proxy.config import MIB, Config
 from vhost_airlock.proxy.device_types import TYPES, DeviceType
 from vhost_airlock.proxy.features import Withheld
@@ -95,6 +96,8 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--pool-limit=64MiB"], {"pool_limit": 64 * MIB}),
     (["--pool-limit=1g"], {"pool_limit": 1024 * MIB}),
     (["--pool-limit=4G"], {"pool_limit": 4096 * MIB}),
+    (["--cached=0"], {"cached": 0}),
+    (["--cached=16M"], {"cached": 16 * MIB}),
     (["--request-limit=0"], {"request_limit": 0}),
     (["--request-limit=4G"], {"request_limit": 4096 * MIB}),
     (["--poll-us=0"], {"poll_us": 0}),
@@ -132,7 +135,7 @@ def test_option(
     plain = ProcessConfig(socket_path="/front", backend="/back")
     of_device = {*fields(Config)} & {*changes}
     chosen = {name: changes.pop(name) for name in of_device}
-    device = Config(**{"name": "front", **chosen})
+    device = Config(**{"name": "front", "cached": cached_bytes(), **chosen})
     expected = replaced(plain, device=device, **changes)
     assert config_of(configs, *WAYS, *arguments) == expected
 

@@ -62,7 +62,7 @@ LAYERS = """
     proxy.back  proxy.inflight  proxy.dirty_log
     proxy.isolated
     proxy.front_memory  proxy.state  proxy.workers  proxy.transfer
-    proxy.front_requests  proxy.ration  proxy.device_types
+    proxy.front_requests  proxy.ration  proxy.device_types  proxy.caches
     proxy.config  proxy.__init__
     proxy.features
 
@@ -79,7 +79,7 @@ LAYERS = """
                                         dataplane.mapping  dataplane.guard
                                         dataplane.copying  dataplane.polling
                                         dataplane.inflight  dataplane.faults
-                                        dataplane.suspects
+                                        dataplane.suspects  dataplane.window
                                         dataplane.layout  dataplane.sys
     errors  record  __init__  dataplane.__init__
 """

@@ -222,6 +222,7 @@ class TestStep:
             "used": 0,
             # In each, 1000 bytes at a page's start and 700 at another's.
             "high_water": 3 * 2 * PAGE,
+            "window": 0,
             "logged": 0,
             "unlogged": 0,
         }
@@ -287,6 +288,79 @@ class TestStep:
             lane.step()
         assert lane.counter("stalls") == 2
         assert lane.counter("chains") == 4
+
+
+class TestWindow:
+    """With so much in flight the next chain waits, and goes on by itself."""
+
+    @pytest.fixture
+    def lane(self, world):
+        lane = Lane(world)
+        lane.pump.set_window(2 * PAGE)
+        return lane
+
+    def test_a_chain_goes_as_soon_as_there_is_room(self, lane):
+        for number in range(6):
+            lane.offer((number * PAGE, 16), (8 * PAGE, PAGE, True))
+        assert lane.step() == 2
+        assert lane.step() == 0
+        assert lane.pump.rest() is False, "it waits, and nobody looks"
+        for left in (3, 2, 1, 0):
+            lane.complete(lane.take())
+            assert lane.pump.rest() is True
+            assert lane.step() == 2, "one is completed, and one is offered"
+            assert lane.counter("outstanding") == 2
+            assert lane.counter("chains") == 6 - left
+        assert lane.counter("stalls") == 0, "these are for want of room"
+        assert lane.counter("window") == 2 * PAGE
+
+    def test_one_chain_always_goes(self, lane):
+        lane.pump.set_window(0)
+        for _ in range(2):
+            lane.offer((0, 16), (PAGE, 64 * PAGE, True))
+        assert lane.step() == 1
+        lane.complete(lane.take())
+        assert lane.step() == 2
+
+    def test_buffers_that_wait_for_a_packet_are_never_held(self, lane):
+        for _ in range(8):
+            lane.offer((PAGE, PAGE, True))
+        assert lane.step() == 8
+
+    def test_chains_that_a_stop_left_behind_hold_nobody_for_ever(self, world):
+        """Their pages are in use, and may be for long."""
+        lane = Lane(world)
+        for _ in range(4):
+            lane.offer((0, 16), (PAGE, PAGE, True))
+        lane.step()
+        lane.take()
+        lane.start(lane.stop(4)[0] + 8)
+        lane.reset(12)
+        lane.pump.set_window(PAGE)
+        assert lane.counter("quarantined") == 4
+        lane.offer((0, 16), (PAGE, PAGE, True))
+        assert lane.step() == 1
+
+    def test_a_held_chain_is_the_guests_again_after_a_stop(self, lane):
+        for number in range(4):
+            lane.offer((number * PAGE, 16), (8 * PAGE, PAGE, True))
+        lane.step()
+        lane.complete(lane.take())
+        lane.complete(lane.take())
+        lane.pump.set_taking(False)
+        lane.step()
+        base, unfinished, _ = lane.stop(2)
+        assert (base, unfinished) == (2, 0)
+        lane.start(base)
+        assert lane.step() == 2
+
+    def test_the_next_start_forgets_it(self, lane):
+        for number in range(6):
+            lane.offer((number * PAGE, 16), (8 * PAGE, PAGE, True))
+        lane.step()
+        lane.start(lane.stop(0)[0])
+        assert lane.counter("window") == 0
+        assert lane.step() == 6
 
 
 class TestSetUp:

@@ -289,6 +289,26 @@ class TestSleep:
         lane.await_used()
         lane.close()
 
+    def test_it_looks_again_at_a_ring_that_has_enough_in_flight(self, wire, worker):
+        """With no notification: if that is enough still depends on the time."""
+        lane = wire()
+        with worker.pause():
+            lane.pump.set_window(PAGE)
+        for _ in range(2):
+            lane.offer((0, 16), (PAGE, PAGE, True))
+        lane.kick()
+        chain = lane.await_chain()
+        before = worker.counters()["sleeps"]
+        until(lambda: worker.counters()["sleeps"] > before + 5)
+        assert worker.counters()["vain"] <= 1, "the kick may have come late"
+        assert lane.counter("chains") == 1
+        lane.complete(chain)
+        lane.call()
+        lane.await_used()
+        lane.await_chain()
+        at_rest(worker)
+        assert_still(worker)
+
     @pytest.mark.parametrize("fault", ["guest", "back", "unmapped"])
     def test_a_broken_ring_keeps_nobody_awake(self, wire, worker, fault):
         lane = wire(size=4)

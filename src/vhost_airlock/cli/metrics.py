@@ -70,6 +70,10 @@ OF_COUNTERS = {
     ),
     ("ring", "used"): ("used_bytes", "Of the pool, by the ring now."),
     ("ring", "high_water"): ("high_water_bytes", "The most that the ring ever used."),
+    ("ring", "window"): (
+        "window_bytes",
+        "The most that the ring has in flight for now; 0: there is no limit.",
+    ),
     ("ring", "logged"): (
         "logged_pages_total",
         "Times that a page was marked in the VMM's dirty log.",

@@ -16,6 +16,7 @@ from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
 from ..process.log import log_to_stderr
 from ..process.sockets import LONGEST_PATH, address_of, listens
+from ..proxy.caches import cached_bytes
 from ..proxy.config import Config
 from ..proxy.device_types import find_type
 from ..record import fields
@@ -190,6 +191,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the largest single request; it may be larger than the pool (default: 1G)",
     )
     parser.add_argument(
+        "--cached",
+        type=size("0", "4G"),
+        metavar="SIZE",
+        help="what caches hold: with more in flight a fast back-end may have to wait;"
+        " 0: never (default: as the system says, 4M or more)",
+    )
+    parser.add_argument(
         "--poll-us",
         type=number(0, 1_000_000),
         default=Config.poll_us,
@@ -322,6 +330,8 @@ def config_of(options: argparse.Namespace) -> ProcessConfig:
         options.copy = kind.copy if kind is not None else Config.copy
     options.whole_batches = kind.whole_batches if kind else Config.whole_batches
     options.has_error = kind is not None and kind.has_error
+    if options.cached is None:
+        options.cached = cached_bytes()
     options.grows = kind is not None and kind.grows
     if options.wait_for is not None and options.backend is None:
         raise UsageError("--wait-for goes with --backend")

@@ -47,6 +47,8 @@ from vhost_airlock.dataplane.step cimport (
     logged, look_unfetched, owed, pending, recall, rest, run, step, tell,
 )
 from vhost_airlock.dataplane.suspects cimport accuse, acquit
+from vhost_airlock.dataplane.window cimport begin as begin_window
+from vhost_airlock.dataplane.window cimport fix, shown
 
 from vhost_airlock.dataplane import guest_split
 from vhost_airlock.dataplane.faults import DETAILS, FAULTS
@@ -170,6 +172,7 @@ cdef class Pump:
         self, *, uint16_t size, base, guest, bint guest_event_idx, bint guest_indirect,
         uintptr_t shadow, bint shadow_event_idx, bint shadow_indirect,
         bint whole_batches=False, bint has_error=False, record=None,
+        uint64_t cached=0,
     ):
         """Set up both rings, `size` entries each.
 
@@ -182,6 +185,8 @@ cdef class Pump:
         has_error: a request of this device fails by a one in its last byte.
         record: our address of the record of chains in flight, and its entries; None:
         there is none. It goes before the base. `news` has what the log is to be told.
+        cached: as many bytes as processors' caches hold the ring may always have in
+        flight, and more where the back can use it; 0: it may always have more.
         """
         cdef PumpState *pump = &self.state
         cdef Part part[3]
@@ -206,6 +211,7 @@ cdef class Pump:
         pump.shadow.ops.start(&pump.shadow, <uint8_t *> shadow)
         pump.whole_batches = whole_batches
         pump.has_error = has_error
+        begin_window(&pump.window, cached // PAGE)
         pump.fault = 0
         pump.silent = False
         pump.attached = True
@@ -366,7 +372,7 @@ cdef class Pump:
         pump.taking = False
         pump.draining = False
         pump.waiting = False
-        pump.stalled = False
+        pump.stalled = pump.held = False
         found = pump.guest.ops.base_after(
             &pump.guest, <int64_t> (self.resumes_at - pump.began)
         )
@@ -538,6 +544,12 @@ cdef class Pump:
         self.state.pool.common_used += over(used, size // 4096)
         self.state.pool.common_used -= before
 
+    def set_window(self, uint64_t size):
+        """How many bytes the ring may have in flight until its next start. For tests:
+        else it learns that.
+        """
+        fix(&self.state.window, size // PAGE)
+
     def set_logging(self, *, bint words, bint buffers):
         """Log stores into the guest's memory, or not, in the log that it has: those to
         the words of the ring, and those to buffers of its chains.
@@ -690,6 +702,7 @@ cdef class Pump:
         counters["quarantined"] = self.quarantined
         counters["used"] = load64(&self.state.share.used) * PAGE
         counters["high_water"] = load64(&self.state.share.high_water) * PAGE
+        counters["window"] = shown(&self.state.window) * PAGE
         counters["logged"] = logged(&self.state)
         counters["unlogged"] = self.unlogged
         return counters

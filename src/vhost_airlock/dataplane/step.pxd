@@ -11,6 +11,7 @@ from vhost_airlock.dataplane.pool cimport PoolState, Share
 from vhost_airlock.dataplane.regions cimport RegionTable
 from vhost_airlock.dataplane.shadow cimport ShadowRing
 from vhost_airlock.dataplane.suspects cimport Suspects
+from vhost_airlock.dataplane.window cimport WindowState
 
 cdef struct Counters:
     # Written by the thread that runs the pump, and read by any.
@@ -75,6 +76,10 @@ cdef struct PumpState:
     bint waiting
     # It waits for room.
     bint stalled
+    # That is room in the window.
+    bint held
+    # How much the ring may have in flight.
+    WindowState window
     # The slot of a chain that is being copied, or NULL: neither the back's nor free.
     Slot *at_hand
     # Used elements are written, but the used index is not yet published.

@@ -11,8 +11,8 @@ any moment. So this module and those below it hold to three rules:
 
 A step does no I/O. It moves completions first, since they make room, then new chains,
 and only notes that a kick or a call is due: the worker sends them. A chain that finds
-no room waits here, and the ones behind it in the guest's ring: nothing fails, and order
-is kept.
+no room, or more in flight than the back can use (window.pyx), waits here, and the ones
+behind it in the guest's ring: nothing fails, and order is kept.
 
 A stop rests on order. Each chain of the guest takes exactly one position in the
 shadow ring, in the guest's order. So when the back says how far it has fetched, that
@@ -58,6 +58,9 @@ from vhost_airlock.dataplane.shadow cimport (
     take_slot,
 )
 from vhost_airlock.dataplane.suspects cimport CONDEMNED, acquit
+from vhost_airlock.dataplane.sys cimport now_ns
+from vhost_airlock.dataplane.window cimport look as look_at_window
+from vhost_airlock.dataplane.window cimport note_held, run_dry
 
 cdef enum:
     # A step ends after moving so much each way, if it may: other rings want their turn.
@@ -98,7 +101,7 @@ cdef void lose_memory(PumpState *pump) noexcept nogil:
 
     fail(pump, MEMORY_LOST)
     pump.waiting = False
-    pump.stalled = False
+    pump.stalled = pump.held = False
     leave_queue(pump.pool, &pump.share)
     if pump.at_hand != NULL:
         release(pump.at_hand, pump.pool, &pump.share)
@@ -190,6 +193,7 @@ cdef uint64_t end_chain(
         pump.reached = max(pump.reached, slot.order + 1)
         copied = finish(pump, number, length)
         pump.outstanding -= 1
+        pump.window.delivered += slot.pages
     let_go(pump, number)
     return copied
 
@@ -258,15 +262,18 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
     cdef bint adopted
     cdef int rc
 
-    pump.stalled = False
+    pump.stalled = pump.held = False
     if pump.replayed < pump.recalled_count:
         return replay(pump, budget)
+    if pump.share.used >= pump.window.mark:
+        look_at_window(&pump.window, pump.share.used, now_ns())
     while moved < budget and bytes < BYTES_A_STEP and descs < DESCS_A_STEP:
         if not pump.waiting:
             rc = take(pump)
             if rc < 0:
                 fail(pump, rc)
             if rc <= 0:
+                run_dry(&pump.window)
                 break
             pump.waiting = True
         if pump.suspects.accused and is_condemned(pump, pump.chain.head):
@@ -294,7 +301,7 @@ cdef int forward(PumpState *pump, int budget) noexcept nogil:
         descs += pump.chain.descs
         moved += 1
 
-    if pump.stalled and not pump.alone and (moved or not stalled):
+    if pump.stalled and not pump.held and not pump.alone and (moved or not stalled):
         pump.counters.stalls += 1
     if pump.guest.armed and (moved or pump.stalled):
         pump.guest.ops.disarm(&pump.guest)
@@ -425,6 +432,8 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     if needed(pump, pump.chain.count) > pump.shadow.free_count:
         pump.stalled = True
         return 0
+    if pump.share.used >= pump.window.limit and hold(pump):
+        return 0
     number = take_slot(&pump.shadow)
     if not record(&pump.slot[number], &pump.chain):
         give_slot(&pump.shadow, number)  # not reached: no memory
@@ -437,6 +446,15 @@ cdef int bounce(PumpState *pump) noexcept nogil:
     pump.slot[number].position = pump.next
     pump.counters.bytes_in += pump.chain.bytes_readable
     return 1
+
+
+cdef bint hold(PumpState *pump) noexcept nogil:
+    """The ring has its window in flight: does the chain at hand wait?"""
+    if pump.outstanding == 0 or pump.chain.readable == 0:
+        return False
+    pump.stalled = pump.held = True
+    note_held(&pump.window, pump.share.used)
+    return True
 
 
 cdef int offer(PumpState *pump, uint16_t number) noexcept nogil:

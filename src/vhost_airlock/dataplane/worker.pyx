@@ -16,6 +16,9 @@ last look finds it. In short:
 The control plane changes pumps, pool and guest memory only under pause(): the worker
 stands still between two rounds then, and has seen the change when it goes on.
 
+While a ring holds a chain, since it has enough in flight, the worker wakes after a
+while by itself: whether it is enough depends on the time (window.pyx).
+
 When a worker frees room in the pool for which another one's ring waits, the pool's
 eventfd tells it, which all of the pool's workers watch.
 
@@ -54,6 +57,7 @@ from vhost_airlock.dataplane.sys cimport (
     pthread_kill, pthread_mutex_t, pthread_mutex_unlock, pthread_self, pthread_t, read,
     pollfd, sched_yield, signal_fd, wait_for,
 )
+from vhost_airlock.dataplane.window cimport SLICE_MS
 
 from vhost_airlock.errors import DeadlineExceeded
 
@@ -345,6 +349,7 @@ cdef void idle(Worker worker) noexcept nogil:
     cdef epoll_event events[MAX_EVENTS]
     cdef uint64_t start = now_ns()
     cdef uint64_t count
+    cdef int longest = -1
     cdef int i, n
 
     if worker.woken:
@@ -363,6 +368,8 @@ cdef void idle(Worker worker) noexcept nogil:
     for i in range(worker.routes):
         rest(worker.route[i].pump)
         notify(&worker.route[i])
+        if worker.route[i].pump.held:
+            longest = SLICE_MS
     # The worker arms and then looks for chains; the other sides publish their index and
     # then look if the worker is armed. Without a full fence each could miss the other.
     fence()
@@ -370,7 +377,7 @@ cdef void idle(Worker worker) noexcept nogil:
         return
     worker.sleeps += 1
     start = now_ns()
-    n = epoll_wait(worker.epoll, events, MAX_EVENTS, -1)
+    n = epoll_wait(worker.epoll, events, MAX_EVENTS, longest)
     worker.woken = n > 0
     for i in range(n):
         if events[i].data.u64:

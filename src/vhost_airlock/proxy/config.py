@@ -36,6 +36,9 @@ class Config:
     larger when another back takes the place of one that is gone."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
+    cached: int = 4 * MIB
+    """The bytes in flight that processors' caches hold: a ring may always have so much,
+    and more if its back can use it. 0: it may always have more."""
     request_limit: int = 1024 * MIB
     """The bytes of the largest single request, which may be more than the pool has."""
     poll_us: int = 200

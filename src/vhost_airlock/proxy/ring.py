@@ -487,6 +487,7 @@ class Ring:
                 whole_batches=bool(features & owner.config.whole_batches),
                 has_error=owner.config.has_error,
                 record=owner.record.of_ring(self.index),
+                cached=owner.config.cached,
             )
             # If an airlock was killed, its last call may be lost.
             self.connect_fds(call=pump.recorded)

@@ -64,7 +64,7 @@ test-direct: develop                    ## long tests without an airlock: what i
 test-asan: develop                      ## the data plane under ASan and UBSan
 	tools/test-asan $(IN_PARALLEL)
 
-coverage: test-asan                     ## and the lines that these tests reach
+coverage: test-asan                     ## the same, and the lines that these tests reach
 	tools/coverage
 
 stress: develop                         ## property tests, races and endurance, at length

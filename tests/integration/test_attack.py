@@ -16,12 +16,13 @@ import pytest
 
 from tests.support import weak
 from tests.support.backs import wait_until
+from tests.support.program import UNBOXED
 from vhost_airlock.attack.program import listens
 from vhost_airlock.cli.attack import GROUPS
 from vhost_airlock.peers.blk_process import BlkProcess
 
 PYTHON = sys.executable
-AIRLOCK = [PYTHON, "-m", "vhost_airlock", "run", "--drain-timeout=0.3"]
+AIRLOCK = [PYTHON, "-m", "vhost_airlock", "run", "--drain-timeout=0.3", *UNBOXED]
 ATTACK = [PYTHON, "-m", "vhost_airlock", "attack", "--json", "--timeout=20"]
 PATIENCE = 110.0
 

@@ -30,7 +30,7 @@ LOOKED_INTO = () if os.geteuid() == 0 else ("--sandbox=off",)
 """Options of an airlock whose holdings are asked for: none but root may otherwise."""
 
 UNBOXED = ("--sandbox=off",) if SANITIZED else ()
-"""Options of an airlock that ends as told, which it does by writing gcov's counts."""
+"""Options of an airlock whose sanitizer looks at /proc, and that writes its counts."""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ class LateBack(ScriptedBack):
         """It has hung up, or is about to."""
         self.taken: Counter[int] = Counter()
         self.done: set[int] = set()
+        self.given_up: dict[int, set[int]] = {}
+        """Requests of rings that it has said are broken: it may get them again."""
 
     def begin(self) -> None:
         """It is another process from now on."""
@@ -111,6 +113,7 @@ class LateBack(ScriptedBack):
         self.has.clear()
         self.leaves = False
         self.taken.clear()
+        self.given_up.clear()
 
     def answer(self, request: Request, payload: Payload, fds: list[Fd]) -> object:  # type: ignore[override]
         if moment := self.moments.pop(request, None):
@@ -119,6 +122,9 @@ class LateBack(ScriptedBack):
             self.features = 0
         if request == R.SET_VRING_KICK:
             assert self.features, "the back is told again what it has forgotten"
+            assert isinstance(payload, VringFd)
+            for number in self.given_up.pop(payload.index, ()):
+                self.taken[number] = 0
         return super().answer(request, payload, fds)
 
     def leave(self) -> None:
@@ -145,12 +151,13 @@ class LateBack(ScriptedBack):
         self.taken[number] += 1
         assert self.taken[number] == 1, "a request that the back has is sent again"
         self.has.append(Held(index, chain, number, kind))
+        if index in self.given_up:
+            self.given_up[index].add(number)
 
-    def may_forget(self, index: int) -> None:
-        """It has said that a ring is broken, and may get its requests again."""
-        for held in self.has:
-            if held.index == index:
-                self.taken[held.number] = 0
+    def give_up(self, index: int) -> None:
+        """It is about to say that a ring is broken, and may forget its requests."""
+        has = {held.number for held in self.has if held.index == index}
+        self.given_up.setdefault(index, set()).update(has)
 
     def finish(self, which: int) -> None:
         """Complete one of the requests that it has."""
@@ -537,8 +544,8 @@ class Walk:
         err = self.back.vrings[index].err
         in_use = (State.HELD, State.RUNNING)
         if self.state(index) in in_use and err is not None:
+            self.back.give_up(index)
             notify(err)
-            self.back.may_forget(index)
             wait_until(lambda: self.ring(index).state is State.DEAD, "it is noticed")
             self.life.ring(index).happen(Event.FAULT)
 

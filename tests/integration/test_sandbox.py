@@ -82,6 +82,7 @@ def test_sockets_are_for_their_owner_only(
     other = tmp_path / "back.sock"
     with Program(f"--socket-path={front}", f"--backend-listen={other}") as program:
         program.connect(front).close()
+        wait_until(other.exists, "it listens for the back-end too")
         for path in (front, other):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert program.stop() == 0

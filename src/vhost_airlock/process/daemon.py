@@ -111,8 +111,6 @@ class Daemon:
             )
             # The broker is closed last: it removes the paths of the other sockets.
             self._open.callback(broker.close)
-            self._fronts = make_fronts(config, self.stop, broker)
-            self._open.callback(self._fronts.close)
             self.broker = broker
             self._orders, handed = listen_for_orders(self)
             if self._orders is not None:
@@ -125,6 +123,9 @@ class Daemon:
             if stats is not None or handed is not None:
                 self._stats = Stats(stats, self.describe, handed)
                 self._open.callback(self._stats.close)
+            # Behind those for stats and orders: where the VMM's socket is, these are.
+            self._fronts = make_fronts(config, self.stop, broker)
+            self._open.callback(self._fronts.close)
             # The last one, since it may tell that there is no back-end yet.
             self.connector = make_connector(config, self.stop, broker)
             self._open.callback(lambda: self.connector.close())

@@ -30,7 +30,7 @@ def cached_bytes(sysfs: str = SYSFS) -> int:
 
 
 def _word(sysfs: str, number: int, name: str) -> str:
-    with open(f"{sysfs}/index{number}/{name}", encoding="ascii") as file:
+    with open(f"{sysfs}/index{number}/{name}", encoding="utf-8") as file:
         return file.read(64).strip()
 
 

@@ -27,7 +27,7 @@ ALL = Device(
     ("virtio_blk", "ext4", "virtiofs", "virtio_net"),
     ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk"),
 )
-"""What these devices need, but for vsock, for which QEMU does not wait for a state."""
+"""Drivers and tools for every device but vsock, with which QEMU waits for no state."""
 
 
 def booted(

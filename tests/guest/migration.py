@@ -41,7 +41,7 @@ NO_TIME, MUCH_TIME = 1, 60000
 
 
 OPEN, STEP = b"o", b"s"
-"""What a gate that holds is told: to hold no more, or after another piece."""
+"""The test's orders to a gate that holds: let all through, or one piece more."""
 
 
 class Gate:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is missing for a build is named: on Debian 12 and 13, from which packages are
-removed for real, and elsewhere.
+"""The preflight names the packages that a build needs and the machine lacks: on Debian
+12 and 13, from which packages are removed for real, and elsewhere.
 """
 
 import os

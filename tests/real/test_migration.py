@@ -111,7 +111,7 @@ def test_saved_in_a_file(journey):
 def test_snapshot(journey):
     """It has the guest's memory and the state of its devices, and goes back to them.
 
-    What a disk or a folder has is not in it: so the guest writes nothing in between.
+    The data of disk and folder is not in it: so the guest writes nothing in between.
     And virtiofsd lets go of its files before it finds them again, which it can't if one
     has no name any more.
     """

@@ -246,12 +246,8 @@ os.read(0, 1)
 """A back-end that hangs up, and lives on until its standard input ends."""
 
 
-def test_back_that_was_connected_to_lives_until_its_process_ends(
-    stack: ExitStack, stop: Fd, path: str
-) -> None:
-    made = make(stack, stop, backend=path)
-    assert made.lives() == ""
-    command = [*PYTHON, LISTENS, path]
+def lives_until_its_end(made: Connector, command: list[str]) -> None:
+    """Take the connection of a back-end that this command starts, and end it."""
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         with connect(made) as channel:
             assert hung_up(channel)
@@ -260,6 +256,14 @@ def test_back_that_was_connected_to_lives_until_its_process_ends(
         process.stdin.close()
         process.wait()
         assert made.lives() == ""
+
+
+def test_back_that_was_connected_to_lives_until_its_process_ends(
+    stack: ExitStack, stop: Fd, path: str
+) -> None:
+    made = make(stack, stop, backend=path)
+    assert made.lives() == ""
+    lives_until_its_end(made, [*PYTHON, LISTENS, path])
 
 
 CONNECTS = """
@@ -277,16 +281,8 @@ def test_back_that_has_connected_lives_until_its_process_ends(
 ) -> None:
     made = make(stack, stop, backend_listen=path)
     assert made.lives() == ""
-    command = [*PYTHON, CONNECTS, path]
     for _ in range(2):
-        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-            with connect(made) as channel:
-                assert hung_up(channel)
-            assert made.lives() == f"process {process.pid} has not ended"
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-            assert made.lives() == ""
+        lives_until_its_end(made, [*PYTHON, CONNECTS, path])
 
 
 def test_kernel_may_not_tell_which_back_has_connected(

@@ -261,7 +261,7 @@ class TestWhatItLearns:
         assert run.window.limit == FLOOR
 
     def test_it_probes_again(self):
-        """What was enough is a little too small now."""
+        """The first window is a little too small for the back's new time."""
         back = BackEnd(8, steady(0.1))
         run = Run(back, size=MIB, depth=64, window=True)
         run.run(1)

@@ -76,7 +76,9 @@ class Scene:
 
 
 @pytest.fixture
-def play() -> Iterator[Callable[..., Scene]]:
+def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scene]]:
+    """Without looks for idle regions, however slow the machine is, unless told."""
+    monkeypatch.setattr(pool_policy, "IDLE_CHECK", 3600.0)
     scenes: list[Scene] = []
 
     def play(back: ScriptedBack | None = None, **options: object) -> Scene:

@@ -70,6 +70,7 @@ coverage: test-asan                     ## the same, and the lines that these te
 stress: develop                         ## property tests, races and endurance, at length
 	HYPOTHESIS_PROFILE=stress pytest --timeout 7200 tests/property \
 	    tests/proof/test_notifying.py tests/unit/test_peers_ring.py \
+	    tests/unit/test_backend.py tests/unit/test_frontend.py \
 	    tests/unit/test_races.py tests/unit/test_mutators.py \
 	    tests/integration/test_endurance.py tests/integration/test_kills.py \
 	    tests/integration/test_deaths.py \
@@ -80,7 +81,7 @@ stress: develop                         ## property tests, races and endurance, 
 	    tests/real/test_migration.py tests/real/test_migration_net.py \
 	    tests/real/test_migration_passt.py \
 	    tests/unit/test_dirty_log_races.py tests/integration/test_dirty_log_oracle.py \
-	    tests/real/test_lifecycle.py::test_airlock_is_replaced_under_load
+	    tests/real/test_lifecycle.py
 
 fuzz: develop                           ## parsers and rings, for hours
 	tools/fuzz --seconds $(or $(FUZZ_SECONDS),3600)

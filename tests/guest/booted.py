@@ -28,6 +28,8 @@ ALL = Device(
     ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk"),
 )
 """Drivers and tools for every device but vsock, with which QEMU waits for no state."""
+WITH_FIO = Device((), ALL.modules, (*ALL.tools, "/usr/bin/fio"))
+"""The same with fio, whose libraries take 70 MB of the guest's memory."""
 
 
 def booted(
@@ -35,10 +37,11 @@ def booted(
     folder: Path,
     *devices: Device,
     cpus: int = 1,
-    memory: str = "256M",
+    fio: bool = False,
 ) -> Guest:
     """Return a guest with these devices, ready for calls."""
-    state = _state(programs, cpus, memory)
+    has, memory = (WITH_FIO, "384M") if fio else (ALL, "256M")
+    state = _state(programs, has, cpus, memory)
     guest = Guest(programs, folder, *devices, cpus=cpus, memory=memory, waits=True)
     try:
         tell_events(guest)
@@ -52,12 +55,12 @@ def booted(
     return guest
 
 
-def _state(programs: Programs, cpus: int, memory: str) -> str:
+def _state(programs: Programs, has: Device, cpus: int, memory: str) -> str:
     """The file with a booted guest, as the programs see it; it is made if need be."""
     kept = programs.path(f"{programs.cache}/guests")
     kept.mkdir(parents=True, exist_ok=True)
     name = f"{cpus}-{memory}"
-    parts = [initramfs_for(programs, ALL), f"{CPU} {BOOT_WORDS}".encode()]
+    parts = [initramfs_for(programs, has), f"{CPU} {BOOT_WORDS}".encode()]
     digest = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
     file = kept / f"{name}-{digest}"
     with (kept / f"{name}.lock").open("w") as lock:
@@ -65,15 +68,15 @@ def _state(programs: Programs, cpus: int, memory: str) -> str:
         if not file.exists():
             for old in kept.glob(f"{name}-*"):
                 old.unlink()
-            _save(programs, cpus, memory, f"{programs.cache}/guests/new")
+            _save(programs, has, cpus, memory, f"{programs.cache}/guests/new")
             (kept / "new").rename(file)
     return f"{programs.cache}/guests/{file.name}"
 
 
-def _save(programs: Programs, cpus: int, memory: str, path: str) -> None:
+def _save(programs: Programs, has: Device, cpus: int, memory: str, path: str) -> None:
     with (
         new_folder() as folder,
-        Guest(programs, folder, ALL, cpus=cpus, memory=memory) as guest,
+        Guest(programs, folder, has, cpus=cpus, memory=memory) as guest,
     ):
         tell_events(guest)
         guest.qmp("migrate", uri=f"file:{path}")

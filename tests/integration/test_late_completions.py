@@ -32,7 +32,7 @@ def test_guest_is_called_for_what_is_done_at_a_stop() -> None:
         assert not queue.driver.arm()
         queue.kick()
         chain = back.take()
-        assert not readable(queue.call_fd)
+        assert not readable(queue.call_fd, 0)
         assert guest.front.get_vring_base(0) == 1
         assert readable(queue.call_fd)
         assert queue.reap() == [request]

@@ -13,7 +13,7 @@ from tests.real.airlock import reach
 from tests.real.testpmd import PacketFiles, Testpmd, vhost
 from tests.support.profiles import STRESS
 
-COUNT = 1000
+COUNT = 1000 if STRESS else 500
 """An emulated guest takes its time."""
 
 

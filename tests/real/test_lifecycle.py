@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.booted import booted
 from tests.guest.devices import Device
 from tests.guest.inside import load
 from tests.guest.inside.agent import sh
@@ -23,16 +24,20 @@ KILLS = 1000
 TOOLS = Device((), ("virtio_blk",), ("/usr/bin/fio",))
 
 
-def hotplugged(chardev: str) -> Device:
-    """A disk that can be unplugged."""
+def on_the_bus(chardev: str, properties: str = "") -> Device:
     return Device(
         (
-            *("-device", "pcie-root-port,id=place,chassis=1"),
             *("-chardev", f"socket,id=front,{chardev}"),
-            *("-device", "vhost-user-blk-pci,id=disk,bus=place,chardev=front"),
+            *("-device", f"vhost-user-blk-pci,chardev=front{properties}"),
         ),
         (),
     )
+
+
+def hotplugged(chardev: str) -> Device:
+    """A disk that can be unplugged."""
+    disk = on_the_bus(chardev, ",id=disk,bus=place").arguments
+    return Device(("-device", "pcie-root-port,id=place,chassis=1", *disk), ())
 
 
 @pytest.fixture
@@ -44,20 +49,20 @@ def disk(folder: Path) -> Disk:
 
 
 @pytest.fixture
-def boot(programs, folder):
-    """boot(chardev): a guest with a disk there."""
+def go_on(programs, folder):
+    """go_on(chardev): a guest that has booted, with a disk there."""
 
-    def boot_one(chardev: str) -> Guest:
-        device = hotplugged(chardev)
-        return Guest(programs, folder, device, TOOLS, cpus=CPUS, memory="384M")
+    def go_on_with(chardev: str) -> Guest:
+        return booted(programs, folder, on_the_bus(chardev), cpus=CPUS, fio=True)
 
-    return boot_one
+    return go_on_with
 
 
-def test_whole_life_of_a_disk(serve, boot, disk):
+def test_whole_life_of_a_disk(programs, folder, serve, go_on, disk):
     """Requests are in flight whenever something happens, but nothing kept is lost."""
     front = serve(disk, "--workers=2").front
-    with boot(f"path={front}") as guest:
+    device = hotplugged(f"path={front}")
+    with Guest(programs, folder, device, TOOLS, cpus=CPUS, memory="384M") as guest:
         use(guest, 1)
         guest.reboot()
         assert_kept(guest, 1)
@@ -80,7 +85,7 @@ def test_whole_life_of_a_disk(serve, boot, disk):
 
         use(guest, 5)
         guest.kill()
-    with boot(f"path={front}") as guest:
+    with go_on(f"path={front}") as guest:
         assert_kept(guest, 5)
         guest.call(load.start, CPUS)
         assert guest.call(load.stop) >= 1
@@ -114,7 +119,7 @@ def plug(guest: Guest, front: Path) -> None:
 
 
 @pytest.mark.parametrize("qemu", ["connects", "listens"])
-def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
+def test_airlock_is_replaced_under_load(programs, folder, go_on, disk, qemu):
     """It ends as told, and is killed. The guest notices only the time that it takes.
 
     qemu-storage-daemon has requests in flight then, and ends them in any order.
@@ -126,7 +131,7 @@ def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
         _, back = stack.enter_context(daemon)
         proxies = stack.enter_context(ExitStack())
         proxy = proxies.enter_context(airlock(back, front, dials=listens))
-        guest = stack.enter_context(boot(chardev))
+        guest = stack.enter_context(go_on(chardev))
         guest.call(load.start, CPUS)
         for number in range(REPLACED):
             guest.call(load.busy)
@@ -142,7 +147,7 @@ def test_airlock_is_replaced_under_load(programs, folder, boot, disk, qemu):
 if STRESS:  # minutes
 
     def test_airlock_is_killed_again_and_again_under_load(
-        programs, folder, boot, disk, capsys
+        programs, folder, go_on, disk, capsys
     ):
         """Each time with requests in flight, and as soon as some more are done. The
         guest finds no wrong byte and no error.
@@ -153,7 +158,7 @@ if STRESS:  # minutes
             _, back = stack.enter_context(daemon)
             proxies = stack.enter_context(ExitStack())
             proxy = proxies.enter_context(airlock(back, front))
-            guest = stack.enter_context(boot(f"path={front},reconnect-ms=50"))
+            guest = stack.enter_context(go_on(f"path={front},reconnect-ms=50"))
             guest.call(load.start, CPUS)
             for _ in range(KILLS):
                 guest.call(load.busy)

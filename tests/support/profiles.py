@@ -54,3 +54,6 @@ STRESS = _NAME in ("stress", "hunt")
 
 RACE_SECONDS = float(os.environ.get("RACE_SECONDS", 60.0 if STRESS else 2.0))
 """How long each race runs."""
+
+FD_COUNTS = range(254) if STRESS else [*range(20), 31, 32, 33, 64, 128, 252, 253]
+"""How many descriptors a message has. The kernel lets no more than 253 through."""

@@ -62,9 +62,9 @@ LAYERS = """
     proxy.back  proxy.inflight  proxy.dirty_log
     proxy.isolated
     proxy.front_memory  proxy.state  proxy.workers  proxy.transfer
-    proxy.front_requests  proxy.ration  proxy.device_types  proxy.caches
+    proxy.front_requests  proxy.ration  proxy.device_types
     proxy.config  proxy.__init__
-    proxy.features
+    proxy.features  proxy.caches
 
     vhost.__init__
     vhost.backend  vhost.frontend       dataplane.worker

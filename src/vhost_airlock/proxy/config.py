@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 
 from ..record import record
+from .caches import LEAST
 from .features import NOTHING, Withheld
 
 MIB = 1 << 20
@@ -36,7 +37,7 @@ class Config:
     larger when another back takes the place of one that is gone."""
     pool_limit: int = 256 * MIB
     """The most bounce buffer memory that the device may use, in bytes."""
-    cached: int = 4 * MIB
+    cached: int = LEAST
     """The bytes in flight that processors' caches hold: a ring may always have so much,
     and more if its back can use it. 0: it may always have more."""
     request_limit: int = 1024 * MIB

@@ -70,6 +70,17 @@ def connect(guest: BlkGuest, program: Program, front: Path) -> None:
     guest.start()
 
 
+def serve_session(
+    program: Program, front: Path, back: ScriptedBack, sock: socket.socket
+) -> None:
+    """One session, whose back has this connection to the program."""
+    back.start(sock)
+    with small_guest() as guest:
+        connect(guest, program, front)
+        serve(back, guest)
+    back.join()
+
+
 def work(guest: BlkGuest) -> None:
     """Write and read back."""
     out, into = guest.ram.alloc(4096), guest.ram.alloc(4096)
@@ -464,11 +475,7 @@ def test_listening_socket_of_the_back_may_be_inherited(
         for _ in range(2):
             sock = socket.socket(socket.AF_UNIX)
             sock.connect(str(path))
-            back.start(sock)
-            with small_guest() as guest:
-                connect(guest, program, front)
-                serve(back, guest)
-            back.join()
+            serve_session(program, front, back, sock)
         assert program.stop() == 0
         assert_clean(program, front)
     assert path.is_socket()
@@ -567,13 +574,9 @@ def test_back_end_may_connect(front: Path, tmp_path: Path, back: ScriptedBack) -
     path = tmp_path / "back.sock"
     with Program(f"--socket-path={front}", f"--backend-listen={path}") as program:
         for _ in range(2):
-            ours = program.connect(path)
-            back.start(socket.socket(fileno=os.dup(ours.fileno())))
-            ours.close()
-            with small_guest() as guest:
-                connect(guest, program, front)
-                serve(back, guest)
-            back.join()
+            with program.connect(path) as ours:
+                sock = socket.socket(fileno=os.dup(ours.fileno()))
+            serve_session(program, front, back, sock)
         assert program.stop() == 0
         assert_clean(program, front)
         assert not path.exists()

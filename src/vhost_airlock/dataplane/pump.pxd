@@ -39,6 +39,7 @@ cdef class Pump:
     cdef bint _goes_on(self)
     cdef bint _stands(self)
     cdef _resume(self, list heads)
+    cdef _offer_anew(self)
     cdef _hand_back(self, bint told)
     cdef _place_areas(self, uint16_t first, uintptr_t host, uint64_t back)
     cdef str _details(self, int fault)

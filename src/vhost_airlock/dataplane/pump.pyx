@@ -270,8 +270,10 @@ cdef class Pump:
         cdef bint goes_on = self.recorded or self._goes_on()
         cdef int i
 
+        if goes_on and self.broken:
+            self._offer_anew()
         if self.recorded:
-            set_apart(pump, heads, self.broken)
+            set_apart(pump, heads)
         elif goes_on:
             pump.next = self.resumes_at
         pump.began = pump.next
@@ -282,7 +284,7 @@ cdef class Pump:
         for i in range(pump.shadow.slots):
             if pump.shadow.state[i] not in (PARKED, RETURNED, RECALLED):
                 continue
-            if not goes_on or (self.broken and pump.slot[i].position >= pump.next):
+            if not goes_on:
                 disown(pump, i)
             elif pump.slot[i].position >= pump.next:
                 pump.awaited[pump.slot[i].position - pump.next] = i
@@ -302,6 +304,18 @@ cdef class Pump:
             if pump.shadow.state[i] in (FREE, FOLLOWER):
                 pump.shadow.state[i] = FREE
                 give_slot(&pump.shadow, i)
+
+    cdef _offer_anew(self):
+        """The back has broken the ring, and may have forgotten the chains that it had:
+        it gets all those anew that are taken again, by the record or from the guest.
+        """
+        cdef PumpState *pump = &self.state
+        cdef uint64_t first = 0 if self.recorded else self.resumes_at
+        cdef int i
+
+        for i in range(pump.shadow.slots):
+            if pump.slot[i].position >= first:
+                disown(pump, i)
 
     cdef bint _goes_on(self):
         """Does the ring go on where the last stop has left it?"""

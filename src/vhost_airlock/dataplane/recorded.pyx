@@ -205,9 +205,8 @@ cdef int make_new(void *what, int _) noexcept nogil:
     return True
 
 
-cdef set_apart(PumpState *pump, list heads, bint broken):
-    """Of the chains in flight, those that slots have go on; the others are taken again,
-    as are all if the back has broken the ring, and may have forgotten them.
+cdef set_apart(PumpState *pump, list heads):
+    """Of the chains in flight, those that slots have go on; the others are taken again.
 
     Chains of slots that are not in flight by the record are nobody's any more.
     """
@@ -219,7 +218,7 @@ cdef set_apart(PumpState *pump, list heads, bint broken):
     for i in range(pump.shadow.slots):
         if pump.shadow.state[i] not in (PARKED, RETURNED, RECALLED):
             continue
-        if pump.slot[i].head in left and not broken:
+        if pump.slot[i].head in left:
             del left[pump.slot[i].head]
             held += 1
         else:

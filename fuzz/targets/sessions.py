@@ -269,7 +269,7 @@ class Play(Session):
         self.acts = 0
 
     def run(self) -> Back | None:
-        with patch("vhost_airlock.proxy.device.Workers", PlayedWorkers):
+        with patch("vhost_airlock.proxy.rings.Workers", PlayedWorkers):
             return super().run()
 
     def _wait(self, device: Device) -> set[int]:
@@ -289,7 +289,7 @@ class Play(Session):
         return bool(poll.poll(0))
 
     def turn(self) -> None:
-        workers = self.device.workers
+        workers = self.device.rings.workers
         assert isinstance(workers, PlayedWorkers)
         workers.turn()
 
@@ -306,7 +306,7 @@ class Play(Session):
         """For the first time, or again, which needs a stop before it."""
         ring = self.device.rings.get(0)
         stop = [STOP] if ring is not None and ring.attached else []
-        self.say(*stop, *(AGAIN if self.device.features else START))
+        self.say(*stop, *(AGAIN if self.device.back_side.features else START))
 
     def front_stops(self) -> None:
         self.say(STOP)

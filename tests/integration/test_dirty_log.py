@@ -268,7 +268,7 @@ def test_each_change_is_made_while_the_workers_stand_still(
 ):
     """So no store is under way that is logged as before when the VMM is answered."""
     guest.start()
-    pump = airlock.session.device.ring(0).pump
+    pump = airlock.session.device.rings[0].pump
     paused = []
     changes = []
     usual = Workers.pause
@@ -556,7 +556,7 @@ class TestLostBack:
         back.take(0)
         airlock.away = True
         lose(back)
-        wait_until(lambda: airlock.session.device.away, "the loss is seen")
+        wait_until(lambda: airlock.session.device.back_side.away, "the loss is seen")
         use(guest, log)
         log_all(guest)
         airlock.away = False
@@ -631,7 +631,7 @@ def test_a_log_that_is_cut_short_breaks_rings_and_nothing_else(guest, back, airl
         log.cut()
         back.complete(chain, b"d" * SECTOR + b"\0")
         wait_until(
-            lambda: airlock.session.device.ring(0).condition()["fault"] is not None,
+            lambda: airlock.session.device.rings[0].condition()["fault"] is not None,
             "the ring breaks",
         )
         guest.front.barrier()

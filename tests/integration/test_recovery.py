@@ -77,7 +77,7 @@ def lose(airlock: Airlock, back: ScriptedBack, *, away: bool = False) -> None:
     airlock.away = away
     hang_up(back)
     if away:
-        wait_until(lambda: airlock.session.device.away, "the loss is noticed")
+        wait_until(lambda: airlock.session.device.back_side.away, "the loss is noticed")
     else:
         wait_until(lambda: back.connections > before, "it is connected again")
         wait_until(lambda: all_run(airlock), "all rings run again")

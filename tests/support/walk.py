@@ -371,7 +371,7 @@ class Walk:
         """GET_VRING_BASE; `meanwhile` is done once the stop has begun."""
         rule, channel = RULES[R.GET_VRING_BASE], self.front.channel
         attached = self.life.ring(index).attached
-        ring = self.airlock.session.device.ring(index) if attached else None
+        ring = self.airlock.session.device.rings[index] if attached else None
         channel.send(R.GET_VRING_BASE, VringState(index, 0).pack())
         if ring is not None:
             running = (State.RUNNING, State.HELD, State.BROKEN)

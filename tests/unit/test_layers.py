@@ -56,12 +56,14 @@ LAYERS = """
     proxy.session
     proxy.handlers  proxy.swap
     proxy.device
+    proxy.rings
     proxy.pool_policy  proxy.trial
-    proxy.ring
+    proxy.ring  proxy.relay
+    proxy.back_side
     proxy.drain       proxy.known  proxy.recovery
     proxy.back  proxy.inflight  proxy.dirty_log
     proxy.isolated
-    proxy.front_memory  proxy.state  proxy.workers  proxy.transfer
+    proxy.front_memory  proxy.state  proxy.workers  proxy.transfer  proxy.deadline
     proxy.front_requests  proxy.ration  proxy.device_types
     proxy.config  proxy.__init__
     proxy.features  proxy.caches

@@ -60,8 +60,7 @@ def set_owner(device: Device, _: Empty, fds: Fds) -> None:
 
 def reset_owner(device: Device, _: Empty, fds: Fds) -> None:
     """Deprecated, and ambiguous: take it for 'disable all rings'."""
-    for ring in device.rings.values():
-        ring.enable(False)
+    device.rings.disable()
 
 
 def set_mem_table(device: Device, table: MemoryTable, fds: Fds) -> None:
@@ -89,37 +88,37 @@ def set_log_fd(device: Device, _: Empty, fds: Fds) -> None:
 
 
 def set_vring_num(device: Device, state: VringState, fds: Fds) -> None:
-    device.ring(state.index).set_num(state.num)
+    device.rings[state.index].set_num(state.num)
 
 
 def set_vring_base(device: Device, state: VringState, fds: Fds) -> None:
-    device.ring(state.index).set_base(state.num)
+    device.rings[state.index].set_base(state.num)
 
 
 def set_vring_addr(device: Device, addr: VringAddr, fds: Fds) -> None:
-    device.set_ring_address(addr)
+    device.rings[addr.index].set_address(addr)
 
 
 def get_vring_base(device: Device, state: VringState, fds: Fds) -> Result:
-    return VringState(state.index, device.ring(state.index).stop())
+    return VringState(state.index, device.rings[state.index].stop())
 
 
 def set_vring_kick(device: Device, vring: VringFd, fds: Fds) -> None:
     if vring.nofd:
         raise RequestRefused(f"SET_VRING_KICK: ring {vring.index}: polling mode")
-    device.ring(vring.index).set_kick(fds.pop())
+    device.rings[vring.index].set_kick(fds.pop())
 
 
 def set_vring_call(device: Device, vring: VringFd, fds: Fds) -> None:
-    device.ring(vring.index).set_call(fds.pop() if fds else None)
+    device.rings[vring.index].set_call(fds.pop() if fds else None)
 
 
 def set_vring_err(device: Device, vring: VringFd, fds: Fds) -> None:
-    device.ring(vring.index).set_err(fds.pop() if fds else None)
+    device.rings[vring.index].set_err(fds.pop() if fds else None)
 
 
 def set_vring_enable(device: Device, state: VringState, fds: Fds) -> None:
-    device.ring(state.index).enable(bool(state.num))
+    device.rings[state.index].enable(bool(state.num))
 
 
 def set_backend_req_fd(device: Device, _: Empty, fds: Fds) -> None:
@@ -131,40 +130,40 @@ def reset_device(device: Device, _: Empty, fds: Fds) -> None:
 
 
 def get_queue_num(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.get_queue_num())
+    return U64(device.relay.get_queue_num())
 
 
 def get_config(device: Device, asked: Config, fds: Fds) -> Result:
-    data = device.get_config(asked)
+    data = device.relay.get_config(asked)
     return Config(asked.offset, asked.size, asked.flags, data)
 
 
 def set_config(device: Device, config: Config, fds: Fds) -> None:
-    device.set_config(config)
+    device.relay.set_config(config)
 
 
 def send_rarp(device: Device, mac: U64, fds: Fds) -> None:
-    device.send_rarp(mac)
+    device.relay.send_rarp(mac)
 
 
 def net_set_mtu(device: Device, mtu: U64, fds: Fds) -> None:
-    device.set_mtu(mtu.value)
+    device.relay.set_mtu(mtu.value)
 
 
 def create_crypto_session(device: Device, session: CryptoSession, fds: Fds) -> Result:
-    return device.peer.create_crypto_session(session)
+    return device.back_side.peer.create_crypto_session(session)
 
 
 def close_crypto_session(device: Device, session: U64, fds: Fds) -> None:
-    device.peer.close_crypto_session(session.value)
+    device.back_side.peer.close_crypto_session(session.value)
 
 
 def set_status(device: Device, status: U64, fds: Fds) -> None:
-    device.set_status(status.value)
+    device.relay.set_status(status.value)
 
 
 def get_status(device: Device, _: Empty, fds: Fds) -> Result:
-    return U64(device.get_status())
+    return U64(device.relay.get_status())
 
 
 def get_inflight_fd(device: Device, asked: Inflight, fds: Fds) -> Result:
@@ -246,7 +245,7 @@ def bind(device: Device) -> dict[Request, Handler]:
     def of(handler: DeviceHandler) -> Handler:
         def bound(payload: Any, fds: Fds) -> Result:
             with device.message():
-                return device.outlive(lambda: handler(device, payload, fds))
+                return device.back_side.outlive(lambda: handler(device, payload, fds))
 
         return bound
 

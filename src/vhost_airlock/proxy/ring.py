@@ -19,7 +19,8 @@ from ..errors import RequestRefused
 from ..record import changeable
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature, VringAddr
-from .back import Back, ShadowRing
+from .back import ShadowRing
+from .back_side import BackSide
 from .config import Config
 from .dirty_log import DirtyLog
 from .drain import await_done, await_fetched, collect
@@ -41,23 +42,12 @@ class Owner(Protocol):
     """The device of a ring, as far as the ring needs it."""
 
     config: Config
+    back_side: BackSide
     memory: FrontMemory
     record: InflightRecord
     dirty_log: DirtyLog
     events: HasFileno
     """Signalled by the workers."""
-    features: int | None
-    """Accepted by the front; None: not yet."""
-
-    @property
-    def informed(self) -> Back:
-        """The back, ready for a ring to start."""
-
-    @property
-    def back(self) -> Back: ...
-
-    def drain_deadline(self) -> float:
-        """When the wait for chains in flight ends, in time.monotonic()."""
 
     def share_pool(self) -> None:
         """Set the shares of all rings that have a pump."""
@@ -239,7 +229,7 @@ class Ring:
 
         RequestRefused if it can't be: the front has to start it anew then.
         """
-        features = self.owner.features
+        features = self.owner.back_side.features
         if self.state is not State.STOPPED or not self.vring.told or features is None:
             self._set_waits(False)
             return
@@ -373,7 +363,7 @@ class Ring:
     def set_logging(self) -> None:
         """Log stores, or not, by the front's word as it is now; no worker runs."""
         if self.pump is not None:
-            log, features = self.owner.dirty_log, self.owner.features
+            log, features = self.owner.dirty_log, self.owner.back_side.features
             self.pump.set_logging(**log.of_ring(features, self.vring.addr))
 
     def set_guaranteed(self, size: int) -> None:
@@ -450,8 +440,8 @@ class Ring:
         self._happen(Event.DRAINED)
 
     def _attach(self) -> None:
-        owner, vring, back = self.owner, self.vring, self.owner.informed
-        parts, features = self.locate(), owner.features or 0
+        owner, vring, back = self.owner, self.vring, self.owner.back_side.informed
+        parts, features = self.locate(), owner.back_side.features or 0
         assert parts is not None, "READY happens to a ring in the guest's memory only"
         if self.pump is None:
             pool, policy = back.memory.pool, owner.config.copy
@@ -504,37 +494,38 @@ class Ring:
 
     def _take(self) -> None:
         assert self.pump is not None
-        self.owner.back.enable_ring(self.index, True)
+        self.owner.back_side.back.enable_ring(self.index, True)
         with self.worker.pause():
             self.pump.set_taking(self._turn is not Turn.WAITS)
             self.pump.kick()
 
     def _hold(self) -> None:
         self.quiesce()
-        self.owner.back.enable_ring(self.index, False)
+        self.owner.back_side.back.enable_ring(self.index, False)
 
     def _drain(self) -> None:
-        pump, owner = self.pump, self.owner
+        pump, side = self.pump, self.owner.back_side
         assert pump is not None
         with self.worker.pause():
             pump.set_taking(False)
             pump.set_draining(True)
             self.worker.add(pump)
         if pump.drains:
-            deadline = owner.drain_deadline()
-            await_fetched(pump, owner.back, owner.events, deadline)
+            deadline = side.deadline.drains_until()
+            await_fetched(pump, side.back, self.owner.events, deadline)
 
     def _detach(self) -> None:
-        pump, owner = self.pump, self.owner
+        pump, side = self.pump, self.owner.back_side
         assert pump is not None
         if pump.drains:
             with self.worker.pause():
                 pump.silence()
-        base = owner.back.stop_ring(self.index)
+        base = side.back.stop_ring(self.index)
         if pump.drains:
             if pump.owes(base) > 0:
-                owner.back.set_call(self.index, self.call)
-            await_done(pump, owner.back, self.worker, base, owner.drain_deadline())
+                side.back.set_call(self.index, self.call)
+            deadline = side.deadline.drains_until()
+            await_done(pump, side.back, self.worker, base, deadline)
         unfinished, again = self._let_go(base)
         if unfinished:
             more = ""

@@ -110,8 +110,8 @@ class Session:
         if device is None:
             return {"backend_connected": False, "rings": {}, "counters": {}}
         return {
-            "backend_connected": device.connected is not None,
-            "rings": device.conditions(),
+            "backend_connected": device.back_side.connected is not None,
+            "rings": device.rings.conditions(),
             "counters": device.counters(),
         }
 
@@ -142,14 +142,14 @@ class Session:
     def _wait(self, device: Device) -> set[int]:
         """Wait until a descriptor is ready, or look() is due; return the ready ones."""
         poll = select.poll()
-        inputs = (self.stop, self.front, device.events, self.others, self.orders)
+        inputs = (self.stop, self.front, device.rings.events, self.others, self.orders)
         for waited in inputs:
             if waited is not None:
                 poll.register(waited.fileno(), select.POLLIN)
         for ring in device.rings.values():
             if ring.intact:
                 poll.register(ring.err.fileno(), select.POLLIN)
-        back = device.connected
+        back = device.back_side.connected
         if back is not None:
             for fd in back.waited_for():
                 poll.register(fd, select.POLLIN)
@@ -163,7 +163,7 @@ class Session:
         device = self._device
         kept = None
         if device is not None:
-            self.back_lost = self.back_lost or device.away
+            self.back_lost = self.back_lost or device.back_side.away
             self._stop_rings(device)
             self._tell_end(device.counters())
             keep = self.keep_backend and self.front_lost and not self.back_lost
@@ -192,13 +192,13 @@ class Session:
         self.log.debug("counters: %s", json.dumps(counters))
 
     def _stop_rings(self, device: Device) -> None:
-        back = device.connected
+        back = device.back_side.connected
         if back is None:
             return
         self.back_lost = self.back_lost or not back.usable
         if not self.back_lost:
             try:
-                device.stop()
+                device.rings.stop()
             except AirlockError as error:
                 self.log.error("%s", error)
                 self.back_lost = True

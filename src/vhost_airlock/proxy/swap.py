@@ -79,7 +79,7 @@ def carry_out(device: Device, way: Way) -> None:
         way.failed(str(refused))
     except BackLost as lost:
         way.failed(f"the back-end is lost: {lost}")
-        device.lose_back(lost)
+        device.back_side.lose(lost)
     except Exception as error:
         way.failed(str(error))
         raise
@@ -87,9 +87,9 @@ def carry_out(device: Device, way: Way) -> None:
 
 def _swap(device: Device, way: Way) -> str:
     """Returns words for what was done. RequestRefused: nothing was."""
-    if device.away:
+    if device.back_side.away:
         return _swap_lost(device, way)
-    if device.connected is None:
+    if device.back_side.connected is None:
         way.adopt()
         return "the VMM that is connected gets the new back-end with its first request"
     try:
@@ -99,7 +99,7 @@ def _swap(device: Device, way: Way) -> str:
         with device.message():  # after which the rings run again
             pass
         raise
-    device.swapped(seconds)
+    device.back_side.swapped(seconds)
     device.log.info("back-end: swapped; the guest's queues stood for %.3f s", seconds)
     return f"swapped; the guest's queues stood for {seconds:.3f} s"
 
@@ -112,21 +112,19 @@ def _swap_lost(device: Device, way: Way) -> str:
             f" another one would get: {reason}"
         )
     way.adopt()
-    device.search_anew()
+    device.back_side.search_anew()
     return "the back-end is lost; the new one is looked for"
 
 
 def _halt(device: Device) -> None:
-    """Stop all rings, unknown to the front; start_rings() starts them again.
+    """Stop all rings, unknown to the front; Rings.start() starts them again.
 
     RequestRefused if the back does not end all chains that it has fetched in time.
     """
-    rings = device.rings.values()
-    for ring in rings:
-        ring.quiesce()
-    for ring in rings:
+    device.rings.quiesce()
+    for ring in device.rings.values():
         ring.halt()
-    if left := sum(ring.quarantined for ring in rings):
+    if left := device.rings.quarantined:
         seconds = device.config.drain_timeout
         raise RequestRefused(f"{left} requests have not ended in {seconds:g} s")
 
@@ -136,14 +134,22 @@ class _Exchange:
 
     def __init__(self, device: Device, way: Way) -> None:
         self.device = device
+        self.side = device.back_side
         self.way = way
-        self.old = device.back
+        self.old = self.side.back
         self.settled = self.old.settled
         features = self.old.peer.protocol_features
         self.carries = bool(features & ProtocolFeature.DEVICE_STATE)
         """Whether the old back's state goes to the new one."""
         self.grown = False
         """Whether the new one has a larger capacity."""
+
+    @property
+    def _until(self) -> float:
+        """When the step has to be over, in time.monotonic()."""
+        until = self.side.deadline.until
+        assert until is not None, "an exchange has a message's time"
+        return until
 
     def run(self) -> float:
         """Returns the seconds in which the rings stood. RequestRefused: they can go on
@@ -153,7 +159,7 @@ class _Exchange:
         beside = self.way.beside or self.carries
         seconds = self._run_beside() if beside else self._run_one_by_one()
         if self.grown:
-            self.device.tell_grown()
+            self.side.tell_grown()
         return seconds
 
     def _require_state(self) -> None:
@@ -168,31 +174,30 @@ class _Exchange:
             )
 
     def _run_beside(self) -> float:
-        device = self.device
         with ExitStack() as undo:
             undo.callback(self.way.drop)
             new = self._reach()
             undo.callback(new.close)
             began = time.monotonic()
-            device.renew_time()
-            _halt(device)
+            self.side.deadline.renew()
+            _halt(self.device)
             if self.carries:
                 self._carry_state(new)
             undo.pop_all()
-        device.let_go_of_back()
+        self.side.let_go()
         self.way.end_last()
         self.way.adopt()
-        device.renew_time()  # a program may have taken long to end
-        device.take_back(new)
+        self.side.deadline.renew()  # a program may have taken long to end
+        self._take(new)
         return time.monotonic() - began
 
     def _run_one_by_one(self) -> float:
-        device, way = self.device, self.way
+        way = self.way
         began = time.monotonic()
-        _halt(device)
-        device.let_go_of_back()
+        _halt(self.device)
+        self.side.let_go()
         way.end_last()
-        device.renew_time()
+        self.side.deadline.renew()
         try:
             new = self._reach()
         except RequestRefused as refused:
@@ -205,16 +210,16 @@ class _Exchange:
                 f"{refused}; the last back-end was taken again"
             ) from None
         way.adopt()
-        device.take_back(new)
+        self._take(new)
         return time.monotonic() - began
 
     def _reach(self) -> Back:
         """Return the new back, which is the device that the front knows."""
-        device = self.device
+        side = self.side
         try:
-            new = self.way.connect(device.on_config_change, device.until)
+            new = self.way.connect(side.on_config_change, self._until)
             try:
-                self.grown = device.introduce(new, settled=self.settled)
+                self.grown = side.introduce(new, settled=self.settled)
             except BaseException:
                 new.close()
                 raise
@@ -224,19 +229,25 @@ class _Exchange:
 
     def _return(self) -> None:
         """Take a back by the old way. BackLost if there is none, or another one."""
-        device = self.device
-        device.renew_time()
-        old = self.way.connect_last(device.on_config_change, device.until)
+        side = self.side
+        side.deadline.renew()
+        old = self.way.connect_last(side.on_config_change, self._until)
         try:
-            device.introduce(old, settled=self.settled)
+            side.introduce(old, settled=self.settled)
         except SessionError as error:
             old.close()
             raise BackLost(str(error)) from None
-        device.take_back(old)
+        self._take(old)
+
+    def _take(self, back: Back) -> None:
+        """Go on with a back that was introduced. BackLost if it is gone."""
+        self.side.hold(back)
+        self.device.rings.start()
+        self.side.known.tell_ready(back.peer)
 
     def _carry_state(self, new: Back) -> None:
         """Carry the state over. RequestRefused if it did not come, or was not taken."""
-        until = self.device.until
+        until = self._until
         at = "old"
         try:
             with save_state(self.old.peer, _left(until)) as state:
@@ -244,7 +255,7 @@ class _Exchange:
                 new.peer.until = until
                 load_state(new.peer, state, _left(until))
         except (RequestRefused, SessionError) as error:
-            self.device.renew_time()
+            self.side.deadline.renew()
             if isinstance(error, SessionError) and not self.old.usable:
                 raise
             raise RequestRefused(f"state, at the {at} back-end: {error}") from None

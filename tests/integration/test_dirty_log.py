@@ -19,7 +19,7 @@ from vhost_airlock.peers.disk import BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.ram import HIGH, MIB
 from vhost_airlock.proxy import ration
-from vhost_airlock.proxy.ring import Ring
+from vhost_airlock.proxy.coupling import Coupling
 from vhost_airlock.proxy.state import State
 from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.record import replaced
@@ -280,14 +280,14 @@ def test_each_change_is_made_while_the_workers_stand_still(
             yield
             paused.pop()
 
-    def note(ring):
-        assert paused, f"the workers run, and ring {ring.index} changes"
-        changes.append(ring.pump is pump)
-        set_logging(ring)
+    def note(coupling):
+        assert paused, f"the workers run, and ring {coupling.index} changes"
+        changes.append(coupling.pump is pump)
+        set_logging(coupling)
 
-    set_logging = Ring.set_logging
+    set_logging = Coupling.set_logging
     monkeypatch.setattr(Workers, "pause", pause)
-    monkeypatch.setattr(Ring, "set_logging", note)
+    monkeypatch.setattr(Coupling, "set_logging", note)
     for act in (
         lambda: use(guest, log),
         lambda: guest.front.set_features(guest.features | Feature.LOG_ALL),

@@ -26,8 +26,8 @@ from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.guest_queue import Io
 from vhost_airlock.peers.ring import Chain
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
+from vhost_airlock.proxy import coupling
 from vhost_airlock.proxy import drain as drains
-from vhost_airlock.proxy import ring
 from vhost_airlock.vhost.fds import Fd, drain, notify
 from vhost_airlock.vhost.frontend import Frontend
 from vhost_airlock.vhost.wire import (
@@ -180,7 +180,7 @@ def test_i3_nothing_more_is_taken_from_a_ring_that_stops(
         stops.set()
         usual(*arguments)
 
-    monkeypatch.setattr(ring, "await_fetched", await_fetched)
+    monkeypatch.setattr(coupling, "await_fetched", await_fetched)
     ios = submit(guest, 1)
     (chain,) = take(back, 1)
     channel = guest.front.channel
@@ -227,7 +227,7 @@ def test_i8_back_that_fetches_without_a_word_does_not_draw_out_a_stop(
         pumps.put(told)
         usual(told, *arguments)
 
-    monkeypatch.setattr(ring, "await_fetched", await_fetched)
+    monkeypatch.setattr(coupling, "await_fetched", await_fetched)
     back = ScriptedBack()
     with Airlock(back, drain_timeout=3 * PATIENCE) as airlock, small_guest() as guest:
         guest.connect(airlock.channel())

@@ -57,8 +57,9 @@ LAYERS = """
     proxy.handlers  proxy.swap
     proxy.device
     proxy.rings
-    proxy.pool_policy  proxy.trial
-    proxy.ring  proxy.relay
+    proxy.trial
+    proxy.ring  proxy.relay  proxy.pool_policy
+    proxy.coupling
     proxy.back_side
     proxy.drain       proxy.known  proxy.recovery
     proxy.back  proxy.inflight  proxy.dirty_log

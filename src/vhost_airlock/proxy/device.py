@@ -172,7 +172,7 @@ class Device:
         with self.rings.workers.pause():
             old = self.dirty_log.swap_fd(fd)
             for ring in self.rings.values():
-                ring.connect_fds()
+                ring.coupling.connect_fds()
         if old is not None:
             old.close()
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+from ..dataplane.pump import Pump
 from .back import Back
 from .isolated import Region
-from .ring import Ring
 from .workers import Workers
 
 IDLE_CHECK = 10.0
@@ -71,14 +71,14 @@ class PoolPolicy:
             return None
         return max(0.0, min(times) - time.monotonic())
 
-    def share(self, back: Back, rings: Collection[Ring]) -> None:
-        """Split the pool anew among these rings, which are all that have a pump."""
+    def share(self, back: Back, pumps: Collection[Pump]) -> None:
+        """Split the pool anew among these pumps, which are all of the device."""
         memory = back.memory
-        each = memory.limit // 2 // len(rings)
+        each = memory.limit // 2 // len(pumps)
         with self._workers.pause():
-            for ring in rings:
-                ring.set_guaranteed(each)
-            memory.pool.set_common(memory.limit - each * len(rings))
+            for pump in pumps:
+                pump.set_guaranteed(each)
+            memory.pool.set_common(memory.limit - each * len(pumps))
             memory.pool.set_may_grow(memory.slots > 0)
 
     def _serve_lone(self, back: Back) -> None:

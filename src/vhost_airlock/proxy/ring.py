@@ -1,71 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ring with all that belongs to it: the front's side, the pump, the back's side.
+"""A ring as the front speaks of it: its messages, the ring's state, its faults.
 
 It is made when the front first speaks of it, and lives as long as the session, with one
-pump. The table of state.py says which events change it, and by which actions.
+pump. The table of state.py says which events change it, and by which actions: those are
+in coupling.py.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
 
-from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
+from ..dataplane.pump import Pump
 from ..dataplane.worker import Worker
 from ..errors import RequestRefused
-from ..record import changeable
-from ..vhost.fds import Fd, HasFileno, drain, eventfd
+from ..vhost.fds import Fd
 from ..vhost.wire import Feature, VringAddr
-from .back import ShadowRing
-from .back_side import BackSide
-from .config import Config
-from .dirty_log import DirtyLog
-from .drain import await_done, await_fetched, collect
+from .coupling import Coupling, FrontFds, Owner
 from .features import require_modern
-from .front_memory import FrontMemory
-from .inflight import InflightRecord
-from .ration import LINES, Ration
+from .ration import Ration
 from .state import TABLE, Action, Change, Event, State, Turn, Vring
 
-REMEDY = (
-    "they end only if this ring goes on; raise --drain-timeout, or let the VMM keep a"
-    " record of requests in flight"
-)
 MEMORY_TIME = 1.0
 """Seconds for which a started ring may wait for memory before the log is told."""
-
-
-class Owner(Protocol):
-    """The device of a ring, as far as the ring needs it."""
-
-    config: Config
-    back_side: BackSide
-    memory: FrontMemory
-    record: InflightRecord
-    dirty_log: DirtyLog
-    events: HasFileno
-    """Signalled by the workers."""
-
-    def share_pool(self) -> None:
-        """Set the shares of all rings that have a pump."""
-
-
-@changeable
-class FrontFds:
-    """The eventfds that the front sent for a ring."""
-
-    kick: Fd | None = None
-    call: Fd | None = None
-    err: Fd | None = None
-
-    def close(self) -> None:
-        for fd in (self.kick, self.call, self.err):
-            if fd is not None:
-                fd.close()
-        self.kick = self.call = self.err = None
 
 
 class Ring:
@@ -75,32 +33,27 @@ class Ring:
         self.vring = Vring(index)
         self.state = State.STOPPED
         self.front = FrontFds()
+        self.coupling = Coupling(self.vring, self.front, worker, owner)
         self.worker = worker
         self.owner = owner
         self.log = owner.config.log
-        self.pump: Pump | None = None
-        """Made with the first start."""
-        self.kick = eventfd()
-        self.call = eventfd()
-        self.err = eventfd()
-        """Ours for the back; signalled by it when it finds the ring broken."""
         self._faults = Ration()
         self._waits = Ration()
-        self._course = Ration(LINES)
-        self._news = Ration()
         self.waits_for_memory = False
         """The front has started it, and it is not in the guest's memory."""
         self.tell_at = math.inf
         """When the log is told that it waits, in time.monotonic()."""
         self._guesses_base = False
         """It was started without a base that the front had told."""
-        self._turn = Turn.FREE
-        self._moves = False
-        """The isolated memory that the pump has had is gone with its back."""
 
     @property
     def index(self) -> int:
         return self.vring.index
+
+    @property
+    def pump(self) -> Pump | None:
+        """None: it was not started yet."""
+        return self.coupling.pump
 
     @property
     def attached(self) -> bool:
@@ -119,14 +72,6 @@ class Ring:
     def suspected(self) -> int:
         """Chains over which backs may have been lost, and that are not done."""
         return 0 if self.pump is None else self.pump.suspected
-
-    @property
-    def quarantined(self) -> int:
-        """Chains that a stop has left with the back, which may still write to them."""
-        if self.pump is None:
-            return 0
-        self.pump.look_back()
-        return self.pump.quarantined
 
     # Messages of the front. Each may come at any time.
 
@@ -168,7 +113,7 @@ class Ring:
         if self.pump is None or not self.attached:
             return
         try:
-            parts = self.locate()
+            parts = self.coupling.locate()
             if parts is None:
                 raise RequestRefused(
                     f"SET_VRING_ADDR: ring {self.index} is not in the guest's memory"
@@ -176,9 +121,7 @@ class Ring:
         except RequestRefused:
             self.vring.addr = old
             raise
-        with self.worker.pause():
-            self.pump.move(parts)
-            self.set_logging()
+        self.coupling.move(parts)
 
     def set_kick(self, fd: Fd) -> None:
         """Start the ring: the guest kicks it here from now on.
@@ -203,14 +146,14 @@ class Ring:
         missed, so the guest is called once at the new one.
         """
         old, self.front.call = self.front.call, fd
-        self.connect_fds(call=fd is not None)
+        self.coupling.connect_fds(call=fd is not None)
         if old is not None:
             old.close()
 
     def set_err(self, fd: Fd | None) -> None:
         """The front is told here when the ring breaks; None: it is not."""
         old, self.front.err = self.front.err, fd
-        self.connect_fds()
+        self.coupling.connect_fds()
         if old is not None:
             old.close()
 
@@ -234,12 +177,13 @@ class Ring:
             self._set_waits(False)
             return
         try:
-            lost = self.locate() is None
+            lost = self.coupling.locate() is None
             self._set_waits(lost)
             if lost:
                 return
             require_modern(features)
             self._happen(Event.READY)
+            self._guesses_base = self.vring.base is None
         except RequestRefused:
             self.vring.started = False
             raise
@@ -249,9 +193,8 @@ class Ring:
 
     def quiesce(self) -> None:
         """Take no more chains; those in flight go on to end. A stop follows."""
-        if self.pump is not None and self.attached:
-            with self.worker.pause():
-                self.pump.set_taking(False)
+        if self.attached:
+            self.coupling.quiesce()
 
     def stop(self, *, quietly: bool = False) -> int:
         """Stop the ring for the front, which has to start it anew then.
@@ -282,103 +225,38 @@ class Ring:
 
     def set_turn(self, turn: Turn) -> None:
         """Take chains as this says, now and after every start."""
-        self._turn = turn
-        if self.pump is not None:
-            with self.worker.pause():
-                self.pump.set_alone(turn is Turn.ALONE)
-                if self.runs:
-                    self.pump.set_taking(turn is not Turn.WAITS)
-
-    def collect_last(self) -> int:
-        """The back is gone: take its last completions, and no more chains.
-
-        Returns how many chains it has yet over which it may be gone.
-        """
-        if self.pump is None:
-            return 0
-        with self.worker.pause():
-            self.pump.set_taking(False)
-            collect(self.pump)
-            return self.pump.at_back
+        self.coupling.set_turn(turn, runs=self.runs)
 
     def lose_back(self, *, others: bool) -> None:
         """The back is gone with its isolated memory, and there may be another one.
-        `others`: it had chains of other rings too. collect_last() comes first.
+        `others`: it had chains of other rings too. Coupling.collect_last() comes first.
 
         A started ring starts again when there is a back, and goes on with the chains
         that are not done; one that is dead the front has to start.
         """
         if self.state is State.DEAD:
             self.vring.started = False
-        if self.pump is not None:
-            self._accuse(self.pump, others=others)
+        self.coupling.accuse(others=others)
         self.abandon()
-        if self.pump is not None:
-            with self.worker.pause():
-                self.pump.lose_back()
-            self._moves = True
-
-    def _accuse(self, pump: Pump, *, others: bool) -> None:
-        """Count the loss for the chains that the back still has."""
-        with self.worker.pause():
-            condemned = pump.accuse(others=others)
-        if condemned:
-            self.log.error(
-                "ring %d: the back-end was lost again with one request, that of head"
-                " %d: %s",
-                self.index,
-                condemned[0],
-                "it fails" if self.owner.config.has_error else "the ring ends at it",
-            )
+        self.coupling.lose_back()
 
     # All else.
-
-    def locate(self) -> list[tuple[int, int]] | None:
-        """Return our address and the guest's of descriptors, avail and used ring.
-
-        None: not all of it is in the guest's memory.
-        """
-        found = []
-        for user, size, align in self.vring.parts():
-            place = self.owner.memory.find(user, size)
-            if place is None:
-                return None
-            if place[0] % min(align, 8):
-                raise RequestRefused(f"ring {self.index} is misaligned in its file")
-            found.append(place)
-        return found
 
     def relocate(self) -> None:
         """The guest's memory has changed; the worker must stand still.
 
         A ring that isn't there any more, or can't be used as it is there, is broken.
         """
-        if self.pump is not None and self.attached:
-            try:
-                parts = self.locate()
-            except RequestRefused:
-                parts = None
-            self.pump.move(parts)
-
-    def set_logging(self) -> None:
-        """Log stores, or not, by the front's word as it is now; no worker runs."""
-        if self.pump is not None:
-            log, features = self.owner.dirty_log, self.owner.back_side.features
-            self.pump.set_logging(**log.of_ring(features, self.vring.addr))
-
-    def set_guaranteed(self, size: int) -> None:
-        """Set how many bytes of the pool this ring can always have; no worker runs."""
-        if self.pump is not None:
-            self.pump.set_guaranteed(size)
+        if self.attached:
+            self.coupling.relocate()
 
     def check(self, *, quietly: bool = False) -> None:
         """See if the ring is broken, and say so in the log, once, unless `quietly`."""
         pump, before = self.pump, self.state
         if pump is None or not self.attached:
             return
-        if self.intact and drain(self.err):
-            with self.worker.pause():
-                pump.set_fault(BACK_SIGNALLED)
+        if self.intact:
+            self.coupling.hear_back()
         if not pump.fault:
             return
         self._happen(Event.GUEST_FAULT if pump.drains else Event.FAULT)
@@ -417,10 +295,9 @@ class Ring:
     def close(self) -> None:
         """Give back all descriptors; the ring is stopped or abandoned."""
         self.front.close()
-        for fd in (self.kick, self.call, self.err):
-            fd.close()
+        self.coupling.close()
 
-    # The table, and its actions.
+    # The table.
 
     def _happen(self, event: Event) -> None:
         """Go to the next state, by the action that leads there.
@@ -431,162 +308,13 @@ class Ring:
         change = TABLE.get((self.state, event), Change(self.state))
         if change.action in (Action.ATTACH, Action.DRAIN):
             self.state = change.state
-        _ACTIONS[change.action](self)
+        _ACTIONS[change.action](self.coupling)
         self.state = change.state
 
     def _stop(self, event: Event, *, quietly: bool = False) -> None:
         self.check(quietly=quietly)
         self._happen(event)
         self._happen(Event.DRAINED)
-
-    def _attach(self) -> None:
-        owner, vring, back = self.owner, self.vring, self.owner.back_side.informed
-        parts, features = self.locate(), owner.back_side.features or 0
-        assert parts is not None, "READY happens to a ring in the guest's memory only"
-        if self.pump is None:
-            pool, policy = back.memory.pool, owner.config.copy
-            self.pump = Pump(self.index, owner.memory.guest, pool, policy)
-        pump = self.pump
-        if self._moves:
-            size = slot_bytes(pump.slots)
-            with self.worker.pause():
-                memory = back.memory.slot_memory(self.index, size)
-                pump.move_in(back.memory.pool, *memory)
-            self._moves = False
-        if pump.slots < vring.num:
-            size = slot_bytes(vring.num - pump.slots)
-            pump.add_slots(vring.num, *back.memory.slot_memory(self.index, size))
-        host, at = back.memory.ring_memory(self.index, shadow_bytes(vring.num))
-        shadow = ShadowRing(self.index, *pump.prepare(vring.num, host, at))
-        for fd in (self.kick, self.call, self.err):
-            drain(fd)
-        back.start_ring(shadow, kick=self.kick, call=self.call, err=self.err)
-        self._guesses_base = vring.base is None
-        owner.dirty_log.ring_starts()
-        with self.worker.pause():
-            self.set_logging()
-            pump.attach(
-                size=vring.num,
-                base=vring.base,
-                guest=parts,
-                guest_event_idx=bool(features & Feature.EVENT_IDX),
-                guest_indirect=bool(features & Feature.INDIRECT_DESC),
-                shadow=host,
-                shadow_event_idx=bool(back.has.features & Feature.EVENT_IDX),
-                shadow_indirect=bool(back.has.features & Feature.INDIRECT_DESC),
-                whole_batches=bool(features & owner.config.whole_batches),
-                has_error=owner.config.has_error,
-                record=owner.record.of_ring(self.index),
-                cached=owner.config.cached,
-            )
-            # If an airlock was killed, its last call may be lost.
-            self.connect_fds(call=pump.recorded)
-            # The specification wants a kick with the start, and rust-vmm needs it. It
-            # can wait, if the back has seen to that; let it be the worker that does.
-            pump.kick()
-        if pump.news:
-            self._news.log(self.log, "ring %d: %s", self.index, pump.news)
-        self.worker.watch(self.call.fileno())
-        owner.share_pool()
-        self._tell(
-            "ring %d started: %d entries, base %d", self.index, vring.num, pump.base
-        )
-
-    def _take(self) -> None:
-        assert self.pump is not None
-        self.owner.back_side.back.enable_ring(self.index, True)
-        with self.worker.pause():
-            self.pump.set_taking(self._turn is not Turn.WAITS)
-            self.pump.kick()
-
-    def _hold(self) -> None:
-        self.quiesce()
-        self.owner.back_side.back.enable_ring(self.index, False)
-
-    def _drain(self) -> None:
-        pump, side = self.pump, self.owner.back_side
-        assert pump is not None
-        with self.worker.pause():
-            pump.set_taking(False)
-            pump.set_draining(True)
-            self.worker.add(pump)
-        if pump.drains:
-            deadline = side.deadline.drains_until()
-            await_fetched(pump, side.back, self.owner.events, deadline)
-
-    def _detach(self) -> None:
-        pump, side = self.pump, self.owner.back_side
-        assert pump is not None
-        if pump.drains:
-            with self.worker.pause():
-                pump.silence()
-        base = side.back.stop_ring(self.index)
-        if pump.drains:
-            if pump.owes(base) > 0:
-                side.back.set_call(self.index, self.call)
-            deadline = side.deadline.drains_until()
-            await_done(pump, side.back, self.worker, base, deadline)
-        unfinished, again = self._let_go(base)
-        if unfinished:
-            more = ""
-            if pump.recorded:
-                more = ", which stay in the VMM's record"
-            elif not again:
-                more = f", and later ones done: {REMEDY}"
-            self.log.warning(
-                "ring %d: stopped with %d requests unfinished%s",
-                self.index,
-                unfinished,
-                more,
-            )
-
-    def _abandon(self) -> None:
-        pump = self.pump
-        if pump is None or not pump.attached:
-            return
-        with self.worker.pause():
-            pump.set_taking(False)
-            collect(pump)
-        self._let_go(None)
-
-    def _refuse(self) -> None:
-        raise RequestRefused(f"ring {self.index} is started and enabled")
-
-    def _let_go(self, base: int | None) -> tuple[int, bool]:
-        """Leave both rings. `base` is where the back has stopped; None: not known.
-
-        Returns (how many chains are unfinished, whether the guest offers all of them
-        again).
-        """
-        assert self.pump is not None
-        with self.worker.pause():
-            self.vring.base, unfinished, again = self.pump.detach(base)
-        self.worker.unwatch(self.call.fileno())
-        self._tell("ring %d stopped: base %d", self.index, self.vring.base)
-        return unfinished, again
-
-    def _tell(self, text: str, *arguments: object) -> None:
-        """Say in the log that it has started or stopped."""
-        self._course.log(self.log, text, *arguments, level=logging.INFO)
-
-    def connect_fds(self, *, call: bool = False) -> None:
-        """Let the worker use the descriptors as they are now, and call the guest once
-        if `call`.
-
-        The worker has the pump from its first start on: a call may be due after a stop.
-        """
-        if self.pump is None:
-            return
-        with self.worker.pause():
-            self.pump.set_fds(
-                call_out=_number(self.front.call),
-                err_out=_number(self.front.err),
-                kick_out=self.kick.fileno(),
-                log_out=self.owner.dirty_log.fileno,
-            )
-            if call and self.pump.attached:
-                self.pump.call()
-            self.worker.add(self.pump)
 
     def _drop_kick(self) -> None:
         if self.front.kick is not None:
@@ -595,17 +323,17 @@ class Ring:
             self.front.kick = None
 
 
-_ACTIONS: dict[Action, Callable[[Ring], None]] = {
-    Action.NONE: lambda ring: None,
-    Action.ATTACH: Ring._attach,
-    Action.TAKE: Ring._take,
-    Action.HOLD: Ring._hold,
-    Action.DRAIN: Ring._drain,
-    Action.DETACH: Ring._detach,
-    Action.ABANDON: Ring._abandon,
-    Action.REFUSE: Ring._refuse,
+def _refuse(coupling: Coupling) -> None:
+    raise RequestRefused(f"ring {coupling.index} is started and enabled")
+
+
+_ACTIONS: dict[Action, Callable[[Coupling], None]] = {
+    Action.NONE: lambda coupling: None,
+    Action.ATTACH: Coupling.attach,
+    Action.TAKE: Coupling.take,
+    Action.HOLD: Coupling.hold,
+    Action.DRAIN: Coupling.drain,
+    Action.DETACH: Coupling.detach,
+    Action.ABANDON: Coupling.abandon,
+    Action.REFUSE: _refuse,
 }
-
-
-def _number(fd: Fd | None) -> int:
-    return -1 if fd is None else fd.fileno()

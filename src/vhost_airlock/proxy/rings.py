@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 
+from ..dataplane.pump import Pump
 from ..vhost.fds import HasFileno, drain, eventfd
 from .back_side import BackSide
 from .config import Config
@@ -68,7 +69,7 @@ class Rings(dict[int, Ring]):
     @property
     def quarantined(self) -> int:
         """Chains that stops have left with the back, which may still write to them."""
-        return sum(ring.quarantined for ring in self.values())
+        return sum(ring.coupling.quarantined for ring in self.values())
 
     def start(self) -> None:
         """Start every ring for which the front has told all that a start takes."""
@@ -96,7 +97,7 @@ class Rings(dict[int, Ring]):
 
     def lose_back(self) -> None:
         """The back is gone: rings stop without it, if they have not stopped yet."""
-        had = {ring: ring.collect_last() for ring in self.values()}
+        had = {ring: ring.coupling.collect_last() for ring in self.values()}
         for ring, count in had.items():
             ring.lose_back(others=sum(had.values()) > count)
         self._pool = PoolPolicy(self.workers)
@@ -114,11 +115,13 @@ class Rings(dict[int, Ring]):
     def set_logging(self) -> None:
         """Log stores, or not, by the front's word as it is now; no worker runs."""
         for ring in self.values():
-            ring.set_logging()
+            ring.coupling.set_logging()
+
+    def _pumps(self) -> list[Pump]:
+        return [ring.pump for ring in self.values() if ring.pump is not None]
 
     def share_pool(self) -> None:
-        with_pump = [ring for ring in self.values() if ring.pump is not None]
-        self._pool.share(self.back_side.back, with_pump)
+        self._pool.share(self.back_side.back, self._pumps())
 
     def look(self) -> None:
         """See to the signals of the workers, and to all that is due by now."""
@@ -126,7 +129,7 @@ class Rings(dict[int, Ring]):
         for ring in self.values():
             ring.check()
             ring.tell_waiting()
-        self.dirty_log.look(ring.pump for ring in self.values() if ring.pump)
+        self.dirty_log.look(self._pumps())
         self._trial.look()
         if back := self.back_side.settled:
             self._pool.look(back)

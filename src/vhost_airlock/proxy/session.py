@@ -148,7 +148,7 @@ class Session:
                 poll.register(waited.fileno(), select.POLLIN)
         for ring in device.rings.values():
             if ring.intact:
-                poll.register(ring.err.fileno(), select.POLLIN)
+                poll.register(ring.coupling.err.fileno(), select.POLLIN)
         back = device.back_side.connected
         if back is not None:
             for fd in back.waited_for():

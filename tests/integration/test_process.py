@@ -29,7 +29,7 @@ from vhost_airlock.errors import AirlockError, Disconnected
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
 from vhost_airlock.peers.server import PROTOCOL_FEATURES, RING_FEATURES
-from vhost_airlock.process.daemon import FIRST_ANSWER
+from vhost_airlock.process.back_source import FIRST_ANSWER
 from vhost_airlock.process.signals import ENDING
 from vhost_airlock.vhost.channel import Channel
 from vhost_airlock.vhost.fds import Fd

@@ -40,7 +40,7 @@ LAYERS = """
     peers.ring
 
     process.daemon
-    process.orders
+    process.orders  process.back_source
     process.connector  process.fronts  process.stats_server
     process.broker
     process.control

@@ -21,22 +21,18 @@ from types import FrameType
 
 from ..errors import (
     AirlockError,
-    BackLate,
-    BackLost,
     FrontLost,
     Interrupted,
     SessionError,
     Stopped,
 )
-from ..proxy.back import Back
-from ..proxy.recovery import ConfigChanged
 from ..proxy.session import Session
 from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
 from ..vhost.fds import eventfd, notify
+from .back_source import BackSource
 from .broker import Broker
 from .config import ProcessConfig
-from .connector import Connector, make_connector
 from .fronts import make_fronts
 from .manager import Manager
 from .orders import Orders, listen_for_orders
@@ -44,7 +40,6 @@ from .signals import ENDING
 from .sockets import inherited_pipe, peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
-from .users import Users
 
 log = logging.getLogger(__name__)
 """For what is about no device."""
@@ -57,10 +52,6 @@ REACHING = "STATUS=a VMM waits for the back-end"
 SERVING = "STATUS=a VMM is connected"
 DRAINING = "STATUS=ending"
 """News for the service manager."""
-FIRST_ANSWER = 1.0
-"""Seconds that a back has for its first answer when it takes the place of another. If
-it is late, the next one has twice as many, up to the time-out: the VMM waits meanwhile,
-but on a busy machine a program takes long to start."""
 
 WANT = (OSError, MemoryError)
 """Raised for want of descriptors or memory."""
@@ -77,20 +68,10 @@ class Daemon:
         self.stop = self._open.enter_context(select.epoll())
         """Ready when the process shall end: by a signal, or with a pipe."""
         self.stop.register(self._told.fileno(), select.EPOLLIN)
-        self._reached: Channel | None = None
-        """A connection to the back that no session has had yet."""
-        self._kept: Back | None = None
-        """A back that a session has left to the next one."""
-        self._awaited = not config.no_wait
-        """Whether the first back is waited for, for as long as it takes."""
-        self._answer = FIRST_ANSWER
         self._wanting = False
         self._session: Session | None = None
         self._sessions = 0
         self._stats: Stats | None = None
-        self._users = Users(self.log, require=config.require_other_user)
-        self._front_user = 0
-        """The user of the front that is served."""
         self._manager = Manager(config.notify_socket)
         self._open.callback(self._manager.close)
         # From here on there may be sockets and processes to clean away.
@@ -98,7 +79,7 @@ class Daemon:
             old = signal.signal(number, self._on_signal)
             self._open.callback(signal.signal, number, old)
         with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
+            undo.callback(self._open.close)
             if config.exit_with_pipe is not None:
                 pipe = inherited_pipe(config.exit_with_pipe)
                 self._open.callback(pipe.close)
@@ -111,8 +92,8 @@ class Daemon:
             )
             # The broker is closed last: it removes the paths of the other sockets.
             self._open.callback(broker.close)
-            self.broker = broker
-            self._orders, handed = listen_for_orders(self)
+            self._backs = BackSource(config, self.stop, broker)
+            self._orders, handed = listen_for_orders(self._backs)
             if self._orders is not None:
                 self._open.callback(self._orders.close)
             stats = None
@@ -127,8 +108,8 @@ class Daemon:
             self._fronts = make_fronts(config, self.stop, broker)
             self._open.callback(self._fronts.close)
             # The last one, since it may tell that there is no back-end yet.
-            self.connector = make_connector(config, self.stop, broker)
-            self._open.callback(lambda: self.connector.close())
+            self._backs.open()
+            self._open.callback(self._backs.close)
             broker.start()
             undo.pop_all()
 
@@ -136,7 +117,7 @@ class Daemon:
         """Lock the process in, serve until a signal comes; returns the exit status."""
         with contextlib.closing(self):
             with contextlib.suppress(Stopped):
-                self.connector.await_there()
+                self._backs.connector.await_there()
                 if self.config.sandbox:
                     sandbox.enter()
                 if self._stats is not None:
@@ -150,7 +131,7 @@ class Daemon:
                             "the back-end is gone: ending (--on-backend-loss=exit)"
                         )
                         return 1
-                    if self.connector.spent and not self._holds_back():
+                    if self._backs.spent:
                         self.log.info(
                             "the back-end's only connection has ended: ending"
                         )
@@ -165,7 +146,7 @@ class Daemon:
         """Return the state of the process, as JSON can hold it. Any thread may ask."""
         session = self._session
         idle = {
-            "backend_connected": self._holds_back(),
+            "backend_connected": self._backs.holds,
             "rings": {},
             "counters": {},
         }
@@ -179,7 +160,7 @@ class Daemon:
 
     def close(self) -> None:
         """Close everything, and remove the sockets that were made."""
-        self._drop_back()
+        self._backs.drop()
         self._open.close()
 
     def _wait(self) -> bool:
@@ -197,7 +178,7 @@ class Daemon:
         if way is None:
             self._orders = None
             return
-        self._drop_back()
+        self._backs.drop()
         way.end_last()
         way.adopt()
         way.done("the next VMM gets the new back-end")
@@ -215,12 +196,12 @@ class Daemon:
                     reason_of(error),
                 )
             self._wanting = True
-            self.pause(PAUSE)
+            self._backs.pause(PAUSE)
             return False
         self._wanting = False
         peer = peer_of(sock)
         self.log.info("VMM connected: %s", peer)
-        self._front_user = peer.uid
+        self._backs.front_user = peer.uid
         front = Channel(
             sock,
             stop=self.stop,
@@ -237,7 +218,7 @@ class Daemon:
             session = Session(
                 front,
                 self.config.device,
-                self,
+                self._backs,
                 self.stop,
                 keep_backend=self.config.keep_backend,
                 others=self._fronts.others,
@@ -253,192 +234,38 @@ class Daemon:
         self._sessions += 1
         self._manager.tell(SERVING)
         try:
-            self._kept = session.run() or self._kept
+            self._backs.keep(session.run())
         finally:
             self._session = None
         if session.stopped:
             raise Stopped("stopped in a session")
-        self._tidy()
+        self._backs.end()
         return session.back_lost
 
     def _reach(self) -> bool:
         """Have a back for the next session; False: there is none, and the log says why.
 
-        A connection that the last session did not need is used by the next, since some
-        back-ends end with their first connection.
+        An order that comes meanwhile is carried out.
         """
-        if self._kept is not None and not self._kept.usable:
-            self._drop_back()
-        if self._reached is not None and _hung_up(self._reached):
-            self._drop_back()
-        if self._kept is None and self._reached is None:
+        if not self._backs.has_next():
             self._manager.tell(REACHING)
             try:
-                self._reached = self._connect_first()
+                self._connect_first()
             except SessionError as error:
                 self.log.error("%s; the VMM's connection is closed", error)
                 return False
-        self._awaited = False
         return True
 
-    def _connect_first(self) -> Channel:
-        """Return a connection for the next session. An order that comes meanwhile is
-        carried out.
-        """
-        deadline = time.monotonic() + self.config.device.timeout
-        while True:
-            connector = self.connector
-            connector.interrupt = self._orders
+    def _connect_first(self) -> None:
+        until = time.monotonic() + self.config.device.timeout
+        while not self._backs.holds:
             try:
-                return connector.connect(None if self._awaited else deadline)
+                self._backs.reach(until, self._orders)
             except Interrupted:
                 assert self._orders is not None, "it is what interrupts"
                 self._obey(self._orders)
-            finally:
-                connector.interrupt = None
-
-    # The daemon is the source of a session's backs.
-
-    def connect(self, config_changed: ConfigChanged) -> Back:
-        """Return the back of the session, which needs it now."""
-        return self._checked(self._first_back(config_changed), self.connector)
-
-    def reconnect(self, config_changed: ConfigChanged) -> Back:
-        """Return another back for the session, if there is one at once.
-
-        Its first answer is waited for: a back-end that lives on after it has hung up
-        gives it when it is done with the requests that it had.
-        """
-        self.connector.disconnected()
-        if self.config.fence == "exit" and (reason := self.connector.lives()):
-            raise BackLost(f"back-end: the last one may still be at work: {reason}")
-        timeout = self.config.device.timeout
-        until, answer = time.monotonic(), min(self._answer, timeout)
-        try:
-            back = self.back_by(self.connector, config_changed, until, answer)
-        except BackLate:
-            self._answer = min(2 * self._answer, timeout)
-            raise
-        self._answer = FIRST_ANSWER
-        return back
-
-    def back_by(
-        self,
-        connector: Connector,
-        config_changed: ConfigChanged,
-        until: float,
-        answer: float,
-    ) -> Back:
-        """Return another back by this way, if it comes until a time of time.monotonic()
-        and has answered within `answer` seconds. BackLost, or SessionError if its user
-        won't do.
-        """
-        back = self._back(connector, None, config_changed, until, answer)
-        return self._checked(back, connector)
-
-    def take_connector(self, connector: Connector) -> None:
-        """All backs come by this way from now on."""
-        self.connector.close()
-        self.connector = connector
-
-    def pause(self, seconds: float) -> None:
-        """Wait for a moment. Raises Stopped."""
-        poll = select.poll()
-        poll.register(self.stop.fileno(), select.POLLIN)
-        if poll.poll(seconds * 1000):
-            raise Stopped("stopped while it waited")
-
-    def _checked(self, back: Back, connector: Connector) -> Back:
-        """Return the back, which has come by this way, if its user will do.
-
-        A program has made itself at home, and changed its user if it does that, when it
-        has answered its first message.
-        """
-        try:
-            self._users.check(connector.users(), self._front_user)
-        except BaseException:
-            back.close()
-            raise
-        return back
-
-    def _first_back(self, config_changed: ConfigChanged) -> Back:
-        """Return the back that is there, or a new one."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.config_changed = config_changed
-            return kept
-        channel, self._reached = self._reached, None
-        timeout = self.config.device.timeout
-        until = time.monotonic() + timeout
-        return self._back(self.connector, channel, config_changed, until, timeout)
-
-    def _back(
-        self,
-        connector: Connector,
-        channel: Channel | None,
-        config_changed: ConfigChanged,
-        until: float,
-        answer: float,
-    ) -> Back:
-        """Return a back, which has to come until a time of time.monotonic() if there is
-        no channel to it, and has `answer` seconds for its first answer. BackLost if
-        there is none.
-        """
-        try:
-            if channel is None:
-                channel = connector.connect(until)
-            answered = time.monotonic() + answer
-            return Back(channel, self.config.device, config_changed, answered)
-        except BaseException as error:
-            if channel is not None:
-                channel.close()
-            if isinstance(error, SessionError) and not isinstance(error, BackLost):
-                raise BackLost(str(error)) from None
-            raise
-
-    def _refresh(self, back: Back) -> None:
-        """Reset a kept back for the next front, if it can be reset, and empty its
-        isolated memory of bytes of this front's requests.
-        """
-        try:
-            back.reset_device()
-        except SessionError as error:
-            self.log.error("%s; the connection is not kept", error)
-            self._drop_back()
-            return
-        if back.settled:
-            back.memory.clear()
-        self.log.info("the back-end's connection is kept for the next VMM")
-
-    def _tidy(self) -> None:
-        """After a session: make a kept back ready for the next session, or tell the
-        connector that the connection is closed.
-        """
-        if self._kept is not None:
-            self._refresh(self._kept)
-        elif self._reached is None:
-            self.connector.disconnected()
-
-    def _holds_back(self) -> bool:
-        """Is there a back for the next session already?"""
-        return (self._kept or self._reached) is not None
-
-    def _drop_back(self) -> None:
-        """Let go of the back that is there for the next session."""
-        held = self._kept or self._reached
-        self._kept = self._reached = None
-        if held is not None:
-            held.close()
-            self.connector.disconnected()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: the airlock ends", signal.Signals(number).name)
         self._manager.tell("STOPPING=1", DRAINING)
         notify(self._told)
-
-
-def _hung_up(channel: Channel) -> bool:
-    """Has the peer closed its end?"""
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLRDHUP)
-    return bool(poll.poll(0))

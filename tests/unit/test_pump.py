@@ -797,6 +797,26 @@ class TestLeftBehind:
         assert world.ram.read(0, 3) == b"new"
         assert (lane.counter("adopted"), lane.pump.quarantined) == (0, 0)
 
+    def test_a_back_that_has_broken_the_ring_may_end_chains_that_nobody_offers(
+        self, world
+    ):
+        """A later chain is done, so the base lies behind all of them."""
+        lane = Lane(world, size=8)
+        heads = [lane.offer((i * PAGE, PAGE, True)) for i in range(3)]
+        lane.step()
+        first, second, third = [lane.take() for _ in heads]
+        lane.complete(second)
+        lane.step()
+        lane.pump.set_fault(BACK_SIGNALLED)
+        base, unfinished, again = lane.stop(3)
+        assert (base, unfinished, again) == (3, 2, False)
+        lane.start(base)
+        for chain in (first, third):
+            self.late(lane, chain, b"old")
+        while lane.step():
+            pass
+        assert [head for head, _ in lane.used()] == [heads[1], heads[0], heads[2]]
+
     def test_another_chain_in_its_place_is_no_adoption(self, world):
         """The same head and base, but other bytes for the device to read."""
         lane = Lane(world, size=8)

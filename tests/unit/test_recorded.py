@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.plane import PAGE, Lane, Memory, Record, World
+from vhost_airlock.dataplane.pump import BACK_SIGNALLED
 from vhost_airlock.dataplane.recorded import erase
 
 SIZE = 8
@@ -181,6 +182,24 @@ def test_a_back_that_has_broken_the_ring_gets_its_chains_again(world: World) -> 
         pass
     assert [head for head, _ in lane.used()] == heads
     assert lane.record.marked == []
+
+
+def test_a_back_that_has_broken_the_ring_gets_those_before_a_done_one_too(
+    world: World,
+) -> None:
+    """The record has them, though no base could name them."""
+    lane = recorded(world)
+    heads = offer(lane, 3)
+    lane.step()
+    chains = [lane.take() for _ in heads]
+    lane.complete(chains[1], b"d")
+    lane.step()
+    lane.pump.set_fault(BACK_SIGNALLED)
+    base, unfinished, _ = lane.stop(3)
+    assert unfinished == 2
+    lane.start(base)
+    lane.step()
+    assert taken(lane) == [heads[0], heads[2]]
 
 
 class TestKills:

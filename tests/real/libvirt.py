@@ -11,6 +11,7 @@ import re
 import secrets
 import socket
 import sys
+import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -45,10 +46,20 @@ DOCUMENT = (PROJECT / "docs" / "libvirt.md").read_text()
 UUID = "5bd80d5c-5d2a-4d5b-9a67-2a1f7a9d4c11"
 PORT = "<controller type='pci' model='pcie-root-port'/>"
 
-CONFIG = """stdio_handler = "file"
+QEMU_CONF = """stdio_handler = "file"
 namespaces = []
+cgroup_controllers = []
 """
-"""Of libvirt: no virtlogd runs, and libvirt 9 can't make a private /dev of this one."""
+"""No virtlogd runs, libvirt 9 can't make a private /dev of this one, and the domains of
+two hosts would be in one cgroup.
+"""
+
+LIBVIRTD_CONF = """host_uuid = "{uuid}"
+listen_tls = 0
+listen_tcp = 1
+auth_tcp = "none"
+"""
+"""Hosts on one machine would have the same number, and libvirt moves no domain then."""
 
 OUTSIDE = """
 mkdir "$1/outside"
@@ -61,6 +72,7 @@ exec "$@"
 START = """
 mount -t proc proc /proc
 mount -t proc proc "$1/outside/proc"
+hostname "$2"
 cp -R "$1/host/." /
 mkdir /run/vm
 mount --bind "$1/vm" /run/vm
@@ -69,8 +81,8 @@ if [ -e /dev/kvm ]; then
     install -m 0 /dev/null /run/no-kvm
     mount --bind /run/no-kvm /dev/kvm
 fi
-echo "127.0.0.1 localhost $(hostname)" > /etc/hosts
-libvirtd &
+echo "127.0.0.1 localhost $2" > /etc/hosts
+libvirtd --listen &
 wait
 """
 """The first process of the host: it has to reap the processes that others leave.
@@ -133,25 +145,34 @@ class Host(Process):
     """libvirtd, ready for virsh. `vm` is its /run/vm, where all may connect."""
 
     def __init__(
-        self, programs: Programs, folder: Path, files: Mapping[str, str]
+        self,
+        programs: Programs,
+        folder: Path,
+        files: Mapping[str, str],
+        name: str = "here",
     ) -> None:
         programs.find("libvirtd")
         self.programs = programs
         self.folder = folder
+        self.name = name
         self.vm = folder / "vm"
         self.vm.mkdir()
         for path in (folder, self.vm):
             path.chmod(0o755)
-        for name, text in {"etc/libvirt/qemu.conf": CONFIG, **files}.items():
-            path = folder / "host" / name
+        settings = {
+            "etc/libvirt/qemu.conf": QEMU_CONF,
+            "etc/libvirt/libvirtd.conf": LIBVIRTD_CONF.format(uuid=uuid.uuid4()),
+        }
+        for place, text in {**settings, **files}.items():
+            path = folder / "host" / place
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             path.chmod(0o755)
         space = ("unshare", "--mount", "--propagation", "private")
-        spaces = (*space, "--pid", "--net", "--fork", "--kill-child")
+        spaces = (*space, "--pid", "--net", "--uts", "--fork", "--kill-child")
         argv = [
             *(*space, "sh", "-euc", OUTSIDE, "sh", str(folder)),
-            *programs(*spaces, "sh", "-euc", START, "sh", str(folder)),
+            *programs(*spaces, "sh", "-euc", START, "sh", str(folder), name),
         ]
         super().__init__(argv, folder / "libvirtd.log")
         try:
@@ -173,12 +194,28 @@ class Host(Process):
 
     def command(self, *argv: str) -> list[str]:
         """The command line that runs a program on the host."""
-        spaces = ("--mount", "--pid", "--net")
+        spaces = ("--mount", "--pid", "--net", "--uts")
         return ["nsenter", f"--target={self.first}", *spaces, "--", *argv]
 
     def run(self, *argv: str) -> str:
         """Run a program that has to succeed: its output."""
         return run(self.command(*argv), self.folder / "command.log")
+
+    def connect(self, other: "Host") -> None:
+        """Give both a cable between them, and each the other's address by its name."""
+        ends = [(self, other, "192.0.2.1"), (other, self, "192.0.2.2")]
+        one, two = (f"name eth0 netns {host.first}" for host, _, _ in ends)
+        cable = f"ip link add {one} type veth peer {two}"
+        run(self.programs(*cable.split()), self.folder / "command.log")
+        for host, peer, address in ends:
+            host.run(
+                "sh",
+                "-euc",
+                f"ip address add {address}/24 dev eth0; ip link set eth0 up"
+                f"; sed -i 's/ {host.name}$//' /etc/hosts",
+            )
+            for each in (host, peer):
+                each.run("sh", "-c", f"echo {address} {host.name} >> /etc/hosts")
 
     def find(self, name: str) -> list[int]:
         """The numbers, out here, of the host's processes with this name."""
@@ -214,8 +251,8 @@ class Domain(Machine):
     ) -> None:
         self.host = host
         self.script = script
-        initrd = host.vm / "initramfs"
-        initrd.write_bytes(initramfs_for(host.programs, DRIVERS))
+        self.initrd = host.vm / "initramfs"
+        self.initrd.write_bytes(initramfs_for(host.programs, DRIVERS))
         host.vm.joinpath("guest.xml").write_text(f"""<domain type='qemu'>
   <name>guest</name>
   <uuid>{UUID}</uuid>
@@ -241,13 +278,13 @@ class Domain(Machine):
 </domain>""")
 
     def __enter__(self) -> Self:
-        self.agent = self._run(self.script)
+        self.agent = self._run(self.script, self.host)
         self.booted()
         return self
 
-    def _run(self, script: str) -> Lines:
-        """Run a script that starts QEMU: the way to the agent."""
-        path = self.host.vm / "agent.sock"
+    def _run(self, script: str, there: Host) -> Lines:
+        """Run a script that starts QEMU there: the way to the agent."""
+        path = there.vm / "agent.sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
             path.chmod(0o666)
@@ -258,12 +295,19 @@ class Domain(Machine):
         path.unlink()
         return agent
 
-    def goes_on_after(self, script: str) -> None:
-        """Run a script that ends QEMU and starts another one for the same machine."""
-        agent = self._run(script)
+    def can_boot_at(self, host: Host) -> None:
+        """QEMU finds there all that the XML names, also if it boots nothing."""
+        host.vm.joinpath(self.initrd.name).hardlink_to(self.initrd)
+
+    def goes_on_after(self, script: str, there: Host | None = None) -> None:
+        """Run a script that ends QEMU and starts another one for the same machine, here
+        or there.
+        """
+        there = there or self.host
+        agent = self._run(script, there)
         agent.take_over(self.agent)
         self.agent.close()
-        self.agent = agent
+        self.agent, self.host = agent, there
 
     def __exit__(self, *error: object) -> None:
         self.agent.close()
@@ -293,12 +337,15 @@ class Share:
 
 
 def disk(
-    programs: Programs, folder: Path, name: str
+    programs: Programs, folder: Path, name: str, image: Path | None = None
 ) -> AbstractContextManager[tuple[Process, Path]]:
-    """A back-end with random bytes."""
-    image = folder / f"{name}.img"
-    image.write_bytes(secrets.token_bytes(4 * MIB))
-    return storage_daemon(programs, Disk(image), folder / f"{name}-back.sock")
+    """A back-end with random bytes, or with an image that another one has too."""
+    locking = "off" if image else "auto"
+    if image is None:
+        image = folder / f"{name}.img"
+        image.write_bytes(secrets.token_bytes(4 * MIB))
+    export = Disk(image, locking=locking)
+    return storage_daemon(programs, export, folder / f"{name}-back.sock")
 
 
 READ = "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /dev/{}"
@@ -315,9 +362,14 @@ def check_disk(guest: Machine, name: str, image: Path) -> None:
 
 
 def share(host: Host, name: str) -> Share:
-    """A folder that is /srv/NAME for the host."""
+    """A new folder that is /srv/NAME for the host."""
     folder = host.folder / name
     folder.mkdir()
-    host.run("mkdir", f"/srv/{name}")
-    host.run("mount", "--bind", str(folder), f"/srv/{name}")
+    mount(host, folder)
     return Share(folder)
+
+
+def mount(host: Host, folder: Path) -> None:
+    """Let the host have this folder as /srv/NAME."""
+    host.run("mkdir", f"/srv/{folder.name}")
+    host.run("mount", "--bind", str(folder), f"/srv/{folder.name}")

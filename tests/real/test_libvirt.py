@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from tests.real.libvirt import (
     digest,
     disk,
     example,
+    mount,
     of_the_tree,
     share,
 )
 from tests.real.network import Network
 from tests.real.processes import Process
-from tests.real.programs import need, new_folder
+from tests.real.programs import Programs, need, new_folder
 from vhost_airlock.peers.scan import search
 
 DESCRIPTOR = "Every shared folder of a host"
@@ -58,6 +59,16 @@ class Scene:
     def image(self, name: str) -> Path:
         return self.host.folder / f"{name}.img"
 
+    def check(self) -> None:
+        """Disk, folders, open files and network are as they were."""
+        guest = self.guest
+        check_disk(guest, "vda", self.image("disk"))
+        guest.call(files.check_held)
+        for each in self.shares:
+            tag = each.folder.name
+            assert guest.sh(f"cat '/mnt/{tag}/from host'") == tag
+        assert "1 packets received" in guest.sh("ping -c 1 $(cut -d' ' -f2 /tmp/lease)")
+
     def restart(self, number: int) -> None:
         """End the airlock of the first disk by a signal, and start another one."""
         self.proxy.popen.send_signal(number)
@@ -72,6 +83,20 @@ def proxy(host: Host, name: str) -> AbstractContextManager[Process]:
     return airlock(back, host.vm / f"{name}.sock", f"--socket-group={QEMU_GROUP}")
 
 
+@contextmanager
+def others(programs: Programs, host: Host, folder: Path) -> Iterator[None]:
+    """The back-ends of a host that are none of a disk, with their airlocks."""
+    command = virtiofsd_command(programs, folder, "--fd={listen-fd}")
+    group = f"--socket-group={QEMU_GROUP}"
+    with (
+        closing(Network(programs, host.folder)) as network,
+        passt(programs, network, host.folder / "net-back.sock"),
+        proxy(host, "net"),
+        airlock(None, host.vm / "fs.sock", group, command=command),
+    ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def scene(programs) -> Iterator[Scene]:
     with new_folder() as folder, ExitStack() as stack:
@@ -80,15 +105,10 @@ def scene(programs) -> Iterator[Scene]:
         host.run("sh", "-euc", example(DESCRIPTOR, "sh"))
         shares = [share(host, name) for name in ("share", "other", "socket")]
         disks = [enter(disk(programs, folder, name))[0] for name in ("disk", "disk2")]
-        network = enter(closing(Network(programs, folder)))
-        enter(passt(programs, network, folder / "net-back.sock"))
         first = enter(ExitStack())
         running = first.enter_context(proxy(host, "disk"))
         enter(proxy(host, "disk2"))
-        enter(proxy(host, "net"))
-        command = virtiofsd_command(programs, folder / "socket", "--fd={listen-fd}")
-        group = f"--socket-group={QEMU_GROUP}"
-        enter(airlock(None, host.vm / "fs.sock", group, command=command))
+        enter(others(programs, host, folder / "socket"))
         xml = "".join(map(example, DEVICES))
         words = f"marker={MARKER}"
         guest = enter(Domain(host, xml, words))
@@ -131,19 +151,49 @@ def test_disk_comes_and_goes(scene):
     scene.guest.sh("while [ -e /dev/vdb ]; do sleep 0.1; done")
 
 
-def test_domain_is_saved_and_goes_on(scene):
-    """Once in a file of the user's and once in libvirt's own, while files are open."""
+@pytest.fixture(scope="module")
+def with_open_files(scene: Scene) -> Scene:
     scene.guest.call(files.hold, "/mnt/share", False)
+    return scene
+
+
+def test_domain_is_saved_and_goes_on(with_open_files):
+    """Once in a file of the user's and once in libvirt's own."""
+    scene = with_open_files
     for script in (
         "virsh save guest saved; virsh restore saved",
         "virsh managedsave guest; virsh start guest",
     ):
         scene.guest.goes_on_after(script)
-        check_disk(scene.guest, "vda", scene.image("disk"))
-        scene.guest.call(files.check_held)
+        scene.check()
+
+
+@pytest.fixture
+def there(programs, scene) -> Iterator[Host]:
+    """Another host, which has the same folders and image."""
+    with new_folder() as folder, ExitStack() as stack:
+        enter = stack.enter_context
+        host = enter(Host(need(keep=False), folder, of_the_tree(folder), "there"))
+        host.run("sh", "-euc", example(DESCRIPTOR, "sh"))
         for each in scene.shares:
-            tag = each.folder.name
-            assert scene.guest.sh(f"cat '/mnt/{tag}/from host'") == tag
+            mount(host, each.folder)
+        scene.guest.can_boot_at(host)
+        enter(disk(programs, folder, "disk", scene.image("disk")))
+        enter(proxy(host, "disk"))
+        enter(others(programs, host, scene.host.folder / "socket"))
+        yield host
+
+
+def test_domain_moves_to_another_host_and_back(with_open_files, there):
+    """By the document's line, but libvirt is reached without a key."""
+    scene, here = with_open_files, with_open_files.host
+    here.connect(there)
+    line = example("To another host", "sh").replace("+ssh:", "+tcp:")
+    scene.guest.goes_on_after(line, there)
+    scene.check()
+    assert here.run("virsh", "domstate", "guest").strip() == "shut off"
+    scene.guest.goes_on_after(line.replace("//there/", "//here/"), here)
+    scene.check()
 
 
 def test_domain_reboots(scene):
@@ -166,8 +216,8 @@ def test_airlocks_of_libvirt_end_with_the_domain(scene):
     scene.host.run("virsh", "destroy", "guest")
     assert scene.host.find("virtiofsd") == []
     logs = scene.host.run("sh", "-c", "cat /var/log/libvirt/qemu/guest-*-virtiofsd.log")
-    # Two folders, at the start and after each of two saves.
-    assert logs.count("Client connected") == 2 * 3
+    # Two folders, at the start, after each of two saves, and on the return.
+    assert logs.count("Client connected") == 2 * 4
     assert "Traceback" not in logs
 
 

@@ -113,15 +113,22 @@ class Migration:
         tell_events(source, destination)
         destination.qmp("migrate-incoming", uri=f"unix:{onward}")
         self._gate = Gate(path, onward, held)
-        self._may_stop(NO_TIME)
-        source.qmp("migrate", uri=f"unix:{path}")
-        self._gate.wait()
+        try:
+            self._may_stop(NO_TIME)
+            source.qmp("migrate", uri=f"unix:{path}")
+            self._gate.wait()
+        except BaseException:
+            self._give_up()
+            raise
 
     def __enter__(self) -> Migration:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._gate.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._gate.close()
+        else:
+            self._give_up()
 
     def send_all(self) -> None:
         """Let every page be sent once, and hold the stream again. The guest goes on, at
@@ -153,6 +160,12 @@ class Migration:
         """End it; the guest stays."""
         self.source.qmp("migrate_cancel")
         wait_for(self.source, "cancelled")
+
+    def _give_up(self) -> None:
+        """End both guests: neither may let go of the gate by itself."""
+        self.source.kill()
+        self.destination.kill()
+        self._gate.close()
 
     def _may_stop(self, milliseconds: int) -> None:
         self.source.qmp(

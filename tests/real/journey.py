@@ -124,6 +124,8 @@ class Journey:
             file.write(content)
             file.truncate(64 * MIB)
         self.places = 0
+        self.lost = False
+        """The guest has ended, for a test has failed."""
         self.place = Place(self, "airlock", None, WITHHELD)
         try:
             self._set_out()
@@ -144,6 +146,10 @@ class Journey:
         self.check()
         assert self.guest.call(load.stop) >= 1
         self.guest.power_off()
+
+    def lose(self) -> None:
+        self.lost = True
+        self.guest.kill()
 
     def close(self) -> None:
         self.place.close()

@@ -39,9 +39,22 @@ def journey(programs: Programs) -> Iterator[Journey]:
         journey = Journey(programs, folder)
         try:
             yield journey
-            journey.end()
+            if not journey.lost:
+                journey.end()
         finally:
             journey.close()
+
+
+@pytest.fixture(autouse=True)
+def failure_ends_the_guest(
+    request: pytest.FixtureRequest, journey: Journey
+) -> Iterator[None]:
+    """It may not answer any more, and all that comes later would wait for it."""
+    assert not journey.lost, "the guest has ended with a test that failed"
+    before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > before:
+        journey.lose()
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bench import dirty_log
 from bench.against import BEFORE, NOW, SOURCE, measure_both
 from bench.fronts import Fronts
+from bench.machine import Watched
 from bench.measure import what_it_said
 from bench.runs import KIB, MIB, BenchError, Case
 from bench.start import start, starts
@@ -19,6 +21,7 @@ from bench.targets import Counters, nbd_export, through_airlock
 from tests.real.airlock import airlock
 from tests.real.programs import PROJECT
 from tests.real.storage import Disk, storage_daemon
+from tests.support.dirty import LogFile
 
 MS = 200
 COUNTED = {"read": "rchar", "write": "wchar"}
@@ -131,6 +134,23 @@ def test_another_build_than_was_asked_for_is_noticed(programs, folder, disk):
         through_airlock(NOW, daemon, back, folder, source=elsewhere),
     ):
         pass
+
+
+@pytest.mark.timing
+def test_log_is_on_in_one_window_of_each_pair(programs, folder, disk, monkeypatch):
+    """The bench looks into the log; here it notices that its bits are lost."""
+    front = folder / "front.sock"
+    with (
+        storage_daemon(programs, disk, folder / "back.sock") as (_, back),
+        airlock(back, front) as proxy,
+    ):
+        clock = Watched(proxy.pid)
+        with closing(dirty_log.pairs(front, clock, span=0, seconds=60)) as measured:
+            for pair in islice(measured, 2):
+                assert all(each.rate > 0 < each.cpu_us for each in pair)
+            monkeypatch.setattr(LogFile, "take", lambda log: set())
+            with pytest.raises(BenchError, match=r"log True: .* and 0 pages"):
+                next(measured)
 
 
 def test_starts_are_measured_until_ready(programs, folder, disk):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..errors import AirlockError, SessionError
-from ..vhost.wire import Feature
+from ..vhost.wire import Feature, ProtocolFeature
 from .disk import SECTOR, BlkFeature
 from .guest import BlkGuest
 from .guest_queue import GuestQueue
@@ -162,6 +163,23 @@ def percentile(counts: Mapping[int, int], share: float) -> int:
 
 def measure(path: str, plan: LoadPlan) -> LoadResult:
     """Connect to a device, put a load on it, and leave."""
+    with loaded(path, plan) as (guest, loads):
+        begin = time.monotonic_ns() + int(plan.warmup * 1e9)
+        end = begin + int(plan.seconds * 1e9)
+        _run_all(loads, begin, end)
+        guest.stop()
+        indirect = bool(guest.features & Feature.INDIRECT_DESC)
+        return _result(loads, plan, begin, indirect)
+
+
+@contextmanager
+def loaded(
+    path: str, plan: LoadPlan, also: Collection[ProtocolFeature] = ()
+) -> Iterator[tuple[BlkGuest, list[Load]]]:
+    """Connect to a device, start its rings, and have the load of each ready to run.
+
+    `also` are protocol features that the guest uses beside its usual ones.
+    """
     data_size = plan.data_size * plan.queues
     needed = data_size + 64 * MIB + plan.queues * 16 * MIB
     ram = GuestRam(high=max(plan.ram, needed))
@@ -172,6 +190,7 @@ def measure(path: str, plan: LoadPlan) -> LoadResult:
         queue_size=plan.queue_size,
         seg_max=plan.segments,
         without=without,
+        also=also,
     ) as guest:
         guest.connect(path)
         if "write" in plan.mode and guest.features & BlkFeature.RO:
@@ -184,12 +203,7 @@ def measure(path: str, plan: LoadPlan) -> LoadResult:
         loads = [_load(guest, queue, plan, share) for queue in guest.queues]
         try:
             guest.start()
-            begin = time.monotonic_ns() + int(plan.warmup * 1e9)
-            end = begin + int(plan.seconds * 1e9)
-            _run_all(loads, begin, end)
-            guest.stop()
-            indirect = bool(guest.features & Feature.INDIRECT_DESC)
-            return _result(loads, plan, begin, indirect)
+            yield guest, loads
         finally:
             for load in loads:
                 load.close()

@@ -32,6 +32,7 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *, unsigned long, int)
     enum:
         POLLIN
+        POLLRDHUP
 
 cdef enum:
     HEADER = 16                 # of a request: its type and its first sector
@@ -349,6 +350,8 @@ cdef int sleep(Load load) noexcept nogil:
             fds[i].fd = load.fds[i]
             fds[i].events = POLLIN
             fds[i].revents = 0
+        # On the connection there may be answers to messages of another thread.
+        fds[2].events = POLLRDHUP
         load.sleeps += 1
         poll(fds, 3, TICK)
         if fds[0].revents and read(load.call, &value, sizeof(value)) > 0:

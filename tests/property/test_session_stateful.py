@@ -8,7 +8,8 @@ tests/support/life.py says in which state each ring has to be after each message
 tests/support/walk.py that each request comes out once and with its own data (I3), and
 that nothing is written for one which the guest has forgotten (I8).
 
-Each change of the table is made once by directed steps, and all of them by chance.
+Each change of the table is made once by directed steps. By chance all of them are made
+in `make stress`; with few examples, how busy the machine is decides it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from hypothesis.stateful import (
 from tests.support.backs import PATIENCE, wait_until
 from tests.support.leftovers import held
 from tests.support.life import walking
-from tests.support.profiles import PROFILE, SANITIZED, STRESS
+from tests.support.profiles import PROFILE, STRESS
 from tests.support.tables import each_row
 from tests.support.walk import DRAIN, RINGS, SET_UP, SIZES, Walk
 from vhost_airlock.peers.disk import BlkType
@@ -340,5 +341,5 @@ def test_session_in_any_life() -> None:
                 derandomize=not STRESS,
             ),
         )
-    if not SANITIZED:  # where there is time for few examples
+    if STRESS:
         assert set(walked.times) == set(TABLE), "a change that was never made"

@@ -51,7 +51,8 @@ ENTRIES = 16
 TIMEOUT = 2.5
 """Nothing in a walk waits for so long, unless the machine is busy elsewhere."""
 DRAIN = 0.05
-LATE = (20 if SANITIZED else 2) * TIMEOUT
+LATE = (20 if SANITIZED else 4) * TIMEOUT
+"""Other tests run at the same time."""
 SIZES = (SECTOR, 4096, 5 * SECTOR)
 NOTHING = Empty()
 SET_UP = (

@@ -92,7 +92,11 @@ def lose(back: ScriptedBack) -> None:
 
 
 def hold(back: ScriptedBack) -> NoReturn:
-    """Keep the connection open, and say nothing more, until it is closed."""
+    """Keep the connection open, and say nothing more, until it is closed.
+
+    The back's own thread may have closed it by now.
+    """
     assert back.channel is not None
-    readable(back.channel)
+    if back.channel.fileno() >= 0:
+        readable(back.channel)
     raise GONE

@@ -23,13 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.machine import Watched, be_prompt, describe, placed
+from bench.machine import Watched, be_prompt, found_programs, placed
 from bench.runs import KIB, MIB, BenchError
 from bench.sure import Ratio
-from bench.table import heading
 from bench.targets import back_end
 from tests.real.airlock import airlock
-from tests.real.programs import Programs, find, new_folder
+from tests.real.programs import Programs, new_folder
 from tests.support.dirty import LogFile
 from vhost_airlock.peers.blk_load import LoadPlan, loaded
 from vhost_airlock.peers.guest import BlkGuest
@@ -167,11 +166,9 @@ def measure(programs: Programs, folder: Path, seconds: float) -> None:
 
 
 def main(seconds: float) -> int:
-    programs = find()
-    if isinstance(programs, str):
-        print(f"bench: needs qemu-storage-daemon: {programs}", file=sys.stderr)
+    programs = found_programs("qemu-storage-daemon")
+    if programs is None:
         return 1
-    print(heading(describe(programs)), flush=True)
     with new_folder() as folder:
         measure(programs, folder, seconds)
     return 0

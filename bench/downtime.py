@@ -18,18 +18,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from bench.machine import describe
+from bench.machine import found_programs
 from bench.sure import Ratio
-from bench.table import heading
 from bench.targets import DIRECT
 from tests.guest import devices
-from tests.guest.devices import Device
 from tests.guest.inside import files, load
 from tests.guest.machine import Guest
 from tests.guest.migration import tell_events, wait_for
 from tests.real.airlock import reach
 from tests.real.backends import virtiofsd
-from tests.real.programs import Programs, find, new_folder
+from tests.real.programs import Programs, new_folder
 from tests.real.storage import Disk, storage_daemon
 
 WAYS = (DIRECT, "airlock")
@@ -37,7 +35,6 @@ CASES = {"disk": False, "disk, shared folder with open files": True}
 """With a shared folder?"""
 DISK_SIZE = 64 << 20
 MEMORY = "384M"
-FIO = Device((), (), ("/usr/bin/fio",))
 PAIRS = 10
 
 
@@ -115,7 +112,7 @@ class Traveller:
             disk = Disk(self._image, locking="off" if source else "auto")
             _, back = enter(storage_daemon(programs, disk, folder / "disk.sock"))
             front = enter(reach(way, back, "--device-type=block"))
-            has = [devices.disk(front), FIO]
+            has = [devices.disk(front), devices.FIO]
             if self._share:
                 back = folder / "fs.sock"
                 enter(virtiofsd(programs, self._share, back))
@@ -163,11 +160,9 @@ def pair_of(pair: dict[str, float]) -> str:
 
 
 def main(pairs: int) -> int:
-    programs = find()
-    if isinstance(programs, str):
-        print(f"bench: needs QEMU and its back-ends: {programs}", file=sys.stderr)
+    programs = found_programs("QEMU and its back-ends")
+    if programs is None:
         return 1
-    print(heading(describe(programs)), flush=True)
     for name, with_share in CASES.items():
         with new_folder() as folder:
             found = measure(programs, folder, with_share, pairs)

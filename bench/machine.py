@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bench.runs import KIB, BenchError, Sample
+from bench.table import heading
 from tests.real.programs import PROJECT, Programs
+from tests.real.programs import find as find_programs
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS = 0x20000
@@ -185,6 +188,18 @@ def tmpfs(path: Path, size: int) -> Iterator[bool]:
         yield True
     finally:
         runs(["umount", "--lazy", str(path)])
+
+
+def found_programs(needed: str) -> Programs | None:
+    """Return the real programs, and print machine and versions; if there are none,
+    print the reason. `needed` are their names.
+    """
+    programs = find_programs()
+    if isinstance(programs, str):
+        print(f"bench: needs {needed}: {programs}", file=sys.stderr)
+        return None
+    print(heading(describe(programs)), flush=True)
+    return programs
 
 
 def describe(programs: Programs) -> dict[str, object]:

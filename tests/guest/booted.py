@@ -16,7 +16,7 @@ import hashlib
 import time
 from pathlib import Path
 
-from tests.guest.devices import Device
+from tests.guest.devices import FIO, Device
 from tests.guest.inside.agent import settle
 from tests.guest.machine import BOOT_WORDS, CPU, Guest, initramfs_for
 from tests.guest.migration import tell_events, wait_for
@@ -28,7 +28,7 @@ ALL = Device(
     ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/sfdisk"),
 )
 """Drivers and tools for every device but vsock, with which QEMU waits for no state."""
-WITH_FIO = Device((), ALL.modules, (*ALL.tools, "/usr/bin/fio"))
+WITH_FIO = Device((), ALL.modules, (*ALL.tools, *FIO.tools))
 """The same with fio, whose libraries take 70 MB of the guest's memory."""
 
 

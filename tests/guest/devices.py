@@ -15,6 +15,10 @@ class Device:
     tools: tuple[str, ...] = ()
 
 
+FIO = Device((), (), ("/usr/bin/fio",))
+"""No device, but fio. A guest that has it takes 384 MiB of memory."""
+
+
 def disk(front: Path, *, reconnect: bool = False, **properties: Any) -> Device:
     """With `reconnect`, QEMU connects again when its back-end is gone."""
     device = _device("vhost-user-blk-pci", "chardev=disk", properties)

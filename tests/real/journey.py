@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.guest import devices
-from tests.guest.devices import Device
 from tests.guest.inside import cached, files, load, pages
 from tests.guest.machine import Guest
 from tests.guest.migration import Migration
@@ -30,7 +29,6 @@ from tests.real.storage import Disk, storage_daemon
 MIB = 1 << 20
 CPUS = 1
 """So that an emulated guest leaves something to the others."""
-LOAD = Device((), (), ("/usr/bin/fio",))
 SEED = 7
 BOOT_WORDS = "init_on_alloc=0"
 CACHED_AT, CACHED = 16, 8
@@ -77,7 +75,7 @@ class Place:
                     self.folder,
                     devices.disk(disk, reconnect=True),
                     devices.file_system(share, "share"),
-                    LOAD,
+                    devices.FIO,
                     cpus=CPUS,
                     memory="384M",
                     boot_words=BOOT_WORDS,

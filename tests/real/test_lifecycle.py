@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.booted import booted
-from tests.guest.devices import Device
+from tests.guest.devices import FIO, Device
 from tests.guest.inside import load
 from tests.guest.inside.agent import sh
 from tests.guest.machine import Guest
@@ -21,7 +21,6 @@ REPLACED = 100 if STRESS else 3
 """How often the airlock is replaced; the first time it ends as told."""
 KILLS = 1000
 """How often the airlock is killed in a row, only in `make stress`."""
-TOOLS = Device((), ("virtio_blk",), ("/usr/bin/fio",))
 
 
 def on_the_bus(chardev: str, properties: str = "") -> Device:
@@ -30,14 +29,15 @@ def on_the_bus(chardev: str, properties: str = "") -> Device:
             *("-chardev", f"socket,id=front,{chardev}"),
             *("-device", f"vhost-user-blk-pci,chardev=front{properties}"),
         ),
-        (),
+        ("virtio_blk",),
     )
 
 
 def hotplugged(chardev: str) -> Device:
     """A disk that can be unplugged."""
-    disk = on_the_bus(chardev, ",id=disk,bus=place").arguments
-    return Device(("-device", "pcie-root-port,id=place,chassis=1", *disk), ())
+    disk = on_the_bus(chardev, ",id=disk,bus=place")
+    port = ("-device", "pcie-root-port,id=place,chassis=1")
+    return Device((*port, *disk.arguments), disk.modules)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_whole_life_of_a_disk(programs, folder, serve, go_on, disk):
     """Requests are in flight whenever something happens, but nothing kept is lost."""
     front = serve(disk, "--workers=2").front
     device = hotplugged(f"path={front}")
-    with Guest(programs, folder, device, TOOLS, cpus=CPUS, memory="384M") as guest:
+    with Guest(programs, folder, device, FIO, cpus=CPUS, memory="384M") as guest:
         use(guest, 1)
         guest.reboot()
         assert_kept(guest, 1)

@@ -10,7 +10,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,10 +276,10 @@ if STRESS:  # minutes
         image = folder / "disk.img"
         image.write_bytes(bytes(64 * MIB))
         mortal = Mortal(programs, Disk(image, queues=2), folder)
-        disk = replace(devices.disk(mortal.front), tools=("/usr/bin/fio",))
+        disk = devices.disk(mortal.front)
         with (
             mortal.served(),
-            Guest(programs, folder, disk, cpus=2, memory="384M") as guest,
+            Guest(programs, folder, disk, devices.FIO, cpus=2, memory="384M") as guest,
         ):
             guest.call(fio.start, 2)
             for _ in range(GUESTS):

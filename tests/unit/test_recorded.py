@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.support.plane import PAGE, Lane, Memory, Record, World
 from vhost_airlock.dataplane.pump import BACK_SIGNALLED
 from vhost_airlock.dataplane.recorded import erase
+from vhost_airlock.peers.ring import Chain
 
 SIZE = 8
 
@@ -49,6 +50,13 @@ def offer(lane: Lane, count: int = 1) -> list[int]:
         lane.offer(*buffers, indirect=True)
         heads.append(head)
     return heads
+
+
+def with_back(lane: Lane, count: int) -> tuple[list[int], list[Chain]]:
+    """Offer chains until the back has them: their heads, and the back's chains."""
+    heads = offer(lane, count)
+    lane.step()
+    return heads, [lane.take() for _ in heads]
 
 
 def killed(lane: Lane, base: int | None = None) -> None:
@@ -87,9 +95,7 @@ class TestInOrder:
 
     def test_marks_end_with_the_batch_that_the_guest_sees(self, world: World) -> None:
         lane = recorded(world)
-        heads = offer(lane, 3)
-        lane.step()
-        chains = [lane.take() for _ in heads]
+        heads, chains = with_back(lane, 3)
         lane.complete(chains[1], b"d")
         lane.step()
         assert lane.record.marked == [heads[0], heads[2]]
@@ -97,9 +103,8 @@ class TestInOrder:
 
     def test_the_list_names_the_last_batch(self, world: World) -> None:
         lane = recorded(world)
-        heads = offer(lane, 3)
-        lane.step()
-        for chain in [lane.take() for _ in heads]:
+        heads, chains = with_back(lane, 3)
+        for chain in chains:
             lane.complete(chain, b"d")
         lane.step()
         last = lane.record.head[3]
@@ -165,9 +170,7 @@ class TestInOrder:
 def test_a_back_that_has_broken_the_ring_gets_its_chains_again(world: World) -> None:
     """They are taken by the record; what the back says of the first ones is late."""
     lane = recorded(world)
-    heads = offer(lane, 3)
-    lane.step()
-    old = [lane.take() for _ in heads]
+    heads, old = with_back(lane, 3)
     lane.shadow.used_idx = 17
     lane.step()
     base, unfinished, _ = lane.stop(3)
@@ -189,9 +192,7 @@ def test_a_back_that_has_broken_the_ring_gets_those_before_a_done_one_too(
 ) -> None:
     """The record has them, though no base could name them."""
     lane = recorded(world)
-    heads = offer(lane, 3)
-    lane.step()
-    chains = [lane.take() for _ in heads]
+    heads, chains = with_back(lane, 3)
     lane.complete(chains[1], b"d")
     lane.step()
     lane.pump.set_fault(BACK_SIGNALLED)
@@ -227,9 +228,7 @@ class TestKills:
     def test_the_base_counts_for_nothing(self, world: World, base: str) -> None:
         """QEMU says the used index, Cloud Hypervisor the avail index."""
         lane = recorded(world, size=16, base=0xFFFA)
-        heads = offer(lane, 6)
-        lane.step()
-        chains = [lane.take() for _ in heads]
+        heads, chains = with_back(lane, 6)
         lane.complete(chains[4], b"d")
         lane.step()
         lane.used()
@@ -288,9 +287,7 @@ class TestKills:
     def test_the_batch_that_the_guest_saw_is_not_done_again(self, world: World) -> None:
         """Killed behind the store to the ring's used index."""
         lane = recorded(world)
-        heads = offer(lane, 4)
-        lane.step()
-        chains = [lane.take() for _ in heads]
+        heads, chains = with_back(lane, 4)
         before = bytes(lane.record.view)
         for i in (2, 1):
             lane.complete(chains[i], b"d")
@@ -321,9 +318,7 @@ class TestKills:
     ) -> None:
         """It comes by wrapping round as well."""
         lane = recorded(world, base=0xFFFE)
-        heads = offer(lane, 4)
-        lane.step()
-        chains = [lane.take() for _ in heads]
+        heads, chains = with_back(lane, 4)
         for i in (1, 3):
             lane.complete(chains[i], b"d")
         lane.step()
@@ -421,9 +416,7 @@ class TestStops:
     def test_chains_of_before_a_kill_are_not_handed_back(self, world: World) -> None:
         """The avail ring has other heads at their positions."""
         lane = recorded(world)
-        heads = offer(lane, 3)
-        lane.step()
-        chains = [lane.take() for _ in heads]
+        heads, chains = with_back(lane, 3)
         lane.complete(chains[0], b"d")
         lane.step()
         lane.used()

@@ -30,6 +30,9 @@ BITS = 64
 _UNKNOWN = (errno.EINVAL, errno.E2BIG)
 """Errors of a kernel that does not know a right, or no right of that kind."""
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.syscall.restype = ctypes.c_long
+
 
 def version() -> int:
     """Return the version of Landlock; 0: the kernel has none, or it is disabled."""
@@ -83,9 +86,7 @@ def _ruleset(masks: list[int]) -> int:
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall.restype = ctypes.c_long
-    result: int = libc.syscall(
+    result: int = _LIBC.syscall(
         ctypes.c_long(number),
         *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments),
     )

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vhost_airlock.dataplane.pump import Pump
 from vhost_airlock.dataplane.worker import Worker
+from vhost_airlock.log import Logger
 from vhost_airlock.proxy.workers import Workers
 from vhost_airlock.vhost.fds import HasFileno
 
@@ -63,7 +63,7 @@ class PlayedWorkers(Workers):
         *,
         poll_us: int,
         cpus: Sequence[int] = (),
-        log: logging.Logger,
+        log: Logger,
     ) -> None:
         self._workers = [PlayedWorker(events.fileno()) for _ in range(count)]
         self._threads = []

@@ -13,6 +13,7 @@ import pytest
 
 from tests.real.programs import find
 from tests.support.schedule import Scheduler, has_guests
+from vhost_airlock import log
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +67,13 @@ def tmp_path() -> Iterator[Path]:
     """Instead of pytest's own: its short name leaves room for sockets."""
     with tempfile.TemporaryDirectory(prefix="airlock-") as name:
         yield Path(name)
+
+
+@pytest.fixture(autouse=True)
+def writer_of_log() -> Iterator[None]:
+    """Where a command in this process has set another one, the next test has none."""
+    yield
+    log.write_by(log.to_library, log.DEBUG)
 
 
 @pytest.hookimpl(trylast=True)

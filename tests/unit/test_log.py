@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from vhost_airlock.log import DEBUG, ERROR, INFO, WARNING, Logger
 from vhost_airlock.process.log import Lines, is_journal
 from vhost_airlock.proxy.config import Config
 
-PROCESS = logging.getLogger("vhost_airlock.process.daemon")
+PROCESS = Logger("vhost_airlock.process.daemon")
 DISK, NET = Config(name="disk.sock").log, Config(name="net.sock").log
 PROGRAM = """
-import logging
+import sys
+from vhost_airlock.log import Logger
 from vhost_airlock.process.log import log_to_stderr
 from vhost_airlock.proxy.config import Config
 log_to_stderr("info", "front.sock")
@@ -27,50 +29,48 @@ try:
     raise ValueError("first\\nsecond")
 except ValueError:
     log.error("ring %d is broken", 7, exc_info=True)
-logging.getLogger("vhost_airlock.sandbox").info("locked")
+Logger("vhost_airlock.sandbox").info("locked")
+assert "logging" not in sys.modules
 """
 
 
-def lines(log: logging.Logger, level: int, text: str, *, journal: bool) -> str:
-    record = log.makeRecord(log.name, level, __file__, 1, text, (), None)
-    return Lines("front.sock", journal=journal).format(record)
+def lines(log: Logger, level: int, text: str, *, journal: bool) -> str:
+    return Lines("front.sock", journal=journal).format(log.name, level, text)
 
 
 @pytest.mark.parametrize(
     ("level", "word", "number"),
     [
-        (logging.DEBUG, "debug", 7),
-        (logging.INFO, "info", 6),
-        (logging.WARNING, "warning", 4),
-        (logging.ERROR, "error", 3),
+        (DEBUG, "debug", 7),
+        (INFO, "info", 6),
+        (WARNING, "warning", 4),
+        (ERROR, "error", 3),
     ],
 )
 def test_line_names_device_and_level(level: int, word: str, number: int) -> None:
     """The numbers are those of sd-daemon(3)."""
     assert lines(DISK, level, "so it is", journal=False) == (
-        f"vhost-airlock disk.sock: {word}: so it is"
+        f"vhost-airlock disk.sock: {word}: so it is\n"
     )
     assert lines(DISK, level, "so it is", journal=True) == (
-        f"<{number}>disk.sock: so it is"
+        f"<{number}>disk.sock: so it is\n"
     )
 
 
 def test_devices_of_one_process_are_told_apart() -> None:
     """Lines about no device have the name of the process."""
-    told = [
-        lines(log, logging.INFO, "text", journal=False) for log in (DISK, NET, PROCESS)
-    ]
+    told = [lines(log, INFO, "text", journal=False) for log in (DISK, NET, PROCESS)]
     assert told == [
-        "vhost-airlock disk.sock: info: text",
-        "vhost-airlock net.sock: info: text",
-        "vhost-airlock front.sock: info: text",
+        "vhost-airlock disk.sock: info: text\n",
+        "vhost-airlock net.sock: info: text\n",
+        "vhost-airlock front.sock: info: text\n",
     ]
 
 
 def test_no_line_is_without_a_head() -> None:
     """The journal would take its priority for another one."""
-    assert lines(DISK, logging.ERROR, "a\n<7>b", journal=True) == (
-        "<3>disk.sock: a\n<3>disk.sock: <7>b"
+    assert lines(DISK, ERROR, "a\n<7>b", journal=True) == (
+        "<3>disk.sock: a\n<3>disk.sock: <7>b\n"
     )
 
 
@@ -103,3 +103,51 @@ def test_process_writes_lines_to_stderr(tmp_path: Path, *, journal: bool) -> Non
     assert traceback[-2:] == [f"{error}ValueError: first", f"{error}second"]
     assert all(line.startswith(error) for line in traceback)
     assert last == f"{info}locked"
+
+
+def test_lines_of_a_library_go_to_the_standard_library(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where no program has said otherwise, with their names and levels."""
+    caplog.set_level(logging.INFO)
+    log = Logger("vhost_airlock.vhost")
+    log.debug("too much")
+    log.warning("%s: refused: %d %%", "VMM", 7)
+    log.info("100 %")
+    assert caplog.record_tuples == [
+        ("vhost_airlock.vhost", logging.WARNING, "VMM: refused: 7 %"),
+        ("vhost_airlock.vhost", logging.INFO, "100 %"),
+    ]
+
+
+def test_full_stderr_loses_lines_and_stops_nobody() -> None:
+    """So do those that nothing reads any more."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    program = """
+import os
+from vhost_airlock.log import Logger
+from vhost_airlock.process.log import log_to_stderr
+log_to_stderr("info", "process")
+for _ in range(10_000):
+    Logger("").info("a line that nobody reads")
+os.write(1, b"full ")
+os.read(0, 1)
+Logger("").info("another one")
+os.write(1, b"gone")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=writer,
+    ) as process:
+        os.close(writer)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert os.read(process.stdout.fileno(), 5) == b"full "
+        os.close(reader)
+        process.stdin.write(b"x")
+        process.stdin.close()
+        assert process.stdout.read() == b"gone"
+    assert process.returncode == 0

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from vhost_airlock.log import Logger
 from vhost_airlock.proxy import ration
 from vhost_airlock.proxy.ration import INTERVAL, Ration
 
-log = logging.getLogger("test")
+log = Logger("test")
 
 
 @pytest.fixture

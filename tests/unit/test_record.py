@@ -2,8 +2,6 @@
 """Records behave as the dataclasses do that they stand for."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -135,11 +133,3 @@ def test_what_a_class_has_of_its_own_stays():
     """No log has a device's configuration, or a key."""
     assert repr(Config(1, 2, data=b"secret")) == "Config(offset=1, size=2, flags=0)"
     assert repr(CryptoSession(b"secret12")) == "CryptoSession()"
-
-
-def test_an_airlock_starts_without_the_dataclasses_of_the_library():
-    look = "import sys, vhost_airlock.cli.run as r; print('dataclasses' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", look], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"

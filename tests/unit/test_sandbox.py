@@ -17,10 +17,12 @@ import pytest
 from vhost_airlock.sandbox import enter, files, syscalls
 
 BEFORE = """
-import ctypes, errno, fcntl, logging, mmap, os, resource, select, signal, socket, sys
+import ctypes, errno, fcntl, mmap, os, resource, select, signal, socket, sys
 import threading
 from vhost_airlock.sandbox import enter, files, syscalls
+from vhost_airlock.process.log import log_to_stderr
 from vhost_airlock.process.sockets import Listener
+log_to_stderr("info", "test")
 libc = ctypes.CDLL(None, use_errno=True)
 seccomp = ctypes.CDLL(syscalls.LIBRARY)
 
@@ -190,12 +192,6 @@ two.setblocking(False)
 """,
     "a device's state": "os.write(os.pipe2(os.O_CLOEXEC)[1], b'x')",
     "signals of its own": "signal.raise_signal(signal.SIGURG)",
-    "tracebacks": """
-try:
-    Listener("")
-except Exception:
-    logging.exception("trouble")
-""",
 }
 
 
@@ -273,14 +269,36 @@ def test_landlock_alone_denies_all_of_files(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"denied {name}" for name in cases], done.stderr
 
 
-def test_kernel_without_landlock_is_told_of_and_will_do(tmp_path: Path) -> None:
+def test_failures_are_told_with_tracebacks(tmp_path: Path) -> None:
+    """Those that nothing catches in threads, and those that are logged at debug."""
     done = python(
         BEFORE
-        + "logging.basicConfig(level='INFO')\n"
-        + "files.version = lambda: 0\n"
+        + "log_to_stderr('debug', 'test')\n"
         + ENTER
-        + OVER
-        + "os.fork()",
+        + """
+def fail():
+    raise ValueError("not caught")
+
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+try:
+    raise ValueError("caught")
+except ValueError:
+    enter.log.debug("trouble", exc_info=True)
+"""
+        + OVER,
+        tmp_path,
+    )
+    assert (done.stdout, done.returncode) == ("over\n", 0), done.stderr
+    assert "in fail\nValueError: not caught\n" in done.stderr
+    assert "debug: trouble\n" in done.stderr
+    assert "debug: ValueError: caught\n" in done.stderr
+
+
+def test_kernel_without_landlock_is_told_of_and_will_do(tmp_path: Path) -> None:
+    done = python(
+        BEFORE + "files.version = lambda: 0\n" + ENTER + OVER + "os.fork()",
         tmp_path,
     )
     assert "no Landlock" in done.stderr

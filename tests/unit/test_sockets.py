@@ -26,6 +26,7 @@ from vhost_airlock.process.sockets import (
     peer_of,
     require_socket,
 )
+from vhost_airlock.record import replaced
 
 
 def bound(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -78,7 +79,7 @@ def test_peer_is_the_process_that_connected(path: Path) -> None:
             front.connect(str(path))
             os._exit(0 if peer_of(front) == me else 1)
     with listener.accept() as accepted:
-        assert peer_of(accepted) == me._replace(pid=child)
+        assert peer_of(accepted) == replaced(me, pid=child)
     assert os.waitpid(child, 0)[1] == 0
     listener.close()
 

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import cast
 
 import pytest
 
+from vhost_airlock.log import Logger
 from vhost_airlock.proxy.ring import Ring
 from vhost_airlock.proxy.state import Turn
 from vhost_airlock.proxy.trial import Trial
 
 PATIENCE = 10.0
-LOG = logging.getLogger(__name__)
+LOG = Logger(__name__)
 
 FREE, ALONE, WAITS = Turn.FREE, Turn.ALONE, Turn.WAITS
 

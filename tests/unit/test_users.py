@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import pytest
 
 from tests.support.tables import each_row
 from vhost_airlock.errors import SessionError
+from vhost_airlock.log import Logger
 from vhost_airlock.process.users import UNKNOWN, Users
 
-LOG = logging.getLogger("device")
+LOG = Logger("device")
 AIRLOCK, VMM, BACK = 1001, 1002, 1003
 ROOT_TOLD = "it runs as root"
 UNKNOWN_TOLD = "its user is not known here, and may be root or the VMM's"

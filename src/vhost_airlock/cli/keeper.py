@@ -12,7 +12,6 @@ sockets. It is no child of the process, which would not expect one.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -22,9 +21,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+from ..log import Logger
 from ..process.signals import ENDING
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 HELD = 3
 """The first number after the standard descriptors."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 
 from ..errors import StartError, UsageError
+from ..log import Logger
 from ..process.log import log_to_stderr
 from ..process.sockets import Listener, inherited, reason_of, require_socket
 from . import run as airlock
@@ -27,7 +27,7 @@ from .keeper import Airlock, keep
 from .qemu_options import has
 from .qemu_plan import Isolated, Plan
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """The status of a shell for a command that can't be run."""

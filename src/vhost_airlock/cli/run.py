@@ -14,7 +14,7 @@ from ..process import manager
 from ..process.command import CONNECTED_FD, LISTENING_FD
 from ..process.config import FENCES, ProcessConfig
 from ..process.daemon import Daemon
-from ..process.log import log_to_stderr
+from ..process.log import LEVELS, log_to_stderr
 from ..process.sockets import LONGEST_PATH, address_of, listens
 from ..proxy.caches import cached_bytes
 from ..proxy.config import Config
@@ -43,7 +43,6 @@ PATHS = (
 """The options that name a socket by its path."""
 FD = number(0, (1 << 31) - 1)
 LOSS = ("recover", "close", "exit")
-LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

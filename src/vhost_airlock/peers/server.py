@@ -23,13 +23,13 @@ message arrives: rings stop at once, and memory can go away at any time.
 from __future__ import annotations
 
 import contextlib
-import logging
 import selectors
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
 from ..errors import Disconnected, RequestRefused, Stopped
+from ..log import Logger
 from ..vhost.backend import Backend, Handler
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd, HasFileno, notify
@@ -51,7 +51,7 @@ from .memory import Memory
 from .ring import INDEX_MASK, RingFault, SplitLayout
 from .vring import Vring
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 MAX_MEM_SLOTS = 64
 BUDGET = 64

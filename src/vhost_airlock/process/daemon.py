@@ -13,7 +13,6 @@ connect, start and remove.
 from __future__ import annotations
 
 import contextlib
-import logging
 import select
 import signal
 import time
@@ -26,6 +25,7 @@ from ..errors import (
     SessionError,
     Stopped,
 )
+from ..log import Logger
 from ..proxy.session import Session
 from ..sandbox import enter as sandbox
 from ..vhost.channel import Channel
@@ -41,7 +41,7 @@ from .sockets import inherited_pipe, peer_of, reason_of
 from .stats_server import KIND as STATS_KIND
 from .stats_server import Stats
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 """For what is about no device."""
 
 PAUSE = 0.1

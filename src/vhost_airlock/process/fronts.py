@@ -8,11 +8,11 @@ and its first message waits.
 
 from __future__ import annotations
 
-import logging
 import select
 import socket
 from abc import ABC, abstractmethod
 
+from ..log import Logger
 from ..proxy.session import Others
 from ..vhost.fds import HasFileno
 from .broker import Broker
@@ -53,9 +53,7 @@ class Fronts(ABC):
 class Accepted(Fronts):
     """Fronts that connect to a listening socket."""
 
-    def __init__(
-        self, listener: ListeningSocket, stop: HasFileno, log: logging.Logger
-    ) -> None:
+    def __init__(self, listener: ListeningSocket, stop: HasFileno, log: Logger) -> None:
         self.where = f"listening for the VMM at {listener.path}"
         self.others = self
         self.log = log
@@ -127,9 +125,7 @@ class Given(Fronts):
 class Dialled(Given):
     """A path on which fronts listen: connected to again each time one has left."""
 
-    def __init__(
-        self, path: str, stop: HasFileno, broker: Broker, log: logging.Logger
-    ) -> None:
+    def __init__(self, path: str, stop: HasFileno, broker: Broker, log: Logger) -> None:
         super().__init__(None)
         self.where = f"connecting to the VMM at {path}"
         self.path = path

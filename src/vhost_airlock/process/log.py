@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 from collections.abc import Mapping
 
+from ..log import DEBUG, ERROR, INFO, WARNING, write_by
 from ..proxy.config import DEVICE_LOGS
 
-PRIORITIES = {
-    logging.DEBUG: 7,
-    logging.INFO: 6,
-    logging.WARNING: 4,
-    logging.ERROR: 3,
-}
+LEVELS = {"debug": DEBUG, "info": INFO, "warning": WARNING, "error": ERROR}
+WORDS = {level: word for word, level in LEVELS.items()}
+PRIORITIES = {DEBUG: 7, INFO: 6, WARNING: 4, ERROR: 3}
 """Levels as the journal numbers them, see sd-daemon(3)."""
 
+STDERR = 2
 
-class Lines(logging.Formatter):
-    """Puts a head before each line of a record, also before those of a traceback.
+
+class Lines:
+    """Puts a head before each line of a text, also before those of a traceback.
 
     A terminal or a file gets the program's name and the level in words. The journal
     knows the program, and gets the level as a number. A line that is about no device
@@ -27,25 +27,33 @@ class Lines(logging.Formatter):
     """
 
     def __init__(self, process: str, *, journal: bool) -> None:
-        super().__init__()
         self.process = process
         self.journal = journal
 
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, log: str, level: int, text: str) -> str:
+        """Return the lines of this text, which came to the log of this name."""
         name = self.process
-        if record.name.startswith(DEVICE_LOGS):
-            name = record.name.removeprefix(DEVICE_LOGS)
-        head = f"vhost-airlock {name}: {record.levelname.lower()}: "
+        if log.startswith(DEVICE_LOGS):
+            name = log.removeprefix(DEVICE_LOGS)
+        head = f"vhost-airlock {name}: {WORDS[level]}: "
         if self.journal:
-            head = f"<{PRIORITIES[record.levelno]}>{name}: "
-        return "\n".join(head + line for line in super().format(record).split("\n"))
+            head = f"<{PRIORITIES[level]}>{name}: "
+        return "".join(f"{head}{line}\n" for line in text.split("\n"))
+
+    def write(self, log: str, level: int, text: str) -> None:
+        """Write them to stderr at once, from any thread or handler of a signal. If
+        nothing reads there any more, or there is no room, they are lost.
+        """
+        data = self.format(log, level, text).encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[os.write(STDERR, data) :]
 
 
 def log_to_stderr(level: str, process: str) -> None:
-    """Let all logs write to stderr, from this level on."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Lines(process, journal=is_journal(2, os.environ)))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    """Let all logs write to stderr, from this one of LEVELS on."""
+    journal = is_journal(STDERR, os.environ)
+    write_by(Lines(process, journal=journal).write, LEVELS[level])
 
 
 def is_journal(fd: int, environment: Mapping[str, str]) -> bool:

@@ -9,15 +9,15 @@ so that a back-end that the airlock starts does not think that they are its own.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 from collections.abc import MutableMapping
 
 from ..errors import StartError
+from ..log import Logger
 from .sockets import reason_of
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 FIRST = 3

@@ -14,14 +14,15 @@ import select
 import socket
 import stat
 import struct
-from typing import NamedTuple, Self
+from typing import Self
 
 from ..errors import StartError
 from ..record import record
 from ..vhost.fds import Fd
 
 
-class Peer(NamedTuple):
+@record
+class Peer:
     """The process that connected a socket, or listened for it, as it was then.
 
     0 as `pid` and 65534 as `uid` and `gid` stand for numbers that this process's
@@ -39,8 +40,8 @@ class Peer(NamedTuple):
 def peer_of(sock: socket.socket) -> Peer:
     """Return the process at the other end of a connected socket."""
     layout = struct.Struct("iII")  # struct ucred of <sys/socket.h>
-    return Peer._make(
-        layout.unpack(
+    return Peer(
+        *layout.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
         )
     )
@@ -66,7 +67,8 @@ def has_ended(pidfd: Fd) -> bool:
     return bool(poll.poll(0))
 
 
-class Group(NamedTuple):
+@record
+class Group:
     """A group of users, by the name under which the user gave it."""
 
     name: str

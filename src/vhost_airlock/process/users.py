@@ -8,11 +8,11 @@ under /proc, and take the place of an airlock of its own user, at the airlock's 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Collection
 
 from ..errors import SessionError
+from ..log import Logger
 
 UNKNOWN = 65534
 """The number that the kernel gives to users who have none in this user namespace."""
@@ -25,7 +25,7 @@ class Users:
     of which there is only one warning otherwise.
     """
 
-    def __init__(self, log: logging.Logger, *, require: bool) -> None:
+    def __init__(self, log: Logger, *, require: bool) -> None:
         self.log = log
         self.require = require
         self.own = frozenset(os.getresuid())

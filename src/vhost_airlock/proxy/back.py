@@ -8,15 +8,14 @@ at once when it starts. See protocol.md in the docs.
 
 from __future__ import annotations
 
-import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
-from typing import NamedTuple
 
 from ..errors import DeadlineExceeded, Disconnected, ProtocolError, SessionError
-from ..record import changeable
+from ..log import INFO
+from ..record import changeable, record
 from ..vhost.backend import Responder
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
@@ -48,7 +47,8 @@ class Link(Enum):
     """It is closed."""
 
 
-class ShadowRing(NamedTuple):
+@record
+class ShadowRing:
     """A ring as the back is told of it; addresses are the back's."""
 
     number: int
@@ -171,7 +171,7 @@ class Back:
                 "features agreed with the back-end: %s; protocol features: %s",
                 names(features, Feature),
                 names(self.peer.protocol_features, ProtocolFeature),
-                level=logging.INFO,
+                level=INFO,
             )
 
     def reset_device(self) -> None:

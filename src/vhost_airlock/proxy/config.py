@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import logging
-
+from ..log import Logger
 from ..record import record
 from .caches import LEAST
 from .features import NOTHING, Withheld
@@ -63,6 +62,6 @@ class Config:
     """The losses of a back within a minute after which no other one is looked for."""
 
     @property
-    def log(self) -> logging.Logger:
+    def log(self) -> Logger:
         """The device's log, whose lines name the device."""
-        return logging.getLogger(DEVICE_LOGS + self.name)
+        return Logger(DEVICE_LOGS + self.name)

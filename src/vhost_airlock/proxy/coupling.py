@@ -7,12 +7,12 @@ The actions of the table of state.py are methods here; ring.py knows when they a
 
 from __future__ import annotations
 
-import logging
 from typing import Protocol
 
 from ..dataplane.pump import BACK_SIGNALLED, Pump, shadow_bytes, slot_bytes
 from ..dataplane.worker import Worker
 from ..errors import RequestRefused
+from ..log import INFO
 from ..record import changeable
 from ..vhost.fds import Fd, HasFileno, drain, eventfd
 from ..vhost.wire import Feature
@@ -289,7 +289,7 @@ class Coupling:
 
     def _tell(self, text: str, *arguments: object) -> None:
         """Say in the log that it has started or stopped."""
-        self._course.log(self.log, text, *arguments, level=logging.INFO)
+        self._course.log(self.log, text, *arguments, level=INFO)
 
     # Between the actions.
 

@@ -12,12 +12,12 @@ again when there is one that is the device that the front knows.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import BackLost, DeadlineExceeded, RequestRefused
+from ..log import INFO
 from ..vhost.fds import Fd
 from ..vhost.wire import (
     DeviceState,
@@ -102,7 +102,7 @@ class Device:
             "features agreed with the VMM: %s; protocol features: %s",
             names(accepted, Feature),
             names(side.protocol_features, ProtocolFeature),
-            level=logging.INFO,
+            level=INFO,
         )
 
     def _mirror_logging(self, features: int) -> None:

@@ -12,7 +12,6 @@ store to that ring. Without a log, nothing is logged.
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from ..dataplane.mapping import Mapping
 from ..dataplane.pump import Pump
 from ..dataplane.regions import GuestMemory
 from ..errors import RequestRefused
+from ..log import Logger
 from ..vhost.fds import Fd
 from ..vhost.wire import Feature, Log, VringAddr, VringFlag
 from .ration import Ration
@@ -48,7 +48,7 @@ def map_log(told: Log, fd: Fd) -> Mapping:
 class DirtyLog:
     """The log that the front has given last, if it has given one."""
 
-    def __init__(self, guest: GuestMemory, log: logging.Logger) -> None:
+    def __init__(self, guest: GuestMemory, log: Logger) -> None:
         self._guest = guest
         self._log = log
         self._mapping: Mapping | None = None

@@ -9,9 +9,10 @@ are masked, also those that no specification has yet.
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import NamedTuple, Self
+from typing import Self
 
 from ..errors import RequestRefused, SessionError
+from ..record import record
 from ..vhost.wire import Feature, ProtocolFeature
 
 DEVICE = ((1 << 24) - 1) | (((1 << 14) - 1) << 50)
@@ -46,7 +47,8 @@ NEEDED = Feature.VERSION_1 | Feature.PROTOCOL_FEATURES
 """Features without which nothing works: they can't be withheld."""
 
 
-class Withheld(NamedTuple):
+@record
+class Withheld:
     """Features that the user keeps from the front, so that its guest can move to a
     host that lacks them.
     """

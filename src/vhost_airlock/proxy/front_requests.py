@@ -5,10 +5,10 @@ has changed.
 
 from __future__ import annotations
 
-import logging
 import socket
 
 from ..errors import AirlockError, DeadlineExceeded, RequestRefused
+from ..log import Logger
 from ..vhost.channel import Channel
 from ..vhost.fds import Fd
 from ..vhost.frontend import Requester
@@ -19,7 +19,7 @@ from ..vhost.wire import BackendRequest, ProtocolFeature
 class FrontRequests:
     """Tells the front, once it has sent its socket. Nothing here waits for it."""
 
-    def __init__(self, log: logging.Logger) -> None:
+    def __init__(self, log: Logger) -> None:
         self.log = log
         self._requester: Requester | None = None
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
+
+from ..log import ERROR, Logger
 
 INTERVAL = 10.0
 """Seconds in which a peer gets its lines."""
@@ -25,10 +26,10 @@ class Ration:
 
     def log(
         self,
-        logger: logging.Logger,
+        logger: Logger,
         text: str,
         *arguments: object,
-        level: int = logging.ERROR,
+        level: int = ERROR,
     ) -> None:
         """Log a line, with how many were left out since the last one."""
         now = time.monotonic()

@@ -24,11 +24,10 @@ Rules that the table rests on:
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import NamedTuple
 
 from ..dataplane.pump import check_base, layout
 from ..errors import ProtocolError, RequestRefused
-from ..record import changeable
+from ..record import changeable, record
 from ..vhost.wire import VringAddr
 
 
@@ -105,7 +104,8 @@ class Action(Enum):
     """Refuse the message."""
 
 
-class Change(NamedTuple):
+@record
+class Change:
     """The next state, and the action that leads to it."""
 
     state: State

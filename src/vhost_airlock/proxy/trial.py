@@ -12,11 +12,11 @@ has its turn too.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Mapping
 
+from ..log import Logger
 from .ring import Ring
 from .state import Turn
 
@@ -24,9 +24,7 @@ from .state import Turn
 class Trial:
     """The turns of one device's rings, each for `patience` seconds at the most."""
 
-    def __init__(
-        self, rings: Mapping[int, Ring], log: logging.Logger, patience: float
-    ) -> None:
+    def __init__(self, rings: Mapping[int, Ring], log: Logger, patience: float) -> None:
         """`rings` are all that there are now, by their numbers."""
         self._rings = rings
         self._log = log

@@ -8,13 +8,13 @@ the memory that rings share: the guest's, and the pool.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 
 from ..dataplane.worker import Worker
+from ..log import Logger
 from ..vhost.fds import HasFileno
 
 
@@ -32,7 +32,7 @@ class Workers:
         *,
         poll_us: int,
         cpus: Sequence[int] = (),
-        log: logging.Logger,
+        log: Logger,
     ) -> None:
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
@@ -83,7 +83,7 @@ class Workers:
         self._workers.clear()
 
 
-def _run(worker: Worker, cpu: int | None, log: logging.Logger) -> None:
+def _run(worker: Worker, cpu: int | None, log: Logger) -> None:
     # The main thread waits in poll(), which a signal to another thread does not end.
     ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)

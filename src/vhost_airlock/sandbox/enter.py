@@ -21,19 +21,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import logging
 import os
 import resource
 import signal
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..errors import StartError
+from ..log import ERROR, Logger, write_by
 from .files import restrict_files
 from .syscalls import load, restrict_calls
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 MAX_FDS = 2048
 """The most descriptors: 256 rings have six each, and the pool, the workers and the
@@ -86,7 +85,7 @@ def _rehearse(steps: Sequence[Step]) -> None:
     told, telling = os.pipe()
     process = os.fork()
     if process == 0:
-        logging.disable()
+        write_by(lambda *line: None, ERROR)
         try:
             for calls, step in steps:
                 os.write(telling, f"{calls}\n".encode())
@@ -114,11 +113,7 @@ def _restrict_files() -> None:
 
 
 def _load_what_is_loaded_late() -> None:
-    """Load modules and libraries that would be opened later, when no file can be."""
-    try:
-        raise StartError("")
-    except StartError:
-        traceback.format_exc()
+    """Load libraries that would be opened later, when no file can be."""
     with contextlib.suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")  # glibc's pthread_exit() does
 

@@ -22,12 +22,12 @@ loop sends acks. A handler raises `RequestRefused` when it can't do the request.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import Disconnected, ProtocolError, RequestRefused
+from ..log import DEBUG, WARNING, Logger
 from .channel import Channel
 from .fds import Fd
 from .message import Answer, Message
@@ -46,7 +46,7 @@ from .rules import (
 )
 from .wire import REPLY_FLAGS, U64, Payload, ProtocolFeature, Request
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 NOTHING = ProtocolFeature(0)
 
@@ -76,7 +76,7 @@ class Responder:
         handlers: Mapping[Any, Handler],
         rules: AnyRules,
         features: ProtocolFeature = NOTHING,
-        log: logging.Logger = log,
+        log: Logger = log,
     ) -> None:
         self.channel = channel
         self.handlers = handlers
@@ -172,7 +172,7 @@ class Responder:
         """Return the reply or ack that says no. ProtocolError if there is none."""
         # One line a request, or a peer could fill the log; unknown ones share a line.
         kind = message.request if message.request in self._requests else -1
-        level = logging.DEBUG if kind in self._refused else logging.WARNING
+        level = DEBUG if kind in self._refused else WARNING
         self._refused.add(kind)
         self.log.log(level, "%s: refused: %s", self.channel.peer, refused)
         refusal = FAILURE if rule is None else rule.refusal
@@ -219,7 +219,7 @@ class Backend(Responder):
         channel: Channel,
         handlers: Mapping[Request, Handler],
         remembered: ProtocolFeature = NOTHING,
-        log: logging.Logger = log,
+        log: Logger = log,
     ) -> None:
         super().__init__(channel, handlers, RULES, log=log)
         self.offered = self._remembered = remembered

@@ -15,6 +15,9 @@ from tests.real.programs import find
 from tests.support.schedule import Scheduler, has_guests
 from vhost_airlock import log
 
+# Tests start thousands of airlocks and back-ends, which read their modules compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

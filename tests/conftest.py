@@ -2,6 +2,7 @@
 """Parts that all tests share: real programs, the order of tests, folders, the end."""
 
 import faulthandler
+import gc
 import os
 import tempfile
 import threading
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder, file = item.path.parent.name, item.path.stem.removeprefix("test_")
         if file in ABOUT_THE_DATA_PLANE.get(folder, "").split():
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end: collections of garbage need not visit them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ from vhost_airlock.cli import stats_document
 from vhost_airlock.errors import StartError
 from vhost_airlock.peers.disk import SECTOR, BlkStatus, BlkType
 from vhost_airlock.peers.guest import BlkGuest
+from vhost_airlock.process.config import ProcessConfig
+from vhost_airlock.process.daemon import Daemon
+from vhost_airlock.process.fronts import Accepted
 from vhost_airlock.record import replaced
 from vhost_airlock.vhost.fds import Fd, notify
 from vhost_airlock.vhost.wire import Config, Request
@@ -325,3 +328,34 @@ def test_path_that_is_in_use_keeps_it_from_starting(
             )
         assert not other.exists()
         assert look(path)["sessions"] == 0
+
+
+def test_readers_get_no_answer_while_all_else_is_closed(
+    front: Path, where: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that answers them would look at sockets that are there no more."""
+    close = Accepted.close
+    alive = []
+
+    def look_and_close(fronts: Accepted) -> None:
+        alive.append([thread.name for thread in threading.enumerate()])
+        close(fronts)
+
+    def see_it_run_and_end(*_: object) -> bool:
+        alive.append([thread.name for thread in threading.enumerate()])
+        return False
+
+    monkeypatch.setattr(Accepted, "wait", see_it_run_and_end)
+    monkeypatch.setattr(Accepted, "close", look_and_close)
+    daemon = Daemon(
+        ProcessConfig(
+            socket_path=str(front),
+            backend=str(where),
+            stats_path=str(path),
+            sandbox=False,
+        )
+    )
+    assert daemon.run() == 0
+    serving, closing = alive
+    assert "airlock-stats" in serving
+    assert "airlock-stats" not in closing

@@ -110,6 +110,8 @@ class Daemon:
             # The last one, since it may tell that there is no back-end yet.
             self._backs.open()
             self._open.callback(self._backs.close)
+            if self._stats is not None:
+                self._open.callback(self._stats.stop)
             broker.start()
             undo.pop_all()
 

@@ -80,11 +80,15 @@ class Stats:
             **self._describe(),
         }
 
-    def close(self) -> None:
-        """Stop listening."""
-        if self._thread.ident is not None:
+    def stop(self) -> None:
+        """Answer no more: nothing that `describe` tells of is used from then on."""
+        if self._thread.is_alive():
             notify(self._stop)
             self._thread.join()
+
+    def close(self) -> None:
+        """Stop, and stop listening."""
+        self.stop()
         self._stop.close()
         for sock in (self.listener, self.handed):
             if sock is not None:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decision if and how long a worker polls before it sleeps.
 
-Each part brings something that the others don't, on two cores:
+Each of its parts brings something that the others don't, on two cores:
 
 - polling: 4 KiB reads one at a time have 1.7 to 2.5 of the direct rate, without it 0.5;
 - the window: an idle device costs no CPU time, and storage that is slow next to none;
-- trials, where idle cores look out for work: 0.62 of the direct rate for 23 to 29 us of
-  CPU time, without them 0.50 for 47 to 51; between two ends of DPDK that poll: 0.26 to
-  0.62 million packets a second, without them 0.10 to 0.13;
-- give_way() of worker.pyx, where the worker does not poll: with 128 reads or writes of
-  4 KiB in flight 0.87 and 0.59 of the CPU time; its RIVALRY: 0.46 of DPDK's packets for
-  0.13.
+  that it grows bit by bit spares a tenth of the CPU time with 32 requests of 64 KiB;
+- trials: between two ends of DPDK that poll, 4 to 14 times the packets; on a host that
+  is short of processors 1.16 times the rate of a disk, for 0.7 of the airlock's CPU
+  time (benchmarks.md, "Tried", has the rules that were tried instead).
 
 The time to poll, the window, is learned from the worker's sleeps: after a sleep of at
 most `longest`, which polling would have saved, the window grows; after a longer sleep

@@ -69,10 +69,6 @@ cdef enum:
     # notifications for NAP milliseconds before each sleep.
     STORM = 64
     NAP = 1
-    # If sched_yield() took longer than TURN nanoseconds, another thread is assumed to
-    # poll on this core: give_way() does not yield again for RIVALRY nanoseconds.
-    TURN = 2_500_000
-    RIVALRY = 100_000_000
     # Nanoseconds that a worker has to come to rest before a signal interrupts it.
     PATIENCE = 100_000_000
 
@@ -125,8 +121,6 @@ cdef class Worker:
     """A notification woke it, and no chain has moved since."""
     cdef uint64_t slept
     """Nanoseconds that it has slept since a chain last moved."""
-    cdef uint64_t rivalry
-    """The time until which another thread is assumed to poll on this core."""
     cdef Route *route
     cdef int routes
     cdef list pumps
@@ -359,10 +353,7 @@ cdef void idle(Worker worker) noexcept nogil:
         worker.vain += 1
         if worker.vain - worker.vain_since > STORM:
             nap(worker)
-    elif worker.polling.pays(start, worker.moved):
-        if poll(worker, start):
-            return
-    elif give_way(worker, start):
+    elif worker.polling.pays(start, worker.moved) and poll(worker, start):
         return
 
     for i in range(worker.routes):
@@ -413,24 +404,6 @@ cdef bint poll(Worker worker, uint64_t start) noexcept nogil:
             now = now_ns()
     worker.polled += now - start
     return found
-
-
-cdef bint give_way(Worker worker, uint64_t start) noexcept nogil:
-    """Let runnable threads on this core go first, which may spare a sleep. True: a
-    chain is pending now.
-
-    But a thread that polls on this core keeps it for its whole time slice: then it is
-    better to sleep at once, for a notification wakes the worker sooner.
-    """
-    cdef uint64_t now
-
-    if start < worker.rivalry:
-        return False
-    sched_yield()
-    now = now_ns()
-    if now - start > TURN:
-        worker.rivalry = now + RIVALRY
-    return is_pending(worker)
 
 
 cdef bint is_pending(Worker worker) noexcept nogil:

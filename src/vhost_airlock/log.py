@@ -50,8 +50,8 @@ class Logger:
     def warning(self, text: str, *values: object) -> None:
         self.log(WARNING, text, *values)
 
-    def error(self, text: str, *values: object, exc_info: bool = False) -> None:
-        self.log(ERROR, text, *values, exc_info=exc_info)
+    def error(self, text: str, *values: object) -> None:
+        self.log(ERROR, text, *values)
 
 
 def write_by(writer: Writer, least: int) -> None:

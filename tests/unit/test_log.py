@@ -19,7 +19,7 @@ PROCESS = Logger("vhost_airlock.process.daemon")
 DISK, NET = Config(name="disk.sock").log, Config(name="net.sock").log
 PROGRAM = """
 import sys
-from vhost_airlock.log import Logger
+from vhost_airlock.log import ERROR, Logger
 from vhost_airlock.process.log import log_to_stderr
 from vhost_airlock.proxy.config import Config
 log_to_stderr("info", "front.sock")
@@ -28,7 +28,7 @@ log.debug("too much")
 try:
     raise ValueError("first\\nsecond")
 except ValueError:
-    log.error("ring %d is broken", 7, exc_info=True)
+    log.log(ERROR, "ring %d is broken", 7, exc_info=True)
 Logger("vhost_airlock.sandbox").info("locked")
 assert "logging" not in sys.modules
 """
@@ -126,7 +126,7 @@ def test_full_stderr_loses_lines_and_stops_nobody() -> None:
     os.set_blocking(writer, False)
     program = """
 import os
-from vhost_airlock.log import Logger
+from vhost_airlock.log import ERROR, Logger
 from vhost_airlock.process.log import log_to_stderr
 log_to_stderr("info", "process")
 for _ in range(10_000):

@@ -29,7 +29,7 @@ from functools import partial
 
 from ..errors import StartError
 from ..log import ERROR, Logger, write_by
-from .files import restrict_files
+from .files import LIBC, restrict_files
 from .syscalls import load, restrict_calls
 
 log = Logger(__name__)
@@ -128,9 +128,8 @@ def _limit() -> None:
 
 def _prctl(name: str, option: int, value: int = 0) -> int:
     """Return the result of prctl(). OSError with the option's name if it fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
     zero = ctypes.c_ulong(0)
-    result: int = libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero)
+    result: int = LIBC.prctl(option, ctypes.c_ulong(value), zero, zero, zero)
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")

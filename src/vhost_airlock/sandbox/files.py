@@ -30,8 +30,8 @@ BITS = 64
 _UNKNOWN = (errno.EINVAL, errno.E2BIG)
 """Errors of a kernel that does not know a right, or no right of that kind."""
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_LIBC.syscall.restype = ctypes.c_long
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.syscall.restype = ctypes.c_long
 
 
 def version() -> int:
@@ -86,7 +86,7 @@ def _ruleset(masks: list[int]) -> int:
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:
-    result: int = _LIBC.syscall(
+    result: int = LIBC.syscall(
         ctypes.c_long(number),
         *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments),
     )

@@ -2,7 +2,6 @@
 
 PREFIX ?= /usr/local
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-unexport PYTHONDONTWRITEBYTECODE    # or each start of an airlock compiles its modules
 STUBS = $(subst /,.,$(patsubst src/%.pyi,%,$(wildcard src/vhost_airlock/*/*.pyi)))
 IN_PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 CHECKED = $(wildcard $(shell git ls-files --cached --others --exclude-standard \

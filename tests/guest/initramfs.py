@@ -7,6 +7,7 @@ beside it (inside/) import.
 
 import functools
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -41,10 +42,21 @@ class File:
 
 
 def kernel(programs: Programs) -> Path:
-    """The kernel that tools/real-root has unpacked, as the programs see it."""
+    """The kernel that tools/debian-root has unpacked, as the programs see it."""
+    return _found(programs, "vmlinux") or bootable_kernel(programs)
+
+
+def bootable_kernel(programs: Programs) -> Path:
+    """The same, for any boot loader: it unpacks itself, which takes a guest 3 s."""
+    found = _found(programs, "usr/lib/modules/*/vmlinuz", "boot/vmlinuz-*")
+    assert found
+    return found
+
+
+def _found(programs: Programs, *patterns: str) -> Path | None:
     folder = programs.path("/kernel")
-    found = [*folder.glob("usr/lib/modules/*/vmlinuz"), *folder.glob("boot/vmlinuz-*")]
-    return Path("/kernel") / max(found).relative_to(folder)
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return Path("/kernel") / max(found).relative_to(folder) if found else None
 
 
 def plain_initramfs(programs: Programs, init: bytes, modules: Iterable[str]) -> bytes:
@@ -89,18 +101,23 @@ def _base(programs: Programs) -> dict[str, File]:
             copy = Path(folder, name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+            os.utime(copy, (0, 0))
         names = [name.removesuffix(".py").replace("/", ".") for name in INSIDE]
         said = subprocess.run(
-            programs("python3", "-S", "-c", LIST_PYTHON, folder, *names),
+            programs("python3", "-S", "-c", LIST_PYTHON, folder, "traceback", *names),
             check=True,
             stdout=subprocess.PIPE,
             text=True,
         )
+        compiled = {
+            f"/{path.relative_to(folder)}": File(path.read_bytes())
+            for path in Path(folder).rglob("*.pyc")
+        }
     python, *found = said.stdout.splitlines()
     files = [name for name in found if programs.path(name).exists()]
     binaries = [python, *(name for name in files if ".so" in Path(name).suffixes)]
     files += _libraries(programs, *binaries)
-    content = {name: _file(programs, name) for name in files}
+    content = compiled | {name: _file(programs, name) for name in files}
     content["/bin/busybox"] = _file(programs, "/bin/busybox")
     content["/usr/bin/python3"] = _file(programs, python)
     return content

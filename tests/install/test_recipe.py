@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.initramfs import kernel, plain_initramfs
+from tests.guest.initramfs import bootable_kernel, plain_initramfs
 from tests.guest.machine import PATIENCE
 from tests.install.releases import long_on
 from tests.real.processes import Process
@@ -58,7 +58,7 @@ def test_recipe_ends_in_an_isolated_guest(package):
     folder, release = package.folder, package.release
     (folder / "initrd").write_bytes(plain_initramfs(release, INIT, MODULES))
     (folder / "syslinux.cfg").write_text(LOADER)
-    image = IMAGE.format(kernel=kernel(release))
+    image = IMAGE.format(kernel=bootable_kernel(release))
     script = f"cd {folder}\n{image}\n{RECIPE[1]}\n{AFTER}\n"
     script = script.replace("apt install", "apt-get -qq install --yes")
     # A process namespace, so that the daemon ends too.

@@ -11,9 +11,6 @@ import os
 import subprocess
 import sys
 import time
-import traceback
-from pathlib import Path
-from typing import Any
 
 
 def sh(command: str) -> str:
@@ -34,16 +31,19 @@ def sh(command: str) -> str:
 def settle(now: float) -> None:
     """Go on in another machine: at its time, with its devices."""
     time.clock_settime(time.CLOCK_REALTIME, now)
-    Path("/sys/bus/pci/rescan").write_text("1")
+    with open("/sys/bus/pci/rescan", "w") as rescan:
+        rescan.write("1")
 
 
-def answer(request: str) -> dict[str, Any]:
+def answer(request: str) -> dict[str, object]:
     """Call the function that a request names."""
     try:
         module, name, arguments = json.loads(request)
         function = getattr(importlib.import_module(module), name)
         return {"result": function(*arguments)}
     except Exception:
+        import traceback  # with all that it imports it takes a guest half a second
+
         return {"error": traceback.format_exc()}
 
 

@@ -68,8 +68,8 @@ def _state(programs: Programs, has: Device, cpus: int, memory: str) -> str:
         if not file.exists():
             for old in kept.glob(f"{name}-*"):
                 old.unlink()
-            _save(programs, has, cpus, memory, f"{programs.cache}/guests/new")
-            (kept / "new").rename(file)
+            _save(programs, has, cpus, memory, f"{programs.cache}/guests/{name}.new")
+            (kept / f"{name}.new").rename(file)
     return f"{programs.cache}/guests/{file.name}"
 
 

@@ -7,7 +7,6 @@ beside it (inside/) import.
 
 import functools
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -101,7 +100,6 @@ def _base(programs: Programs) -> dict[str, File]:
             copy = Path(folder, name)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-            os.utime(copy, (0, 0))
         names = [name.removesuffix(".py").replace("/", ".") for name in INSIDE]
         said = subprocess.run(
             programs("python3", "-S", "-c", LIST_PYTHON, folder, "traceback", *names),
@@ -109,15 +107,11 @@ def _base(programs: Programs) -> dict[str, File]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        compiled = {
-            f"/{path.relative_to(folder)}": File(path.read_bytes())
-            for path in Path(folder).rglob("*.pyc")
-        }
     python, *found = said.stdout.splitlines()
     files = [name for name in found if programs.path(name).exists()]
     binaries = [python, *(name for name in files if ".so" in Path(name).suffixes)]
     files += _libraries(programs, *binaries)
-    content = compiled | {name: _file(programs, name) for name in files}
+    content = {name: _file(programs, name) for name in files}
     content["/bin/busybox"] = _file(programs, "/bin/busybox")
     content["/usr/bin/python3"] = _file(programs, python)
     return content

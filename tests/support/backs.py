@@ -90,13 +90,16 @@ class RecordedBack:
         self._threads: list[threading.Thread] = []
 
     def start(self, sock: socket.socket) -> None:
-        """Serve a connection in a thread."""
+        """Serve a connection in a thread, when the one before it has ended."""
         self.connections += 1
-        thread = threading.Thread(target=self._run, args=[sock], name="back")
+        last = self._threads[-1:]
+        thread = threading.Thread(target=self._run, args=[sock, last], name="back")
         self._threads.append(thread)
         thread.start()
 
-    def _run(self, sock: socket.socket) -> None:
+    def _run(self, sock: socket.socket, last: list[threading.Thread]) -> None:
+        for thread in last:
+            thread.join(PATIENCE)
         with RecordingChannel(sock, peer="front", timeout=PATIENCE) as channel:
             channel.seen = self.seen
             try:

@@ -55,7 +55,7 @@ test:                                   ## everything, with real programs where 
 	    tools/real-root --or-say-why
 	@tools/phase $(if $(wildcard .real/debian-13/ready),0,3) "Debian 12 and 13" \
 	    tools/release-roots --or-say-why
-	@echo "$$(date +%T) tests: 12 min; those that measure time come last, alone"
+	@echo "$$(date +%T) tests: 9 min; those that measure time come last, alone"
 	@pytest $(IN_PARALLEL)
 
 test-direct: develop                    ## long tests without an airlock: what is theirs?

@@ -33,15 +33,20 @@ class Attack:
     """The command, which runs."""
 
     def __init__(self, out: Path, *arguments: str) -> None:
-        self._out = out
+        self._out, self._log = out, out.with_suffix(".log")
+        command = [*ATTACK, f"--log={self._log}", *arguments]
         with out.open("wb") as file:
-            self.process = subprocess.Popen([*ATTACK, *arguments], stdout=file)
+            self.process = subprocess.Popen(command, stdout=file)
 
     def result(self) -> Result:
         status = self.process.wait(PATIENCE)
         found: Result = json.loads(self._out.read_text())
         assert status == (0 if found["held"] else 1)
         return found
+
+    def said(self) -> str:
+        """The end of the log of the program that is attacked."""
+        return self._log.read_text(errors="replace")[-20_000:]
 
     def close(self) -> None:
         self.process.terminate()
@@ -81,7 +86,7 @@ def running(
 def test_the_airlock_holds(running: dict[str, Attack], title: str):
     found = running[title].result()
     lost = [each for each in found["attacks"] if not each["held"]]
-    assert not lost, json.dumps(lost)
+    assert not lost, f"{json.dumps(lost)}\n{running[title].said()}"
     names = [each.name for each in dict(GROUPS)[title]]
     assert [each["name"] for each in found["attacks"]] == names
 

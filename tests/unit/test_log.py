@@ -126,7 +126,7 @@ def test_full_stderr_loses_lines_and_stops_nobody() -> None:
     os.set_blocking(writer, False)
     program = """
 import os
-from vhost_airlock.log import ERROR, Logger
+from vhost_airlock.log import Logger
 from vhost_airlock.process.log import log_to_stderr
 log_to_stderr("info", "process")
 for _ in range(10_000):
